@@ -1,0 +1,38 @@
+//! Compiles `proto/` into Rust without a system protoc.
+
+use std::{env, error::Error, fs, path::PathBuf};
+
+fn main() -> Result<(), Box<dyn Error>> {
+    const PACKAGE_DIR: &str = "proto/jebbit/segmentrelay/v1";
+    println!("cargo:rerun-if-changed=proto");
+
+    let mut files = Vec::new();
+    for entry in fs::read_dir(PACKAGE_DIR)? {
+        let path = entry?.path();
+        if path.extension().is_some_and(|ext| ext == "proto") {
+            files.push(path);
+        }
+    }
+    files.sort();
+
+    // One descriptor set serves three readers: the code generator below, server
+    // reflection, and the JSON forms that the command prints.
+    let mut compiler = protox::Compiler::new(["proto"])?;
+    compiler.include_imports(true).include_source_info(true);
+    compiler.open_files(&files)?;
+    let described = compiler.file_descriptor_set();
+
+    // Comments serve the generator alone; reflection does without their weight.
+    compiler.include_source_info(false);
+    let out_dir = PathBuf::from(env::var("OUT_DIR")?);
+    fs::write(
+        out_dir.join("descriptors.bin"),
+        compiler.encode_file_descriptor_set(),
+    )?;
+
+    tonic_prost_build::configure()
+        // Sorted maps: attributes get a stable order, and a capture one encoding.
+        .btree_map(".")
+        .compile_fds(described)?;
+    Ok(())
+}

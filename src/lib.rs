@@ -1,0 +1,2 @@
+//! segment-relay
+pub mod proto;
