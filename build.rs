@@ -24,7 +24,7 @@ fn main() -> Result<(), Box<dyn Error>> {
 
     // Comments serve the generator alone; reflection does without their weight.
     compiler.include_source_info(false);
-    let out_dir = PathBuf::from(env::var("OUT_DIR")?);
+    let out_dir = PathBuf::from(env::var_os("OUT_DIR").ok_or("cargo sets OUT_DIR")?);
     fs::write(
         out_dir.join("descriptors.bin"),
         compiler.encode_file_descriptor_set(),

@@ -1,2 +1,21 @@
 //! segment-relay
+pub mod cli;
+pub mod config;
+pub mod delivery;
+pub mod event;
+pub mod grpc;
+pub mod intake;
+pub mod integration;
+pub mod mapping;
+pub mod outbox;
 pub mod proto;
+pub mod region;
+pub mod registry;
+pub mod secret;
+pub mod segment;
+pub mod server;
+pub mod status;
+pub mod telemetry;
+pub mod text;
+pub mod time;
+pub mod violation;

@@ -81,7 +81,16 @@ mod tests {
 
     #[test]
     fn keys_that_would_break_a_header_or_json_are_refused() {
-        for key in ["", "a b", "a:b", "a\"b", "a\\b", "ü", "a\nb", &"k".repeat(257)] {
+        for key in [
+            "",
+            "a b",
+            "a:b",
+            "a\"b",
+            "a\\b",
+            "ü",
+            "a\nb",
+            &"k".repeat(257),
+        ] {
             assert!(WriteKey::new(key).is_err());
         }
     }

@@ -1,0 +1,117 @@
+//! The `segment-relay` command: arguments in, exit code out.
+
+mod check;
+mod serve;
+
+use std::{io::Write, process::ExitCode};
+
+use clap::{Parser, Subcommand};
+
+use crate::{
+    config::{DEFAULT_TOML, Faults},
+    integration::{Integration, Revision},
+    proto,
+    server::RunError,
+    time::UnixMillis,
+    violation::Violation,
+};
+
+/// Relays Jebbit captures to Twilio Segment: durably, in batches, over gRPC.
+#[derive(Parser, Debug)]
+#[command(name = "segment-relay", version, max_term_width = 100)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand, Debug)]
+enum Command {
+    /// Run the relay
+    Serve(serve::ServeArgs),
+    /// Check a configuration file: all its faults at once, each with its line
+    Check(check::CheckArgs),
+    /// Print the commented default configuration
+    Config,
+}
+
+/// Why a command failed.
+#[derive(Debug, thiserror::Error)]
+enum Failure {
+    /// The arguments or the configuration are wrong: exit code 2.
+    #[error("{0}")]
+    Usage(String),
+    /// The configuration is wrong: exit code 2.
+    #[error(transparent)]
+    Config(#[from] Faults),
+    /// The relay could not run: exit code 1.
+    #[error(transparent)]
+    Run(#[from] RunError),
+    /// A file or a socket failed: exit code 1.
+    #[error(transparent)]
+    Io(#[from] std::io::Error),
+    /// Anything else: exit code 1.
+    #[error("{0}")]
+    Other(String),
+}
+
+impl Failure {
+    fn exit_code(&self) -> u8 {
+        match self {
+            Self::Usage(_) | Self::Config(_) => 2,
+            Self::Run(_) | Self::Io(_) | Self::Other(_) => 1,
+        }
+    }
+}
+
+/// Runs the command that the process was started with.
+#[must_use]
+pub fn main() -> ExitCode {
+    let cli = Cli::parse();
+    let runtime = match tokio::runtime::Builder::new_multi_thread()
+        .enable_all()
+        .build()
+    {
+        Ok(runtime) => runtime,
+        Err(error) => return report(&Failure::Io(error)),
+    };
+    match runtime.block_on(run(cli.command)) {
+        Ok(code) => ExitCode::from(code),
+        Err(failure) => report(&failure),
+    }
+}
+
+async fn run(command: Command) -> Result<u8, Failure> {
+    match command {
+        Command::Serve(args) => serve::run(&args).await.map(|()| 0),
+        Command::Check(args) => check::run(&args).map(|()| 0),
+        Command::Config => {
+            std::io::stdout()
+                .lock()
+                .write_all(DEFAULT_TOML.as_bytes())?;
+            Ok(0)
+        }
+    }
+}
+
+fn report(failure: &Failure) -> ExitCode {
+    // A reader of standard output that has gone is not worth a word.
+    if let Failure::Io(error) = failure
+        && error.kind() == std::io::ErrorKind::BrokenPipe
+    {
+        return ExitCode::SUCCESS;
+    }
+    let _ = writeln!(std::io::stderr(), "segment-relay: {failure}");
+    ExitCode::from(failure.exit_code())
+}
+
+/// What an integration of the configuration file breaks.
+fn spec_violations(spec: &proto::Integration) -> Vec<Violation> {
+    let revision = Revision {
+        etag: String::new(),
+        mapping_version: 1,
+        create_time: UnixMillis(0),
+        update_time: UnixMillis(0),
+        read_only: true,
+    };
+    Integration::new(spec, revision).err().unwrap_or_default()
+}

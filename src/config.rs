@@ -1,0 +1,206 @@
+//! The configuration, parsed once into types.
+//!
+//! Three sources, the stronger first: the environment
+//! (`SEGMENT_RELAY__SERVER__LISTEN` sets `listen` of `[server]`), a TOML file,
+//! and [`DEFAULT_TOML`], which names and explains every setting. The
+//! integrations come from the file alone.
+//!
+//! - All faults are reported together, each with its place. A value that a
+//!   stronger source overrides is checked as well.
+//! - No fault and no `Debug` shows a write key.
+//! - [`Config::load`] is pure; [`Config::read`] alone touches files and the
+//!   process's environment.
+//!
+//! Where the file breaks TOML's syntax, its settings are still checked, but its
+//! integrations and unknown keys are not: a broken header moves what follows it
+//! to another table, and most of what one would find there is no fault.
+
+use std::{
+    ffi::OsString,
+    fmt,
+    fs::File,
+    io::{self, Read},
+    path::Path,
+};
+
+use crate::{proto, violation::Violation};
+
+mod document;
+mod endpoint;
+mod fault;
+mod integrations;
+mod reader;
+mod sections;
+#[cfg(test)]
+mod tests;
+mod value;
+
+pub use endpoint::{Endpoint, EndpointError};
+pub use fault::{Fault, Faults, MAX_FAULTS, Place};
+pub use sections::{Delivery, Endpoints, Log, LogFormat, Outbox, Segment, Server};
+
+use document::Document;
+use reader::{Environment, Reader};
+
+/// The compiled-in defaults: every setting with its unit, bounds and reason.
+pub const DEFAULT_TOML: &str = include_str!("config/default.toml");
+
+/// Name of [`DEFAULT_TOML`] in faults.
+const DEFAULT_NAME: &str = "config.default.toml";
+/// Largest configuration file, in bytes. Integrations live in it, so it is more
+/// than settings would need.
+const MAX_FILE_BYTES: u64 = 8 * 1024 * 1024;
+/// Largest `write_key_file`, in bytes: many times a write key, and far from
+/// what a wrong path could load.
+const MAX_KEY_FILE_BYTES: u64 = 4 * 1024;
+
+/// All that the relay is told before it starts.
+#[derive(Clone)]
+pub struct Config {
+    /// The gRPC server.
+    pub server: Server,
+    /// The HTTP client towards Segment.
+    pub segment: Segment,
+    /// How waiting events are sent and tried again.
+    pub delivery: Delivery,
+    /// Where and how much is stored.
+    pub outbox: Outbox,
+    /// The relay's own log.
+    pub log: Log,
+    /// The integrations of the file, in its order, with their write keys: take
+    /// the keys out of these messages before anything prints them.
+    pub integrations: Vec<proto::Integration>,
+}
+
+impl fmt::Debug for Config {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        // The generated message would print its write keys.
+        let ids: Vec<_> = self
+            .integrations
+            .iter()
+            .map(|integration| &integration.integration_id)
+            .collect();
+        f.debug_struct("Config")
+            .field("server", &self.server)
+            .field("segment", &self.segment)
+            .field("delivery", &self.delivery)
+            .field("outbox", &self.outbox)
+            .field("log", &self.log)
+            .field("integrations", &ids)
+            .finish()
+    }
+}
+
+/// What loading asks of the rest of the program.
+pub struct Outside<'a> {
+    /// Every rule that an integration breaks, with field paths such as
+    /// `integration.mappings[2].segment_key`.
+    pub validate: &'a dyn Fn(&proto::Integration) -> Vec<Violation>,
+    /// The content of a `write_key_file`.
+    pub read_key_file: &'a dyn Fn(&Path) -> io::Result<String>,
+}
+
+impl Config {
+    /// Builds the configuration from the file's name and text, where there is
+    /// one, and the variables of the environment.
+    ///
+    /// # Errors
+    /// Everything that is wrong in any of the sources.
+    pub fn load<K, V>(
+        file: Option<(&str, &str)>,
+        environment: impl IntoIterator<Item = (K, V)>,
+        outside: &Outside<'_>,
+    ) -> Result<Self, Faults>
+    where
+        K: Into<OsString>,
+        V: Into<OsString>,
+    {
+        Self::load_noting(Faults::default(), file, environment, outside)
+    }
+
+    /// [`load`](Self::load) with the file at `path`, where one is named, and the
+    /// environment of this process.
+    ///
+    /// # Errors
+    /// Everything that is wrong in any of the sources, also that the file cannot
+    /// be read, is larger than 8 MiB or is not UTF-8.
+    pub fn read(
+        path: Option<&Path>,
+        validate: &dyn Fn(&proto::Integration) -> Vec<Violation>,
+    ) -> Result<Self, Faults> {
+        let mut faults = Faults::default();
+        let file = path.and_then(|path| {
+            let name = path.display().to_string();
+            match read_bounded(path, MAX_FILE_BYTES) {
+                Ok(text) => Some((name, text)),
+                Err(error) => {
+                    faults.add(Place::file(&name), "", format!("cannot be read: {error}"));
+                    None
+                }
+            }
+        });
+        let outside = Outside {
+            validate,
+            read_key_file: &|path| read_bounded(path, MAX_KEY_FILE_BYTES),
+        };
+        let file = file
+            .as_ref()
+            .map(|(name, text)| (name.as_str(), text.as_str()));
+        Self::load_noting(faults, file, std::env::vars_os(), &outside)
+    }
+
+    fn load_noting<K, V>(
+        mut faults: Faults,
+        file: Option<(&str, &str)>,
+        environment: impl IntoIterator<Item = (K, V)>,
+        outside: &Outside<'_>,
+    ) -> Result<Self, Faults>
+    where
+        K: Into<OsString>,
+        V: Into<OsString>,
+    {
+        let environment = Environment::new(environment, &mut faults);
+        let defaults = Document::parse(DEFAULT_NAME, DEFAULT_TOML, &mut faults);
+        let file = file.map(|(name, text)| Document::parse(name, text, &mut faults));
+
+        let mut reader = Reader::new(&environment, file.as_ref(), &defaults, faults);
+        let server = Server::take(&mut reader);
+        let segment = Segment::take(&mut reader);
+        let delivery = Delivery::take(&mut reader);
+        let outbox = Outbox::take(&mut reader);
+        let log = Log::take(&mut reader);
+        let integrations = integrations::take(&mut reader, outside);
+        let faults = reader.finish();
+
+        match (server, segment, delivery, outbox, log) {
+            (Some(server), Some(segment), Some(delivery), Some(outbox), Some(log))
+                if faults.is_empty() =>
+            {
+                Ok(Self {
+                    server,
+                    segment,
+                    delivery,
+                    outbox,
+                    log,
+                    integrations,
+                })
+            }
+            _ => Err(faults),
+        }
+    }
+}
+
+/// The text of a file of at most `max_bytes`.
+fn read_bounded(path: &Path, max_bytes: u64) -> io::Result<String> {
+    let mut text = String::new();
+    let bytes = File::open(path)?
+        .take(max_bytes + 1)
+        .read_to_string(&mut text)?;
+    if bytes as u64 > max_bytes {
+        return Err(io::Error::new(
+            io::ErrorKind::FileTooLarge,
+            format!("larger than {max_bytes} bytes"),
+        ));
+    }
+    Ok(text)
+}

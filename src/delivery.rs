@@ -1,0 +1,23 @@
+//! Delivery: lease -> batch -> send -> settle, lane by lane.
+//!
+//! Invariants:
+//! - A lane has at most one request in flight, so the events of one user keep
+//!   their order, also under retries.
+//! - What is decided after an answer is durable before the lane goes on.
+//! - Payloads are in memory only while their request is under way, so memory is
+//!   bounded by the requests in flight, not by the backlog or by the lanes.
+//! - Lanes share nothing but the permits for requests in flight, which are
+//!   given in the order in which lanes asked: nobody's trouble holds others up.
+
+mod backoff;
+mod dispatcher;
+mod lane;
+mod verdict;
+mod vitals;
+mod worker;
+
+pub use backoff::Backoff;
+pub use dispatcher::{Delivery, DeliveryParts};
+pub use lane::{Lane, LaneOptions, Plan};
+pub use verdict::{Verdict, judge};
+pub use vitals::{Vitals, VitalsBoard};

@@ -1,0 +1,248 @@
+//! A lane's state machine: what to take next, and what an answer changes.
+//! Pure: clock and jitter are passed in.
+
+use std::time::Duration;
+
+use crate::{
+    event::EventType,
+    outbox::{LaneKey, LeaseBudget, LeasedCapture, Settlement},
+    proto::DeliveryReason,
+    segment::Answer,
+    status::{Attempt, Outcome},
+    time::UnixMillis,
+};
+
+use super::{
+    backoff::Backoff,
+    verdict::{Verdict, judge},
+};
+
+/// Bounds that all lanes keep.
+#[derive(Clone, Copy, Debug)]
+pub struct LaneOptions {
+    /// Events of one request at the most.
+    pub max_batch_events: usize,
+    /// Bytes of the events of one request, with their commas, at the most.
+    pub max_batch_bytes: usize,
+    /// Waits after failures.
+    pub backoff: Backoff,
+    /// Wait after a refused write key.
+    pub unauthorized_retry: Duration,
+    /// An event that was tried and is older than this is given up.
+    pub max_age: Duration,
+}
+
+/// What a lane does next.
+#[derive(Clone, Copy, Debug)]
+pub enum Plan {
+    /// Take events within this budget and send them.
+    Send(LeaseBudget),
+    /// Nothing before this moment.
+    WaitUntil(UnixMillis),
+}
+
+/// The state of one lane. It holds no events: those are leased for each request.
+#[derive(Debug)]
+pub struct Lane {
+    key: LaneKey,
+    options: LaneOptions,
+    failures: u32,
+    not_before: Option<UnixMillis>,
+    /// Fewer events than the options allow, while a poisoned one is searched.
+    narrowed_to: Option<usize>,
+}
+
+impl Lane {
+    /// A lane that has not sent yet.
+    #[must_use]
+    pub fn new(key: LaneKey, options: LaneOptions) -> Self {
+        Self {
+            key,
+            options,
+            failures: 0,
+            not_before: None,
+            narrowed_to: None,
+        }
+    }
+
+    /// What to do at `now`.
+    #[must_use]
+    pub fn plan(&self, now: UnixMillis) -> Plan {
+        match self.not_before {
+            Some(moment) if moment > now => Plan::WaitUntil(moment),
+            _ => Plan::Send(LeaseBudget {
+                max_events: self.narrowed_to.unwrap_or(self.options.max_batch_events),
+                max_bytes: self.options.max_batch_bytes,
+            }),
+        }
+    }
+
+    /// Failures in a row: what Segment is told as `X-Retry-Count`.
+    #[must_use]
+    pub fn failures(&self) -> u32 {
+        self.failures
+    }
+
+    /// Forgets a wait, since what it waited for may have changed.
+    pub fn resume(&mut self) {
+        self.not_before = None;
+    }
+
+    /// Gives up what was tried and is too old. Takes those captures out of `leased`.
+    pub fn expire(&self, leased: &mut Vec<LeasedCapture>, now: UnixMillis) -> Option<Settlement> {
+        let too_old = |capture: &LeasedCapture| {
+            let tried = EventType::ALL.iter().any(|event| {
+                capture.payload(*event).is_some() && capture.record.event(*event).attempt_count > 0
+            });
+            tried && now.since(capture.record.accept_time) > self.options.max_age
+        };
+        let expired: Vec<_> = leased.extract_if(.., |capture| too_old(capture)).collect();
+        let outcome = Outcome::DeadLetter {
+            reason: DeliveryReason::Expired,
+        };
+        (!expired.is_empty()).then(|| self.settle_all(expired, None, outcome, now))
+    }
+
+    /// Gives up all that is leased: its integration is gone.
+    #[must_use]
+    pub fn abandon(&self, leased: Vec<LeasedCapture>, now: UnixMillis) -> Settlement {
+        let outcome = Outcome::DeadLetter {
+            reason: DeliveryReason::IntegrationDeleted,
+        };
+        self.settle_all(leased, None, outcome, now)
+    }
+
+    /// Waits for credentials: the integration has none for this lane's region.
+    #[must_use]
+    pub fn park(&mut self, leased: Vec<LeasedCapture>, now: UnixMillis) -> Settlement {
+        let outcome = self.wait(
+            DeliveryReason::RegionNotConfigured,
+            now,
+            self.options.unauthorized_retry,
+        );
+        self.settle_all(leased, None, outcome, now)
+    }
+
+    /// What the answer to a request with all of `sent` changes.
+    #[must_use]
+    pub fn settle(
+        &mut self,
+        sent: Vec<LeasedCapture>,
+        answer: &Answer,
+        now: UnixMillis,
+        jitter: f64,
+    ) -> Settlement {
+        let events = sent.iter().map(payload_count).sum();
+        let verdict = judge(answer);
+        let outcome = self.decide(verdict, events, now, jitter);
+        let reason = match (verdict, outcome) {
+            (_, Outcome::Delivered) => DeliveryReason::Unspecified,
+            (Verdict::Poisoned, _) => DeliveryReason::PayloadRejected,
+            (_, Outcome::Retry { reason, .. } | Outcome::DeadLetter { reason }) => reason,
+        };
+        self.settle_all(sent, Some((answer, reason)), outcome, now)
+    }
+
+    fn decide(&mut self, verdict: Verdict, events: usize, now: UnixMillis, jitter: f64) -> Outcome {
+        match verdict {
+            Verdict::Delivered => {
+                self.succeed();
+                // Back to full batches, step by step: there may be more poison.
+                self.narrowed_to = self
+                    .narrowed_to
+                    .map(|narrow| narrow.saturating_mul(2))
+                    .filter(|narrow| *narrow < self.options.max_batch_events);
+                Outcome::Delivered
+            }
+            Verdict::Retry(reason) => {
+                self.failures = self.failures.saturating_add(1);
+                let wait = self.options.backoff.wait(self.failures, jitter);
+                self.wait(reason, now, wait)
+            }
+            Verdict::Pause(wait) => self.wait(DeliveryReason::RateLimited, now, wait),
+            Verdict::Unauthorized => {
+                self.failures = self.failures.saturating_add(1);
+                let wait = self.options.unauthorized_retry;
+                self.wait(DeliveryReason::Unauthorized, now, wait)
+            }
+            Verdict::Poisoned if events > 1 => {
+                self.succeed();
+                self.narrowed_to = Some(events.div_ceil(2));
+                Outcome::Retry {
+                    reason: DeliveryReason::PayloadRejected,
+                    next_attempt: now,
+                }
+            }
+            Verdict::Poisoned => {
+                self.succeed();
+                Outcome::DeadLetter {
+                    reason: DeliveryReason::PayloadRejected,
+                }
+            }
+            Verdict::Rejected => {
+                self.succeed();
+                Outcome::DeadLetter {
+                    reason: DeliveryReason::RequestRejected,
+                }
+            }
+        }
+    }
+
+    fn succeed(&mut self) {
+        self.failures = 0;
+        self.not_before = None;
+    }
+
+    fn wait(&mut self, reason: DeliveryReason, now: UnixMillis, wait: Duration) -> Outcome {
+        let next_attempt = now.plus(wait);
+        self.not_before = Some(next_attempt);
+        Outcome::Retry {
+            reason,
+            next_attempt,
+        }
+    }
+
+    fn settle_all(
+        &self,
+        leased: Vec<LeasedCapture>,
+        attempt: Option<(&Answer, DeliveryReason)>,
+        outcome: Outcome,
+        now: UnixMillis,
+    ) -> Settlement {
+        let mut captures = Vec::with_capacity(leased.len());
+        let mut changed = Vec::with_capacity(leased.len() * 2);
+        for (place, capture) in leased.into_iter().enumerate() {
+            let carried = EventType::ALL.map(|event| capture.payload(event).is_some());
+            let mut record = capture.record;
+            if let Some((answer, reason)) = attempt {
+                record.note_attempt(Attempt {
+                    identify: carried[0],
+                    track: carried[1],
+                    time: answer.started,
+                    http_status: answer.http_status(),
+                    latency: answer.latency,
+                    reason,
+                    error: answer.error(),
+                });
+            }
+            for (event, carried) in EventType::ALL.into_iter().zip(carried) {
+                if carried && record.event_mut(event).advance(outcome, now) {
+                    changed.push((place, event));
+                }
+            }
+            captures.push((capture.sequence, record));
+        }
+        Settlement {
+            lane: self.key.clone(),
+            captures,
+            changed,
+        }
+    }
+}
+
+fn payload_count(capture: &LeasedCapture) -> usize {
+    usize::from(capture.identify.is_some()) + usize::from(capture.track.is_some())
+}
+
+#[cfg(test)]
+mod tests;

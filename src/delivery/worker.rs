@@ -1,0 +1,191 @@
+//! One lane's work: lease -> send -> settle, until nothing waits.
+
+use std::{sync::Arc, time::Duration};
+
+use tokio::sync::Semaphore;
+use tokio_util::sync::CancellationToken;
+
+use super::{DeliveryParts, Lane, Plan, dispatcher::Bell};
+use crate::{
+    event::EventType,
+    integration::Integration,
+    outbox::{LaneKey, LeasedCapture, Settlement},
+    segment::Answer,
+    time::UnixMillis,
+};
+
+/// A worker without work goes home after this time.
+const IDLE: Duration = Duration::from_secs(60);
+/// Wait after the outbox failed.
+const OUTBOX_RETRY: Duration = Duration::from_secs(1);
+
+pub(super) struct Worker {
+    key: LaneKey,
+    parts: Arc<DeliveryParts>,
+    permits: Arc<Semaphore>,
+    bell: Arc<Bell>,
+    stop: CancellationToken,
+    lane: Lane,
+    /// The integration as it was at the last attempt, by its etag.
+    tried_with: Option<String>,
+}
+
+/// What came of one turn.
+enum Turn {
+    /// Something was sent or settled: there may be more.
+    Worked,
+    /// Nothing waits.
+    Idle,
+    /// Not now.
+    Wait(Duration),
+}
+
+impl Worker {
+    pub(super) fn new(
+        key: LaneKey,
+        parts: Arc<DeliveryParts>,
+        permits: Arc<Semaphore>,
+        bell: Arc<Bell>,
+        stop: CancellationToken,
+    ) -> Self {
+        let lane = Lane::new(key.clone(), parts.lanes);
+        Self {
+            key,
+            parts,
+            permits,
+            bell,
+            stop,
+            lane,
+            tried_with: None,
+        }
+    }
+
+    /// Works until nothing waits for a while, or delivery stops.
+    pub(super) async fn run(mut self) {
+        while !self.stop.is_cancelled() {
+            match self.turn().await {
+                Turn::Worked => {}
+                Turn::Wait(wait) => self.wait(wait).await,
+                Turn::Idle => {
+                    if !self.rest().await {
+                        return;
+                    }
+                }
+            }
+        }
+        // Not called any more: whoever starts delivery again starts new workers.
+        while !self.bell.leave() {
+            self.bell.heard().await;
+        }
+    }
+
+    async fn turn(&mut self) -> Turn {
+        let budget = match self.lane.plan(UnixMillis::now()) {
+            Plan::WaitUntil(moment) => return Turn::Wait(moment.since(UnixMillis::now())),
+            Plan::Send(budget) => budget,
+        };
+        let permit = tokio::select! {
+            () = self.stop.cancelled() => return Turn::Idle,
+            permit = Arc::clone(&self.permits).acquire_owned() => permit,
+        };
+        let mut leased = match self.parts.outbox.lease(&self.key, budget).await {
+            Ok(leased) if leased.is_empty() => return Turn::Idle,
+            Ok(leased) => leased,
+            Err(error) => {
+                tracing::warn!(lane = %self.key, %error, "cannot lease; trying again");
+                return Turn::Wait(OUTBOX_RETRY);
+            }
+        };
+        let now = UnixMillis::now();
+        if let Some(expired) = self.lane.expire(&mut leased, now) {
+            tracing::warn!(lane = %self.key, captures = expired.captures.len(), "given up: too old");
+            self.make_durable(expired).await;
+            return Turn::Worked;
+        }
+        let settlement = match self.parts.registry.get(&self.key.integration_id) {
+            None => self.lane.abandon(leased, now),
+            Some(integration) => match self.send(&integration, &leased).await {
+                None => self.lane.park(leased, now),
+                Some(answer) => {
+                    self.lane
+                        .settle(leased, &answer, UnixMillis::now(), fastrand::f64())
+                }
+            },
+        };
+        drop(permit);
+        self.make_durable(settlement).await;
+        Turn::Worked
+    }
+
+    /// `None` where the integration has no write key for this lane's region.
+    async fn send(
+        &mut self,
+        integration: &Integration,
+        leased: &[LeasedCapture],
+    ) -> Option<Answer> {
+        self.tried_with = Some(integration.revision.etag.clone());
+        let write_key = integration.write_key(self.key.region)?;
+        let events: Vec<&[u8]> = leased
+            .iter()
+            .flat_map(|capture| EventType::ALL.map(|event| capture.payload(event)))
+            .flatten()
+            .collect();
+        let region = self.key.region;
+        let retries = self.lane.failures();
+        let answer = self
+            .parts
+            .segment
+            .send(region, write_key, &events, retries)
+            .await;
+        let error = answer.error();
+        if error.is_empty() {
+            tracing::debug!(lane = %self.key, events = events.len(), latency = ?answer.latency, "delivered");
+        } else {
+            tracing::warn!(lane = %self.key, events = events.len(), error, "not delivered");
+        }
+        self.parts.vitals.note(&self.key.integration_id, &answer);
+        Some(answer)
+    }
+
+    /// What Segment has answered must not be forgotten: tries until the outbox
+    /// takes it, or delivery stops. Then the events are sent again after the
+    /// next start, with the same message ids.
+    async fn make_durable(&self, settlement: Settlement) {
+        let settlement = Arc::new(settlement);
+        while let Err(error) = self.parts.outbox.settle(Arc::clone(&settlement)).await {
+            tracing::warn!(lane = %self.key, %error, "cannot settle; trying again");
+            tokio::select! {
+                () = self.stop.cancelled() => return,
+                () = tokio::time::sleep(OUTBOX_RETRY) => {}
+            }
+        }
+    }
+
+    /// Waits, but goes on at once when the integration has been changed.
+    async fn wait(&mut self, wait: Duration) {
+        let until = tokio::time::sleep(wait);
+        tokio::pin!(until);
+        loop {
+            tokio::select! {
+                () = self.stop.cancelled() => return,
+                () = &mut until => return,
+                () = self.bell.heard() => {
+                    let current = self.parts.registry.get(&self.key.integration_id);
+                    if current.map(|found| found.revision.etag.clone()) != self.tried_with {
+                        self.lane.resume();
+                        return;
+                    }
+                }
+            }
+        }
+    }
+
+    /// Returns whether there may be work again.
+    async fn rest(&self) -> bool {
+        tokio::select! {
+            () = self.stop.cancelled() => false,
+            () = self.bell.heard() => true,
+            () = tokio::time::sleep(IDLE) => !self.bell.leave(),
+        }
+    }
+}

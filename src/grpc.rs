@@ -1,0 +1,74 @@
+//! The gRPC services: decode, hand to the one who does it, encode.
+
+mod convert;
+mod dead_letters;
+mod error;
+mod gate;
+mod integrations;
+mod privacy;
+mod relay;
+mod stream;
+mod watch;
+
+use std::sync::Arc;
+
+use crate::{
+    config,
+    delivery::VitalsBoard,
+    outbox::Outbox,
+    proto::{
+        dead_letter_service_server::DeadLetterServiceServer,
+        integration_service_server::IntegrationServiceServer,
+        privacy_service_server::PrivacyServiceServer, segment_relay_server::SegmentRelayServer,
+    },
+    registry::Registry,
+    segment::SegmentClient,
+};
+
+pub use error::RelayError;
+pub use gate::Gate;
+
+/// Name of the main service, as health checks ask for it.
+pub const RELAY_SERVICE: &str = "jebbit.segmentrelay.v1.SegmentRelay";
+
+/// What the services work with.
+#[derive(Clone)]
+pub struct Services {
+    /// Where captures go.
+    pub outbox: Arc<dyn Outbox>,
+    /// The integrations.
+    pub registry: Arc<Registry>,
+    /// For tests of an integration, past the queue.
+    pub segment: Arc<SegmentClient>,
+    /// How delivery goes.
+    pub vitals: Arc<VitalsBoard>,
+    /// Lets calls in.
+    pub gate: Arc<Gate>,
+    /// Bounds.
+    pub limits: Arc<config::Server>,
+}
+
+impl Services {
+    /// All services of the contract.
+    #[must_use]
+    pub fn routes(&self) -> tonic::service::Routes {
+        let max = self.limits.max_message_bytes;
+        let mut routes = tonic::service::RoutesBuilder::default();
+        routes
+            .add_service(
+                SegmentRelayServer::new(relay::Relay(self.clone())).max_decoding_message_size(max),
+            )
+            .add_service(
+                IntegrationServiceServer::new(integrations::Integrations(self.clone()))
+                    .max_decoding_message_size(max),
+            )
+            .add_service(
+                DeadLetterServiceServer::new(dead_letters::DeadLetters)
+                    .max_decoding_message_size(max),
+            )
+            .add_service(
+                PrivacyServiceServer::new(privacy::Privacy).max_decoding_message_size(max),
+            );
+        routes.routes()
+    }
+}

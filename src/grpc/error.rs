@@ -1,0 +1,403 @@
+//! The one place where the relay's errors become gRPC statuses.
+
+use std::{collections::HashMap, time::Duration};
+
+use tonic::{Code, Status};
+use tonic_types::{ErrorDetails, FieldViolation, StatusExt};
+
+use crate::{
+    mapping::CaptureFault,
+    outbox::{OutboxError, Quota},
+    proto,
+    registry::RegistryError,
+    violation::Violation,
+};
+
+/// `domain` of every ErrorInfo.
+const DOMAIN: &str = "segment-relay.jebbit.com";
+/// When to try again what is refused for now.
+const RETRY_DELAY: Duration = Duration::from_secs(1);
+/// Details travel in a header, which clients bound (grpc-core: 8 KiB by
+/// default, in base64): so much is filled with violations.
+const MAX_DETAIL_BYTES: usize = 4_096;
+
+/// Why a call failed.
+#[derive(Clone, Debug)]
+pub enum RelayError {
+    /// The request breaks the schema's rules.
+    InvalidRequest(Vec<Violation>),
+    /// The capture breaks the schema's or the mapping's rules.
+    Capture(CaptureFault),
+    /// Its id was used for other content.
+    CaptureIdReused,
+    /// There is no such capture.
+    CaptureNotFound(String),
+    /// There is no room in the backlog.
+    Full(Quota),
+    /// More calls than the relay takes at once.
+    Busy(&'static str),
+    /// The relay is shutting down.
+    Draining,
+    /// The store failed.
+    Outbox(OutboxError),
+    /// The integrations' store refused.
+    Registry(RegistryError),
+    /// A later version does it.
+    NotImplemented(&'static str),
+}
+
+impl From<CaptureFault> for RelayError {
+    fn from(fault: CaptureFault) -> Self {
+        Self::Capture(fault)
+    }
+}
+
+impl From<OutboxError> for RelayError {
+    fn from(error: OutboxError) -> Self {
+        Self::Outbox(error)
+    }
+}
+
+impl From<RegistryError> for RelayError {
+    fn from(error: RegistryError) -> Self {
+        match error {
+            RegistryError::Invalid(found) => Self::InvalidRequest(found),
+            RegistryError::Outbox(error) => Self::Outbox(error),
+            other => Self::Registry(other),
+        }
+    }
+}
+
+impl RelayError {
+    /// One rule that one field of a request breaks.
+    pub(super) fn invalid(
+        field: &str,
+        reason: &'static str,
+        description: impl Into<String>,
+    ) -> Self {
+        let (field, description) = (field.to_owned(), description.into());
+        Self::InvalidRequest(vec![Violation {
+            field,
+            reason,
+            description,
+        }])
+    }
+
+    /// The gRPC code.
+    #[must_use]
+    pub fn code(&self) -> Code {
+        match self {
+            Self::InvalidRequest(_) | Self::Capture(CaptureFault::Invalid(_)) => {
+                Code::InvalidArgument
+            }
+            Self::Capture(_) => Code::FailedPrecondition,
+            Self::CaptureIdReused => Code::AlreadyExists,
+            Self::CaptureNotFound(_) => Code::NotFound,
+            Self::Full(_) | Self::Busy(_) => Code::ResourceExhausted,
+            Self::Draining | Self::Outbox(_) => Code::Unavailable,
+            Self::NotImplemented(_) => Code::Unimplemented,
+            Self::Registry(error) => match error {
+                RegistryError::NotFound(_) => Code::NotFound,
+                RegistryError::Exists(_) => Code::AlreadyExists,
+                RegistryError::StaleEtag(_) => Code::Aborted,
+                RegistryError::ReadOnly(_) | RegistryError::EventsWaiting { .. } => {
+                    Code::FailedPrecondition
+                }
+                RegistryError::Invalid(_) => Code::InvalidArgument,
+                RegistryError::Outbox(_) => Code::Unavailable,
+            },
+        }
+    }
+
+    /// The stable word for programs.
+    #[must_use]
+    pub fn reason(&self) -> &'static str {
+        match self {
+            Self::InvalidRequest(_) => "INVALID_REQUEST",
+            Self::Capture(CaptureFault::Invalid(_)) => "INVALID_CAPTURE",
+            Self::Capture(CaptureFault::RegionNotConfigured(_)) => "REGION_NOT_CONFIGURED",
+            Self::Capture(CaptureFault::RegionAmbiguous) => "REGION_AMBIGUOUS",
+            Self::CaptureIdReused => "CAPTURE_ID_REUSED",
+            Self::CaptureNotFound(_) => "CAPTURE_NOT_FOUND",
+            Self::Full(Quota::Events | Quota::Bytes) => "BACKLOG_FULL",
+            Self::Full(_) => "INTEGRATION_BACKLOG_FULL",
+            Self::Busy(_) => "TOO_MANY_CALLS",
+            Self::Draining => "DRAINING",
+            Self::Outbox(_) => "OUTBOX_UNAVAILABLE",
+            Self::NotImplemented(_) => "NOT_IMPLEMENTED",
+            Self::Registry(error) => match error {
+                RegistryError::NotFound(_) => "INTEGRATION_NOT_FOUND",
+                RegistryError::Exists(_) => "INTEGRATION_EXISTS",
+                RegistryError::StaleEtag(_) => "STALE_ETAG",
+                RegistryError::ReadOnly(_) => "INTEGRATION_READ_ONLY",
+                RegistryError::EventsWaiting { .. } => "EVENTS_WAITING",
+                RegistryError::Invalid(_) => "INVALID_REQUEST",
+                RegistryError::Outbox(_) => "OUTBOX_UNAVAILABLE",
+            },
+        }
+    }
+
+    /// What is wrong and what to do, for people.
+    #[must_use]
+    pub fn message(&self) -> String {
+        match self {
+            Self::InvalidRequest(found) | Self::Capture(CaptureFault::Invalid(found)) => {
+                match found.as_slice() {
+                    [one] if one.field.is_empty() => one.description.clone(),
+                    [one] => format!("{}: {}", one.field, one.description),
+                    [first, rest @ ..] => format!(
+                        "{}: {} (and {} more violations, see the details)",
+                        first.field,
+                        first.description,
+                        rest.len()
+                    ),
+                    [] => "the request is invalid".to_owned(),
+                }
+            }
+            Self::Capture(CaptureFault::RegionNotConfigured(region)) => format!(
+                "the integration has no write key for the {region} region; add one, or name the \
+                 region that it has"
+            ),
+            Self::Capture(CaptureFault::RegionAmbiguous) => {
+                "the integration has both regions; name one in capture.data_region".to_owned()
+            }
+            Self::CaptureIdReused => "this capture_id was used for other content; \
+                use a new capture_id for new content"
+                .to_owned(),
+            Self::CaptureNotFound(_) => {
+                "there is no capture of this id in the integration, or it is forgotten by now"
+                    .to_owned()
+            }
+            Self::Full(quota) => format!(
+                "{}; nothing was stored, try again later",
+                quota_text(*quota)
+            ),
+            Self::Busy(what) => format!("too many {what} at once; try again later"),
+            Self::Draining => "the relay is shutting down; try again elsewhere".to_owned(),
+            Self::Outbox(_) => {
+                "the relay cannot store or read captures now; nothing was stored, try again later"
+                    .to_owned()
+            }
+            Self::Registry(error) => error.to_string(),
+            Self::NotImplemented(what) => format!("{what} is not implemented in this version"),
+        }
+    }
+
+    /// What a call fails with.
+    #[must_use]
+    pub fn to_status(&self) -> Status {
+        let mut details = ErrorDetails::new();
+        details.set_error_info(self.reason(), DOMAIN, HashMap::new());
+        match self {
+            Self::InvalidRequest(found) | Self::Capture(CaptureFault::Invalid(found)) => {
+                details.set_bad_request(bounded(found));
+            }
+            Self::CaptureNotFound(id) => {
+                details.set_resource_info("capture", id.as_str(), "", self.message());
+            }
+            Self::Registry(RegistryError::NotFound(id)) => {
+                details.set_resource_info("integration", id.as_str(), "", self.message());
+            }
+            Self::Full(quota) => {
+                details.set_retry_info(Some(RETRY_DELAY));
+                let subject = match quota {
+                    Quota::Events | Quota::Bytes => "relay",
+                    Quota::IntegrationEvents | Quota::IntegrationBytes => "integration",
+                };
+                details.add_quota_failure_violation(subject, quota_text(*quota));
+            }
+            Self::Busy(what) => {
+                details.set_retry_info(Some(RETRY_DELAY));
+                details.add_quota_failure_violation("relay", format!("{what} at once"));
+            }
+            Self::Draining | Self::Outbox(_) => {
+                details.set_retry_info(Some(RETRY_DELAY));
+            }
+            _ => {}
+        }
+        Status::with_error_details(self.code(), self.message(), details)
+    }
+
+    /// The same for one capture of a batch or a stream.
+    #[must_use]
+    pub fn to_capture_error(&self) -> proto::CaptureError {
+        let violations = match self {
+            Self::InvalidRequest(found) | Self::Capture(CaptureFault::Invalid(found)) => {
+                found.iter().cloned().map(Into::into).collect()
+            }
+            _ => Vec::new(),
+        };
+        proto::CaptureError {
+            code: self.code().into(),
+            reason: self.reason().to_owned(),
+            message: self.message(),
+            violations,
+        }
+    }
+}
+
+impl From<RelayError> for Status {
+    fn from(error: RelayError) -> Self {
+        if let RelayError::Outbox(cause) = &error {
+            tracing::warn!(%cause, "a call failed");
+        }
+        error.to_status()
+    }
+}
+
+fn quota_text(quota: Quota) -> &'static str {
+    match quota {
+        Quota::Events => "as many events wait as the relay may hold ([outbox] max_events)",
+        Quota::Bytes => "as many bytes wait as the relay may hold ([outbox] max_bytes)",
+        Quota::IntegrationEvents => {
+            "as many events wait as one integration may have ([outbox] max_integration_events)"
+        }
+        Quota::IntegrationBytes => {
+            "as many bytes wait as one integration may have ([outbox] max_integration_bytes)"
+        }
+    }
+}
+
+/// As many violations as a header can carry; the last one counts the others.
+fn bounded(found: &[Violation]) -> Vec<FieldViolation> {
+    let mut bytes = 0;
+    let mut listed: Vec<_> = found
+        .iter()
+        .take_while(|one| {
+            bytes += one.field.len() + one.reason.len() + one.description.len() + 8;
+            bytes <= MAX_DETAIL_BYTES
+        })
+        .map(|one| FieldViolation {
+            field: one.field.clone(),
+            description: one.description.clone(),
+            reason: one.reason.to_owned(),
+            localized_message: None,
+        })
+        .collect();
+    if listed.len() < found.len() {
+        let more = format!(
+            "{} more violations are not listed",
+            found.len() - listed.len()
+        );
+        listed.push(FieldViolation {
+            description: more,
+            reason: "MORE_VIOLATIONS".to_owned(),
+            ..FieldViolation::default()
+        });
+    }
+    listed
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{integration::IntegrationId, region::Region};
+
+    fn violation(index: usize) -> Violation {
+        Violation {
+            field: format!("capture.attributes[\"{index}\"]"),
+            reason: "WRONG_TYPE",
+            description: "d".repeat(200),
+        }
+    }
+
+    #[test]
+    fn every_error_has_the_code_and_the_details_of_the_contract() {
+        let id = || IntegrationId::new("acme").expect("valid");
+        let fault = RelayError::Capture;
+        for (error, code, reason) in [
+            (
+                RelayError::InvalidRequest(vec![violation(0)]),
+                Code::InvalidArgument,
+                "INVALID_REQUEST",
+            ),
+            (
+                fault(CaptureFault::Invalid(vec![violation(0)])),
+                Code::InvalidArgument,
+                "INVALID_CAPTURE",
+            ),
+            (
+                fault(CaptureFault::RegionNotConfigured(Region::Eu)),
+                Code::FailedPrecondition,
+                "REGION_NOT_CONFIGURED",
+            ),
+            (
+                fault(CaptureFault::RegionAmbiguous),
+                Code::FailedPrecondition,
+                "REGION_AMBIGUOUS",
+            ),
+            (
+                RelayError::CaptureIdReused,
+                Code::AlreadyExists,
+                "CAPTURE_ID_REUSED",
+            ),
+            (
+                RelayError::CaptureNotFound("c".into()),
+                Code::NotFound,
+                "CAPTURE_NOT_FOUND",
+            ),
+            (
+                RegistryError::NotFound("x".into()).into(),
+                Code::NotFound,
+                "INTEGRATION_NOT_FOUND",
+            ),
+            (
+                RegistryError::StaleEtag(id()).into(),
+                Code::Aborted,
+                "STALE_ETAG",
+            ),
+            (
+                RelayError::Full(Quota::IntegrationBytes),
+                Code::ResourceExhausted,
+                "INTEGRATION_BACKLOG_FULL",
+            ),
+            (RelayError::Draining, Code::Unavailable, "DRAINING"),
+            (
+                OutboxError::Closed.into(),
+                Code::Unavailable,
+                "OUTBOX_UNAVAILABLE",
+            ),
+        ] {
+            let status = error.to_status();
+            let details = status.get_error_details();
+            assert_eq!(status.code(), code, "{error:?}");
+            let info = details.error_info().expect("an ErrorInfo");
+            assert_eq!(info.reason, reason);
+            assert_eq!(
+                details.bad_request().is_some(),
+                code == Code::InvalidArgument
+            );
+            assert_eq!(details.resource_info().is_some(), code == Code::NotFound);
+            let again = matches!(code, Code::Unavailable | Code::ResourceExhausted);
+            assert_eq!(details.retry_info().is_some(), again);
+            assert_eq!(
+                details.quota_failure().is_some(),
+                code == Code::ResourceExhausted
+            );
+        }
+    }
+
+    #[test]
+    fn many_violations_fit_into_a_header_and_the_rest_is_counted() {
+        let found: Vec<_> = (0..100).map(violation).collect();
+        let status = RelayError::InvalidRequest(found.clone()).to_status();
+        assert!(status.details().len() < 6_000, "{}", status.details().len());
+        let details = status.get_error_details();
+        let listed = &details.bad_request().expect("violations").field_violations;
+        let last = listed.last().expect("at least one");
+        assert_eq!(last.reason, "MORE_VIOLATIONS");
+        let counted = format!("{} more", 100 - (listed.len() - 1));
+        assert!(
+            last.description.starts_with(&counted),
+            "{}",
+            last.description
+        );
+        assert_eq!(
+            RelayError::InvalidRequest(found)
+                .to_capture_error()
+                .violations
+                .len(),
+            100
+        );
+    }
+}

@@ -1,0 +1,371 @@
+//! SegmentRelay: captures in, status out.
+
+use std::{
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::{Request, Response, Status, Streaming, metadata::MetadataMap};
+
+use super::{RelayError, Services, convert, stream, watch};
+use crate::{
+    event::{self, EventType, message_id},
+    intake,
+    integration::Integration,
+    mapping::{self, CaptureFault, MAX_CAPTURE_ID_CHARS},
+    outbox::{NewCapture, Submitted},
+    proto::{
+        Capture, CaptureBatchRequest, CaptureBatchResponse, CaptureRequest, CaptureResponse,
+        CaptureResult, CaptureStreamRequest, CaptureStreamResponse, GetCaptureRequest,
+        GetCaptureResponse, PreviewCaptureRequest, PreviewCaptureResponse, PreviewedEvent, WaitFor,
+        WatchDeliveriesRequest, WatchDeliveriesResponse, segment_relay_server::SegmentRelay,
+    },
+    status::CaptureRecord,
+    time::UnixMillis,
+};
+
+/// Captures of one batch at the most.
+const MAX_BATCH: usize = 1_000;
+/// Share of the time to the deadline that is kept for the way back: a tenth,
+/// within these bounds.
+const ANSWER_MARGIN: (Duration, Duration) = (Duration::from_millis(20), Duration::from_millis(500));
+
+pub(super) struct Relay(pub(super) Services);
+
+#[tonic::async_trait]
+impl SegmentRelay for Relay {
+    async fn capture(
+        &self,
+        request: Request<CaptureRequest>,
+    ) -> Result<Response<CaptureResponse>, Status> {
+        let _permit = self.0.gate.enter()?;
+        let deadline = self.answer_by(request.metadata());
+        let request = request.into_inner();
+        let wait_for = wait_for(request.wait_for)?;
+        let integration = self.0.integration(&request.integration_id)?;
+        let new = self.0.prepare(&integration, request.capture)?;
+        let submitted = self.submit(vec![new]).await?;
+        let accepted = submitted
+            .into_iter()
+            .next()
+            .map_or(Err(RelayError::Draining), accepted)?;
+        let (mut record, duplicate) = accepted;
+        if wait_for == WaitFor::Delivered {
+            record = self.until_final(record, deadline).await?;
+        }
+        let result = Some(convert::capture_result(&record, duplicate));
+        Ok(Response::new(CaptureResponse { result }))
+    }
+
+    async fn capture_batch(
+        &self,
+        request: Request<CaptureBatchRequest>,
+    ) -> Result<Response<CaptureBatchResponse>, Status> {
+        let _permit = self.0.gate.enter()?;
+        let deadline = self.answer_by(request.metadata());
+        let request = request.into_inner();
+        let wait_for = wait_for(request.wait_for)?;
+        if request.captures.is_empty() || request.captures.len() > MAX_BATCH {
+            let rule = format!("1 to {MAX_BATCH} captures; split a larger batch");
+            return Err(RelayError::invalid("captures", "OUT_OF_RANGE", rule).into());
+        }
+        let integration = self.0.integration(&request.integration_id)?;
+        let mut answers = self.accept_batch(&integration, request.captures).await?;
+        if wait_for == WaitFor::Delivered {
+            for (record, _) in answers.iter_mut().flat_map(|answer| &mut answer.1) {
+                *record = self.until_final(record.clone(), deadline).await?;
+            }
+        }
+        let results = answers
+            .iter()
+            .map(|(id, answer)| capture_result(id, answer))
+            .collect();
+        Ok(Response::new(CaptureBatchResponse { results }))
+    }
+
+    type CaptureStreamStream = ReceiverStream<Result<CaptureStreamResponse, Status>>;
+
+    async fn capture_stream(
+        &self,
+        request: Request<Streaming<CaptureStreamRequest>>,
+    ) -> Result<Response<Self::CaptureStreamStream>, Status> {
+        let permit = self.0.gate.enter()?;
+        Ok(Response::new(stream::serve(
+            self.0.clone(),
+            request.into_inner(),
+            permit,
+        )))
+    }
+
+    async fn preview_capture(
+        &self,
+        request: Request<PreviewCaptureRequest>,
+    ) -> Result<Response<PreviewCaptureResponse>, Status> {
+        let _permit = self.0.gate.enter()?;
+        let request = request.into_inner();
+        let integration = self.0.integration(&request.integration_id)?;
+        let capture = required(request.capture)?;
+        match preview(&integration, &capture) {
+            Ok(events) => Ok(Response::new(PreviewCaptureResponse {
+                events,
+                violations: Vec::new(),
+            })),
+            Err(CaptureFault::Invalid(found)) => Ok(Response::new(PreviewCaptureResponse {
+                events: Vec::new(),
+                violations: found.into_iter().map(Into::into).collect(),
+            })),
+            Err(other) => Err(RelayError::from(other).into()),
+        }
+    }
+
+    async fn get_capture(
+        &self,
+        request: Request<GetCaptureRequest>,
+    ) -> Result<Response<GetCaptureResponse>, Status> {
+        let _permit = self.0.gate.enter()?;
+        let request = request.into_inner();
+        let integration = self.0.integration(&request.integration_id)?;
+        let id = request.capture_id;
+        if id.is_empty() {
+            return Err(RelayError::invalid("capture_id", "REQUIRED", "name the capture").into());
+        }
+        let found = self
+            .0
+            .outbox
+            .find(integration.id(), &id)
+            .await
+            .map_err(RelayError::from)?;
+        let record = found.ok_or_else(|| {
+            RelayError::CaptureNotFound(id.chars().take(MAX_CAPTURE_ID_CHARS).collect())
+        })?;
+        Ok(Response::new(GetCaptureResponse {
+            result: Some(convert::capture_result(&record, false)),
+            attempts: convert::attempts(&record),
+        }))
+    }
+
+    type WatchDeliveriesStream = ReceiverStream<Result<WatchDeliveriesResponse, Status>>;
+
+    async fn watch_deliveries(
+        &self,
+        request: Request<WatchDeliveriesRequest>,
+    ) -> Result<Response<Self::WatchDeliveriesStream>, Status> {
+        let permit = self.0.gate.enter_watcher()?;
+        let request = request.into_inner();
+        let filter = watch::Filter::new(&self.0, &request)?;
+        Ok(Response::new(watch::serve(&self.0, filter, permit)))
+    }
+}
+
+/// What became of one capture of a request: its record, and whether it is a duplicate.
+pub(super) type Accepted = Result<(CaptureRecord, bool), RelayError>;
+
+impl Services {
+    /// The integration of a request.
+    pub(super) fn integration(&self, id: &str) -> Result<Arc<Integration>, RelayError> {
+        if id.is_empty() {
+            return Err(RelayError::invalid(
+                "integration_id",
+                "REQUIRED",
+                "name the integration",
+            ));
+        }
+        Ok(self.registry.find(id)?)
+    }
+
+    /// Validates a capture and builds its events.
+    pub(super) fn prepare(
+        &self,
+        integration: &Integration,
+        capture: Option<Capture>,
+    ) -> Result<NewCapture, RelayError> {
+        let capture = required(capture)?;
+        Ok(intake::prepare(integration, capture, UnixMillis::now())?)
+    }
+}
+
+impl Relay {
+    async fn submit(&self, captures: Vec<NewCapture>) -> Result<Vec<Submitted>, RelayError> {
+        let receipt = self.0.outbox.submit(captures).await?;
+        Ok(receipt.wait().await?)
+    }
+
+    /// Each capture of a batch with its id; those that can't be taken fail alone.
+    async fn accept_batch(
+        &self,
+        integration: &Integration,
+        captures: Vec<Capture>,
+    ) -> Result<Vec<(String, Accepted)>, RelayError> {
+        let mut answers = Vec::with_capacity(captures.len());
+        let mut taken = Vec::with_capacity(captures.len());
+        for capture in captures {
+            let id = echo_id(&capture);
+            match self.0.prepare(integration, Some(capture)) {
+                Ok(new) => {
+                    answers.push((id, None));
+                    taken.push(new);
+                }
+                Err(error) => answers.push((id, Some(Err(error)))),
+            }
+        }
+        let submitted = if taken.is_empty() {
+            Vec::new()
+        } else {
+            self.submit(taken).await?
+        };
+        let mut submitted = submitted.into_iter();
+        let filled = answers.into_iter().map(|(id, answer)| {
+            // The outbox answers one for one.
+            let answer = answer.or_else(|| submitted.next().map(accepted));
+            (id, answer.unwrap_or(Err(RelayError::Draining)))
+        });
+        Ok(filled.collect())
+    }
+
+    /// When a call has to be answered at the latest.
+    fn answer_by(&self, metadata: &MetadataMap) -> Instant {
+        let asked = metadata
+            .get("grpc-timeout")
+            .and_then(|timeout| timeout.to_str().ok())
+            .and_then(parse_timeout)
+            .unwrap_or(self.0.limits.max_wait);
+        let timeout = asked.min(self.0.limits.request_timeout);
+        let (least, most) = ANSWER_MARGIN;
+        let margin = (timeout / 10).clamp(least, most);
+        Instant::now() + timeout.saturating_sub(margin).min(self.0.limits.max_wait)
+    }
+
+    /// The record once both events are final; the state so far where the
+    /// deadline is near or the relay drains.
+    async fn until_final(
+        &self,
+        mut record: CaptureRecord,
+        deadline: Instant,
+    ) -> Result<CaptureRecord, RelayError> {
+        let signals = self.0.outbox.signals();
+        let expectation = signals.expect(&record.integration_id, &record.capture_id);
+        while !record.is_final() {
+            let change = expectation.next_change();
+            let current = self
+                .0
+                .outbox
+                .find(&record.integration_id, &record.capture_id)
+                .await?;
+            let Some(current) = current else { break };
+            record = current;
+            if record.is_final() {
+                break;
+            }
+            tokio::select! {
+                () = change => {}
+                () = tokio::time::sleep_until(deadline.into()) => break,
+                () = self.0.gate.draining() => break,
+            }
+        }
+        // What happened until the deadline belongs to the answer.
+        if !record.is_final() {
+            let current = self
+                .0
+                .outbox
+                .find(&record.integration_id, &record.capture_id)
+                .await?;
+            record = current.unwrap_or(record);
+        }
+        Ok(record)
+    }
+}
+
+/// The outbox's answer as the contract has it.
+pub(super) fn accepted(submitted: Submitted) -> Accepted {
+    match submitted {
+        Submitted::Accepted(record) => Ok((record, false)),
+        Submitted::Duplicate(record) => Ok((record, true)),
+        Submitted::Conflict => Err(RelayError::CaptureIdReused),
+        Submitted::Full(quota) => Err(RelayError::Full(quota)),
+    }
+}
+
+/// One result of a batch or a stream.
+pub(super) fn capture_result(id: &str, answer: &Accepted) -> CaptureResult {
+    match answer {
+        Ok((record, duplicate)) => convert::capture_result(record, *duplicate),
+        Err(error) => CaptureResult {
+            capture_id: id.to_owned(),
+            error: Some(error.to_capture_error()),
+            ..CaptureResult::default()
+        },
+    }
+}
+
+/// The id that a refused capture is answered with, of bounded length.
+pub(super) fn echo_id(capture: &Capture) -> String {
+    mapping::capture_id(capture)
+        .chars()
+        .take(MAX_CAPTURE_ID_CHARS)
+        .collect()
+}
+
+fn required(capture: Option<Capture>) -> Result<Capture, RelayError> {
+    capture.ok_or_else(|| RelayError::invalid("capture", "REQUIRED", "give the capture"))
+}
+
+fn wait_for(value: i32) -> Result<WaitFor, RelayError> {
+    WaitFor::try_from(value).map_err(|_| {
+        let rule = "WAIT_FOR_ACCEPTED or WAIT_FOR_DELIVERED";
+        RelayError::invalid("wait_for", "UNKNOWN_VALUE", rule)
+    })
+}
+
+fn preview(
+    integration: &Integration,
+    capture: &Capture,
+) -> Result<Vec<PreviewedEvent>, CaptureFault> {
+    let mapped = mapping::map(integration, capture, UnixMillis::now())?;
+    let events = event::build(integration.id(), &mapped).map_err(CaptureFault::Invalid)?;
+    let Some(events) = events.filter(|_| integration.enabled) else {
+        return Ok(Vec::new());
+    };
+    let previewed = EventType::ALL.map(|event| PreviewedEvent {
+        r#type: event.to_proto().into(),
+        message_id: message_id(integration.id(), &mapped.capture_id, event),
+        json: String::from_utf8_lossy(events.get(event)).into_owned(),
+    });
+    Ok(previewed.into())
+}
+
+/// `grpc-timeout`: at most eight digits and a unit (gRPC over HTTP/2, "Requests").
+fn parse_timeout(text: &str) -> Option<Duration> {
+    let (digits, unit) = text.split_at_checked(text.len().checked_sub(1)?)?;
+    if digits.is_empty() || digits.len() > 8 || !digits.bytes().all(|c| c.is_ascii_digit()) {
+        return None;
+    }
+    let amount: u64 = digits.parse().ok()?;
+    Some(match unit {
+        "H" => Duration::from_secs(amount * 3_600),
+        "M" => Duration::from_secs(amount * 60),
+        "S" => Duration::from_secs(amount),
+        "m" => Duration::from_millis(amount),
+        "u" => Duration::from_micros(amount),
+        "n" => Duration::from_nanos(amount),
+        _ => return None,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn deadlines_are_read_as_the_protocol_has_them() {
+        assert_eq!(parse_timeout("2S"), Some(Duration::from_secs(2)));
+        assert_eq!(
+            parse_timeout("99999999H"),
+            Some(Duration::from_secs(99_999_999 * 3_600))
+        );
+        assert_eq!(parse_timeout("1500m"), Some(Duration::from_millis(1_500)));
+        for bad in ["", "S", "1", "1x", "+1S", "-1S", "123456789S", "1é"] {
+            assert_eq!(parse_timeout(bad), None, "{bad}");
+        }
+    }
+}

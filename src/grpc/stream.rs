@@ -1,0 +1,134 @@
+//! CaptureStream: captures are submitted in the order of the stream, their
+//! results sent as they become durable. What is between the two is bounded, and
+//! so is what waits to be sent: a client that does not read is not read.
+
+use futures_util::{StreamExt, stream::FuturesUnordered};
+use tokio::sync::{OwnedSemaphorePermit, mpsc};
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::{Status, Streaming};
+
+use super::{
+    RelayError, Services,
+    relay::{accepted, capture_result, echo_id},
+};
+use crate::{
+    outbox::{NewCapture, Receipt},
+    proto::{CaptureStreamRequest, CaptureStreamResponse},
+};
+
+/// Results that wait to be sent.
+const RESULTS: usize = 64;
+/// Longest correlation id, in characters.
+const MAX_CORRELATION_CHARS: usize = 256;
+
+type Results = mpsc::Sender<Result<CaptureStreamResponse, Status>>;
+
+/// Serves a stream in a task of its own, which holds the permit.
+pub(super) fn serve(
+    services: Services,
+    requests: Streaming<CaptureStreamRequest>,
+    permit: OwnedSemaphorePermit,
+) -> ReceiverStream<Result<CaptureStreamResponse, Status>> {
+    let (results, receiver) = mpsc::channel(RESULTS);
+    let tracker = services.gate.streams.clone();
+    tracker.spawn(async move {
+        run(services, requests, results).await;
+        drop(permit);
+    });
+    ReceiverStream::new(receiver)
+}
+
+/// Ends when the client has ended its side and has all results, when it has
+/// gone, or when the relay drains.
+async fn run(services: Services, mut requests: Streaming<CaptureStreamRequest>, results: Results) {
+    let max_in_flight = services.limits.max_stream_captures_in_flight;
+    let mut in_flight = FuturesUnordered::new();
+    let mut reading = true;
+    let mut draining = false;
+    while reading || !in_flight.is_empty() {
+        tokio::select! {
+            Some(result) = in_flight.next(), if !in_flight.is_empty() => {
+                if results.send(Ok(result)).await.is_err() {
+                    return;
+                }
+            }
+            () = services.gate.draining(), if reading => {
+                (reading, draining) = (false, true);
+            }
+            request = requests.message(), if reading && in_flight.len() < max_in_flight => {
+                match request {
+                    Ok(Some(request)) => {
+                        let submitted = submit(&services, request).await;
+                        in_flight.push(submitted.result());
+                    }
+                    Ok(None) => reading = false,
+                    // What was taken is stored; there is nobody to tell.
+                    Err(_) => return,
+                }
+            }
+        }
+    }
+    if draining {
+        // An error says that the client has gone.
+        let _ = results.send(Err(RelayError::Draining.into())).await;
+    }
+}
+
+/// A capture of the stream between its submission and its result.
+struct InFlight {
+    correlation_id: String,
+    capture_id: String,
+    submitted: Result<Receipt, RelayError>,
+}
+
+/// Submits one capture, in its turn.
+async fn submit(services: &Services, request: CaptureStreamRequest) -> InFlight {
+    let capture_id = request.capture.as_ref().map(echo_id).unwrap_or_default();
+    let correlation_id = request
+        .correlation_id
+        .chars()
+        .take(MAX_CORRELATION_CHARS)
+        .collect();
+    let submitted = match prepare(services, request) {
+        Ok(new) => services
+            .outbox
+            .submit(vec![new])
+            .await
+            .map_err(RelayError::from),
+        Err(error) => Err(error),
+    };
+    InFlight {
+        correlation_id,
+        capture_id,
+        submitted,
+    }
+}
+
+impl InFlight {
+    /// The result, once the capture is durable or refused.
+    async fn result(self) -> CaptureStreamResponse {
+        let answer = match self.submitted {
+            Ok(receipt) => match receipt.wait().await {
+                Ok(all) => all
+                    .into_iter()
+                    .next()
+                    .map_or(Err(RelayError::Draining), accepted),
+                Err(error) => Err(error.into()),
+            },
+            Err(error) => Err(error),
+        };
+        CaptureStreamResponse {
+            correlation_id: self.correlation_id,
+            result: Some(capture_result(&self.capture_id, &answer)),
+        }
+    }
+}
+
+fn prepare(services: &Services, request: CaptureStreamRequest) -> Result<NewCapture, RelayError> {
+    if request.correlation_id.chars().count() > MAX_CORRELATION_CHARS {
+        let rule = format!("at most {MAX_CORRELATION_CHARS} characters");
+        return Err(RelayError::invalid("correlation_id", "TOO_LONG", rule));
+    }
+    let integration = services.integration(&request.integration_id)?;
+    services.prepare(&integration, request.capture)
+}

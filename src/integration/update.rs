@@ -1,0 +1,84 @@
+//! Updates by field mask (AIP-134).
+
+use crate::{proto, violation::Violations};
+
+/// The fields that an update may name.
+pub const UPDATABLE_FIELDS: [&str; 7] = [
+    "display_name",
+    "credentials",
+    "mappings",
+    "unmapped_attributes",
+    "email_normalization",
+    "event_name",
+    "enabled",
+];
+
+/// The specification `current` with the fields of `mask` taken from `change`.
+/// An empty mask takes every field that `change` sets. A credential without a
+/// write key keeps the key that its region has; the result is still to be
+/// checked by [`super::Integration::new`].
+///
+/// # Errors
+/// Each path of the mask that can't be updated.
+pub fn apply_update(
+    current: proto::Integration,
+    change: proto::Integration,
+    mask: &[String],
+) -> Result<proto::Integration, Vec<crate::violation::Violation>> {
+    let mut found = Violations::default();
+    for (index, path) in mask.iter().enumerate() {
+        if !UPDATABLE_FIELDS.contains(&path.as_str()) {
+            found.add(
+                format!("update_mask.paths[{index}]"),
+                "UNKNOWN_FIELD",
+                format!(
+                    "not a field that can be updated; use {}",
+                    UPDATABLE_FIELDS.join(", ")
+                ),
+            );
+        }
+    }
+    let takes = |field: &str, is_set: bool| {
+        if mask.is_empty() {
+            is_set
+        } else {
+            mask.iter().any(|path| path == field)
+        }
+    };
+    let mut next = current;
+    if takes("display_name", !change.display_name.is_empty()) {
+        next.display_name = change.display_name;
+    }
+    if takes("mappings", !change.mappings.is_empty()) {
+        next.mappings = change.mappings;
+    }
+    if takes("unmapped_attributes", change.unmapped_attributes != 0) {
+        next.unmapped_attributes = change.unmapped_attributes;
+    }
+    if takes("email_normalization", change.email_normalization != 0) {
+        next.email_normalization = change.email_normalization;
+    }
+    if takes("event_name", !change.event_name.is_empty()) {
+        next.event_name = change.event_name;
+    }
+    if takes("enabled", change.enabled.is_some()) {
+        next.enabled = change.enabled;
+    }
+    if takes("credentials", !change.credentials.is_empty()) {
+        next.credentials = keep_unnamed_keys(&next.credentials, change.credentials);
+    }
+    found.or_ok(next)
+}
+
+fn keep_unnamed_keys(
+    current: &[proto::Credential],
+    mut changed: Vec<proto::Credential>,
+) -> Vec<proto::Credential> {
+    for credential in changed.iter_mut().filter(|c| c.write_key.is_empty()) {
+        let same_region = |c: &&proto::Credential| c.data_region == credential.data_region;
+        if let Some(kept) = current.iter().find(same_region) {
+            credential.write_key.clone_from(&kept.write_key);
+        }
+    }
+    changed
+}

@@ -1,0 +1,70 @@
+//! The e-mail address: the person's identity in Segment.
+
+use std::{borrow::Cow, fmt};
+
+use email_address::{EmailAddress, Options};
+use sha2::{Digest, Sha256};
+
+use crate::{integration::Normalization, violation::Violations};
+
+/// A person with a valid address. Prints without the address.
+pub struct Subject<'a> {
+    /// The address as it was collected, without surrounding white space.
+    pub email: &'a str,
+    /// Lower-case hex SHA-256 of the address: the `userId`.
+    pub user_id: String,
+}
+
+impl fmt::Debug for Subject<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Subject").finish_non_exhaustive()
+    }
+}
+
+/// Checks and hashes an address; `None` where none was collected or it is bad.
+///
+/// The syntax is RFC 5321's as the `email_address` crate has it, with a domain
+/// of at least two labels: an address that a person types into a survey is
+/// never a host name or an IP address.
+pub(super) fn check<'a>(
+    found: &mut Violations,
+    collected: &'a str,
+    normalization: Normalization,
+) -> Option<Subject<'a>> {
+    let email = collected.trim();
+    if email.is_empty() {
+        return None;
+    }
+    if normalization == Normalization::Exact && email.len() != collected.len() {
+        found.add(
+            "capture.email",
+            "SURROUNDING_SPACE",
+            "remove the white space around the address; this integration hashes it exactly as given",
+        );
+        return None;
+    }
+    let options = Options::default()
+        .with_required_tld()
+        .without_domain_literal()
+        .without_display_text();
+    let controls = email.chars().any(char::is_control);
+    if controls || EmailAddress::parse_with_options(email, options).is_err() {
+        found.add(
+            "capture.email",
+            "INVALID_EMAIL",
+            "not an e-mail address as in RFC 5321 (local-part@domain, at most 254 characters); \
+             leave it empty if none was collected",
+        );
+        return None;
+    }
+    let hashed = match normalization {
+        Normalization::Lowercase if email.chars().any(char::is_uppercase) => {
+            Cow::Owned(email.to_lowercase())
+        }
+        _ => Cow::Borrowed(email),
+    };
+    Some(Subject {
+        email,
+        user_id: hex::encode(Sha256::digest(hashed.as_bytes())),
+    })
+}

@@ -1,0 +1,276 @@
+//! The outbox: where a capture becomes the relay's responsibility.
+//!
+//! Invariants that every implementation keeps:
+//! - A capture is answered only once it and both its events are durable.
+//! - A capture id is taken once for an integration, also by callers at the same
+//!   time; the same content again is a duplicate, other content a conflict.
+//! - A lane's events come back in the order in which they were accepted, until
+//!   they are settled in a final state.
+//! - A refused submission leaves nothing behind.
+//! - Whoever waits on [`Signals`] is woken after the change is durable.
+
+mod record;
+mod signals;
+mod sqlite;
+
+use std::{fmt, future::Future, pin::Pin, sync::Arc};
+
+use tokio::sync::oneshot;
+
+use crate::{
+    event::{EventPair, EventType},
+    integration::IntegrationId,
+    proto::{self, DeliveryReason},
+    region::Region,
+    status::CaptureRecord,
+    time::UnixMillis,
+};
+
+pub use signals::{Change, Signals};
+pub use sqlite::{OpenError, SqliteOptions, SqliteOutbox};
+
+/// Lanes of one integration and region. Fixed, since an event has to stay in
+/// the lane of its user for as long as it waits. Four requests at once of 2,500
+/// events carry far more than Segment takes from one workspace.
+pub const SHARDS: u16 = 4;
+
+/// A boxed future, so that the trait can be used as `dyn`.
+pub type BoxFuture<'a, T> = Pin<Box<dyn Future<Output = T> + Send + 'a>>;
+
+/// The sequence of deliveries to which all events of a user belong. At most one
+/// request of a lane is in flight.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct LaneKey {
+    /// Whose lane it is.
+    pub integration_id: IntegrationId,
+    /// Whose endpoint gets its events.
+    pub region: Region,
+    /// 0 to [`SHARDS`] - 1, chosen by the user id.
+    pub shard: u16,
+}
+
+impl fmt::Display for LaneKey {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}/{}/{}", self.integration_id, self.region, self.shard)
+    }
+}
+
+/// The shard of a user: by the first two hex digits of the id, which is a hash.
+#[must_use]
+pub fn shard_of(user_id: &str) -> u16 {
+    let digits = user_id.get(..2).unwrap_or("0");
+    u16::from_str_radix(digits, 16).unwrap_or(0) % SHARDS
+}
+
+/// A capture to store.
+#[derive(Debug)]
+pub struct NewCapture {
+    /// Whose capture it is.
+    pub integration_id: IntegrationId,
+    /// The idempotency key.
+    pub capture_id: String,
+    /// Fingerprint of the capture as the caller sent it.
+    pub digest: [u8; 16],
+    /// Whose endpoint gets the events.
+    pub region: Region,
+    /// Version of the mappings that formed the events.
+    pub mapping_version: u64,
+    /// When it arrived.
+    pub accept_time: UnixMillis,
+    /// What is to be sent.
+    pub content: Content,
+}
+
+/// What a capture gives to send.
+#[derive(Debug)]
+pub enum Content {
+    /// Both events.
+    Send {
+        /// The lane's shard.
+        shard: u16,
+        /// The events, as they will be sent.
+        events: EventPair,
+    },
+    /// Nothing.
+    Skip {
+        /// Why.
+        reason: DeliveryReason,
+    },
+}
+
+/// What became of a submitted capture.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Submitted {
+    /// It is durable.
+    Accepted(CaptureRecord),
+    /// It had been accepted before; this is its current state.
+    Duplicate(CaptureRecord),
+    /// Its id had been used for other content.
+    Conflict,
+    /// There is no room.
+    Full(Quota),
+}
+
+/// The bound that left no room.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Quota {
+    /// Events that wait in the whole relay.
+    Events,
+    /// Bytes that wait in the whole relay.
+    Bytes,
+    /// Events of this integration that wait.
+    IntegrationEvents,
+    /// Bytes of this integration that wait.
+    IntegrationBytes,
+}
+
+/// Bounds of what may wait.
+#[derive(Clone, Copy, Debug)]
+pub struct Limits {
+    /// Events in the whole relay.
+    pub max_events: u64,
+    /// Bytes of JSON in the whole relay.
+    pub max_bytes: u64,
+    /// Events of one integration.
+    pub max_integration_events: u64,
+    /// Bytes of JSON of one integration.
+    pub max_integration_bytes: u64,
+}
+
+/// What waits.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Backlog {
+    /// Lanes with waiting events.
+    pub lanes: u32,
+    /// Events that wait.
+    pub events: u64,
+    /// Their bytes of JSON.
+    pub bytes: u64,
+    /// When the oldest of them was accepted.
+    pub oldest: Option<UnixMillis>,
+}
+
+/// How much a lane may take at once.
+#[derive(Clone, Copy, Debug)]
+pub struct LeaseBudget {
+    /// Events at the most; at least 1. A pair is split only where this is 1.
+    pub max_events: usize,
+    /// Bytes of JSON at the most, with a comma after each event.
+    pub max_bytes: usize,
+}
+
+/// A capture with events that wait, as a lane takes it.
+#[derive(Clone, Debug)]
+pub struct LeasedCapture {
+    /// Place in the order of acceptance.
+    pub sequence: i64,
+    /// Its status so far.
+    pub record: CaptureRecord,
+    /// The identify event, if it is to be sent now.
+    pub identify: Option<Vec<u8>>,
+    /// The track event, if it is to be sent now.
+    pub track: Option<Vec<u8>>,
+}
+
+impl LeasedCapture {
+    /// The bytes of an event that is to be sent now.
+    #[must_use]
+    pub fn payload(&self, event: EventType) -> Option<&[u8]> {
+        match event {
+            EventType::Identify => self.identify.as_deref(),
+            EventType::Track => self.track.as_deref(),
+        }
+    }
+}
+
+/// What a lane makes durable after an attempt.
+#[derive(Clone, Debug)]
+pub struct Settlement {
+    /// The lane.
+    pub lane: LaneKey,
+    /// Each capture of the attempt with its status from now on.
+    pub captures: Vec<(i64, CaptureRecord)>,
+    /// The events whose state has changed, by place in `captures`.
+    pub changed: Vec<(usize, EventType)>,
+}
+
+/// Why the outbox could not do it. What was asked has left nothing behind.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum OutboxError {
+    /// The disk or the database failed. It may work again later.
+    #[error("the outbox cannot be written or read now: {0}")]
+    Unavailable(String),
+    /// The outbox is closed.
+    #[error("the outbox is closed")]
+    Closed,
+}
+
+/// The answer to a submission, once it is durable.
+#[derive(Debug)]
+pub struct Receipt(oneshot::Receiver<Result<Vec<Submitted>, OutboxError>>);
+
+impl Receipt {
+    /// Waits until the captures are durable; one answer each, in their order.
+    ///
+    /// # Errors
+    /// [`OutboxError`]: none of them is stored.
+    pub async fn wait(self) -> Result<Vec<Submitted>, OutboxError> {
+        self.0.await.unwrap_or(Err(OutboxError::Closed))
+    }
+}
+
+/// An integration as it is stored: its specification with the write keys.
+pub type StoredIntegration = proto::Integration;
+
+/// Durable storage between those who accept captures and those who deliver them.
+pub trait Outbox: Send + Sync + 'static {
+    /// Hands captures over in order; waits for a place in the bounded queue of
+    /// the writer. The receipt answers when they are durable.
+    fn submit(&self, captures: Vec<NewCapture>) -> BoxFuture<'_, Result<Receipt, OutboxError>>;
+
+    /// The first waiting events of a lane within a budget, in order. Empty
+    /// where nothing waits. The lane has no other lease until it settles.
+    fn lease(
+        &self,
+        lane: &LaneKey,
+        budget: LeaseBudget,
+    ) -> BoxFuture<'_, Result<Vec<LeasedCapture>, OutboxError>>;
+
+    /// Makes the outcome of an attempt durable. Captures that are no longer
+    /// waiting are left as they are.
+    fn settle(&self, settlement: Arc<Settlement>) -> BoxFuture<'_, Result<(), OutboxError>>;
+
+    /// The current record of a capture.
+    fn find(
+        &self,
+        integration_id: &IntegrationId,
+        capture_id: &str,
+    ) -> BoxFuture<'_, Result<Option<CaptureRecord>, OutboxError>>;
+
+    /// The lanes in which events wait.
+    fn waiting_lanes(&self) -> BoxFuture<'_, Result<Vec<LaneKey>, OutboxError>>;
+
+    /// What waits for one integration.
+    fn backlog(
+        &self,
+        integration_id: &IntegrationId,
+    ) -> BoxFuture<'_, Result<Backlog, OutboxError>>;
+
+    /// All stored integrations.
+    fn integrations(&self) -> BoxFuture<'_, Result<Vec<StoredIntegration>, OutboxError>>;
+
+    /// Stores an integration, in place of one of the same id.
+    fn put_integration(
+        &self,
+        integration: StoredIntegration,
+    ) -> BoxFuture<'_, Result<(), OutboxError>>;
+
+    /// Removes an integration.
+    fn delete_integration(&self, id: &IntegrationId) -> BoxFuture<'_, Result<(), OutboxError>>;
+
+    /// Tells of new work and of changes.
+    fn signals(&self) -> &Signals;
+
+    /// Ends all work and closes the files. Later calls fail with `Closed`.
+    fn close(&self) -> BoxFuture<'_, ()>;
+}

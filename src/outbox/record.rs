@@ -1,0 +1,231 @@
+//! The form in which a capture's status is stored: a protobuf message, so that
+//! fields can be added and old records stay readable.
+
+use std::time::Duration;
+
+use prost::Message;
+
+use crate::{
+    event::EventType,
+    integration::IntegrationId,
+    proto::{DeliveryReason, DeliveryState},
+    region::Region,
+    status::{Attempt, CaptureRecord, EventStatus, State},
+    time::UnixMillis,
+};
+
+#[derive(Clone, PartialEq, Message)]
+struct StoredCapture {
+    #[prost(bool, tag = "1")]
+    eu: bool,
+    #[prost(uint64, tag = "2")]
+    mapping_version: u64,
+    #[prost(sint64, tag = "3")]
+    accept_millis: i64,
+    #[prost(message, optional, tag = "4")]
+    identify: Option<StoredEvent>,
+    #[prost(message, optional, tag = "5")]
+    track: Option<StoredEvent>,
+    #[prost(message, repeated, tag = "6")]
+    attempts: Vec<StoredAttempt>,
+}
+
+#[derive(Clone, PartialEq, Message)]
+struct StoredEvent {
+    #[prost(enumeration = "DeliveryState", tag = "1")]
+    state: i32,
+    #[prost(enumeration = "DeliveryReason", tag = "2")]
+    reason: i32,
+    /// When it was delivered or given up, or the next attempt.
+    #[prost(sint64, tag = "3")]
+    state_millis: i64,
+    #[prost(uint32, tag = "4")]
+    attempt_count: u32,
+    #[prost(uint32, tag = "5")]
+    last_http_status: u32,
+    #[prost(string, tag = "6")]
+    last_error: String,
+}
+
+#[derive(Clone, PartialEq, Message)]
+struct StoredAttempt {
+    /// Bit 0: identify, bit 1: track.
+    #[prost(uint32, tag = "1")]
+    carried: u32,
+    #[prost(sint64, tag = "2")]
+    millis: i64,
+    #[prost(uint32, tag = "3")]
+    http_status: u32,
+    #[prost(uint32, tag = "4")]
+    latency_millis: u32,
+    #[prost(enumeration = "DeliveryReason", tag = "5")]
+    reason: i32,
+    #[prost(string, tag = "6")]
+    error: String,
+}
+
+/// Encodes all of a record but its key.
+pub(super) fn encode(record: &CaptureRecord) -> Vec<u8> {
+    StoredCapture {
+        eu: record.region == Region::Eu,
+        mapping_version: record.mapping_version,
+        accept_millis: record.accept_time.0,
+        identify: Some(encode_event(record.event(EventType::Identify))),
+        track: Some(encode_event(record.event(EventType::Track))),
+        attempts: record.attempts.iter().map(encode_attempt).collect(),
+    }
+    .encode_to_vec()
+}
+
+/// Decodes a record.
+///
+/// # Errors
+/// What is wrong with the bytes.
+pub(super) fn decode(
+    integration_id: IntegrationId,
+    capture_id: String,
+    bytes: &[u8],
+) -> Result<CaptureRecord, String> {
+    let stored = StoredCapture::decode(bytes).map_err(|error| error.to_string())?;
+    let event = |event: Option<StoredEvent>| decode_event(event.unwrap_or_default());
+    Ok(CaptureRecord {
+        integration_id,
+        capture_id,
+        region: if stored.eu { Region::Eu } else { Region::NonEu },
+        mapping_version: stored.mapping_version,
+        accept_time: UnixMillis(stored.accept_millis),
+        identify: event(stored.identify)?,
+        track: event(stored.track)?,
+        attempts: stored.attempts.into_iter().map(decode_attempt).collect(),
+    })
+}
+
+fn encode_event(event: &EventStatus) -> StoredEvent {
+    StoredEvent {
+        state: event.state.to_proto().into(),
+        reason: event.state.reason().into(),
+        state_millis: match event.state {
+            State::Queued | State::Skipped { .. } => 0,
+            State::Retrying { next_attempt, .. } => next_attempt.0,
+            State::Delivered { at } | State::DeadLettered { at, .. } => at.0,
+        },
+        attempt_count: event.attempt_count,
+        last_http_status: event.last_http_status.into(),
+        last_error: event.last_error.clone(),
+    }
+}
+
+fn decode_event(event: StoredEvent) -> Result<EventStatus, String> {
+    let (reason, at) = (event.reason(), UnixMillis(event.state_millis));
+    let state = match event.state() {
+        DeliveryState::Queued => State::Queued,
+        DeliveryState::Retrying => State::Retrying {
+            reason,
+            next_attempt: at,
+        },
+        DeliveryState::Delivered => State::Delivered { at },
+        DeliveryState::Skipped => State::Skipped { reason },
+        DeliveryState::DeadLettered => State::DeadLettered { reason, at },
+        DeliveryState::Unspecified => return Err("an event without a state".to_owned()),
+    };
+    Ok(EventStatus {
+        state,
+        attempt_count: event.attempt_count,
+        last_http_status: u16::try_from(event.last_http_status).unwrap_or(0),
+        last_error: event.last_error,
+    })
+}
+
+fn encode_attempt(attempt: &Attempt) -> StoredAttempt {
+    StoredAttempt {
+        carried: u32::from(attempt.identify) | (u32::from(attempt.track) << 1),
+        millis: attempt.time.0,
+        http_status: attempt.http_status.into(),
+        latency_millis: u32::try_from(attempt.latency.as_millis()).unwrap_or(u32::MAX),
+        reason: attempt.reason.into(),
+        error: attempt.error.clone(),
+    }
+}
+
+fn decode_attempt(attempt: StoredAttempt) -> Attempt {
+    Attempt {
+        identify: attempt.carried & 1 != 0,
+        track: attempt.carried & 2 != 0,
+        time: UnixMillis(attempt.millis),
+        http_status: u16::try_from(attempt.http_status).unwrap_or(0),
+        latency: Duration::from_millis(attempt.latency_millis.into()),
+        reason: attempt.reason(),
+        error: attempt.error,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn any_event() -> impl Strategy<Value = EventStatus> {
+        let state = (0..5_u8, any::<i64>(), 0..=12_i32).prop_map(|(kind, millis, reason)| {
+            let reason = DeliveryReason::try_from(reason).unwrap_or_default();
+            let at = UnixMillis(millis);
+            match kind {
+                0 => State::Queued,
+                1 => State::Retrying {
+                    reason,
+                    next_attempt: at,
+                },
+                2 => State::Delivered { at },
+                3 => State::Skipped { reason },
+                _ => State::DeadLettered { reason, at },
+            }
+        });
+        (state, any::<u32>(), any::<u16>(), any::<String>()).prop_map(
+            |(state, attempt_count, last_http_status, last_error)| EventStatus {
+                state,
+                attempt_count,
+                last_http_status,
+                last_error,
+            },
+        )
+    }
+
+    proptest! {
+        #[test]
+        fn a_record_comes_back_as_it_was_stored(
+            identify in any_event(),
+            track in any_event(),
+            eu in any::<bool>(),
+            carried in prop::collection::vec((any::<bool>(), any::<bool>(), any::<u16>(), any::<u32>()), 0..5),
+        ) {
+            let id = IntegrationId::new("acme").expect("valid");
+            let record = CaptureRecord {
+                integration_id: id.clone(),
+                capture_id: "c".into(),
+                region: if eu { Region::Eu } else { Region::NonEu },
+                mapping_version: 7,
+                accept_time: UnixMillis(-5),
+                identify,
+                track,
+                attempts: carried
+                    .into_iter()
+                    .map(|(identify, track, http_status, latency)| Attempt {
+                        identify,
+                        track,
+                        time: UnixMillis(9),
+                        http_status,
+                        latency: Duration::from_millis(latency.into()),
+                        reason: DeliveryReason::Timeout,
+                        error: "e".into(),
+                    })
+                    .collect(),
+            };
+            prop_assert_eq!(decode(id, "c".into(), &encode(&record)), Ok(record));
+        }
+
+        #[test]
+        fn damaged_bytes_never_panic(bytes in prop::collection::vec(any::<u8>(), 0..80)) {
+            let id = IntegrationId::new("acme").expect("valid");
+            let _ = decode(id, "c".into(), &bytes);
+        }
+    }
+}

@@ -1,0 +1,330 @@
+//! The embedded outbox: one SQLite database in WAL mode with
+//! `synchronous=FULL`, one thread that writes and one that reads.
+//!
+//! # How it works
+//! - The writer takes all commands that have arrived, up to a bound, into one
+//!   transaction: they share one fsync (group commit). Callers are answered,
+//!   and signals given, after the commit; if it fails, all of them fail and
+//!   none has left anything behind.
+//! - `capture` holds one row for each capture, with its status, for as long as
+//!   its id is remembered; `queue` one row with both payloads for as long as an
+//!   event waits; `dead_letter` the payloads of events that were given up.
+//!   A delivered payload is deleted in the transaction that settles it.
+//! - `lane` counts what waits, so that bounds are known at once after a start.
+//!
+//! # Files
+//! `relay.db` with its `-wal` and `-shm`, and `relay.lock`, which the relay
+//! holds locked: a second one on the same directory is refused.
+
+mod reader;
+mod schema;
+mod writer;
+
+use std::{
+    fs::{self, File, TryLockError},
+    path::{Path, PathBuf},
+    sync::{Arc, Mutex, PoisonError},
+    thread::JoinHandle,
+    time::Duration,
+};
+
+use tokio::sync::{mpsc, oneshot};
+
+use super::{
+    Backlog, BoxFuture, LaneKey, LeaseBudget, LeasedCapture, Limits, NewCapture, Outbox,
+    OutboxError, Receipt, Settlement, Signals, StoredIntegration,
+};
+use crate::{integration::IntegrationId, status::CaptureRecord};
+
+use reader::ReadCommand;
+use writer::{WriteCommand, Writer};
+
+/// Commands that wait for the writer; a full queue makes callers wait.
+const WRITE_QUEUE: usize = 4_096;
+/// Commands that wait for the reader.
+const READ_QUEUE: usize = 1_024;
+
+/// How the embedded outbox works.
+#[derive(Clone, Debug)]
+pub struct SqliteOptions {
+    /// Directory of the files; made where it is missing.
+    pub directory: PathBuf,
+    /// Bounds of what may wait.
+    pub limits: Limits,
+    /// Captures that share one commit, at the most.
+    pub group_commit_max: usize,
+    /// How long the id and the status of a capture are remembered.
+    pub remember: Duration,
+}
+
+/// Why the outbox can't be opened.
+#[derive(Debug, thiserror::Error)]
+pub enum OpenError {
+    /// The directory can't be made or written.
+    #[error("[outbox] path {path}: {source}")]
+    Directory {
+        /// The configured directory.
+        path: PathBuf,
+        /// What the system said.
+        source: std::io::Error,
+    },
+    /// Another relay has it open.
+    #[error("[outbox] path {0}: another segment-relay uses this directory; give each its own")]
+    Locked(PathBuf),
+    /// It was written by a version that this one does not know.
+    #[error(
+        "[outbox] path {path}: format version {found}, but this segment-relay knows {known}; \
+         run the version that wrote it"
+    )]
+    Version {
+        /// The configured directory.
+        path: PathBuf,
+        /// What the file says.
+        found: i64,
+        /// What this version writes.
+        known: i64,
+    },
+    /// The file is not a database of the relay.
+    #[error("{0} is not an outbox of segment-relay; move it away")]
+    Foreign(PathBuf),
+    /// The database failed.
+    #[error("the outbox in {path} cannot be opened: {source}")]
+    Database {
+        /// The configured directory.
+        path: PathBuf,
+        /// What SQLite said.
+        source: rusqlite::Error,
+    },
+}
+
+/// The embedded outbox. See the module's description.
+#[derive(Debug)]
+pub struct SqliteOutbox {
+    writer: mpsc::Sender<WriteCommand>,
+    reader: mpsc::Sender<ReadCommand>,
+    signals: Arc<Signals>,
+    open: Mutex<Option<OpenFiles>>,
+}
+
+#[derive(Debug)]
+struct OpenFiles {
+    threads: Vec<JoinHandle<()>>,
+    _lock: File,
+}
+
+impl SqliteOutbox {
+    /// Opens the outbox, making what is missing.
+    ///
+    /// # Errors
+    /// [`OpenError`]; nothing of an existing outbox has been changed then.
+    pub fn open(options: &SqliteOptions) -> Result<Self, OpenError> {
+        let lock = lock_directory(&options.directory)?;
+        let database = options.directory.join("relay.db");
+        let write = schema::open_for_writing(&options.directory, &database)?;
+        let failed = |source| OpenError::Database {
+            path: options.directory.clone(),
+            source,
+        };
+        let read = schema::open_for_reading(&database).map_err(failed)?;
+
+        let signals = Arc::new(Signals::default());
+        let writer = Writer::new(write, options, Arc::clone(&signals)).map_err(failed)?;
+        let (write_sender, write_receiver) = mpsc::channel(WRITE_QUEUE);
+        let (read_sender, read_receiver) = mpsc::channel(READ_QUEUE);
+        let spawn = |name: &str, run: Box<dyn FnOnce() + Send>| {
+            std::thread::Builder::new()
+                .name(name.to_owned())
+                .spawn(run)
+                .map_err(|source| OpenError::Directory {
+                    path: options.directory.clone(),
+                    source,
+                })
+        };
+        let threads = vec![
+            spawn(
+                "outbox-writer",
+                Box::new(move || writer.run(write_receiver)),
+            )?,
+            spawn(
+                "outbox-reader",
+                Box::new(move || reader::run(&read, read_receiver)),
+            )?,
+        ];
+        Ok(Self {
+            writer: write_sender,
+            reader: read_sender,
+            signals,
+            open: Mutex::new(Some(OpenFiles {
+                threads,
+                _lock: lock,
+            })),
+        })
+    }
+
+    /// Forgets captures that are older than configured, and gives free space
+    /// back to the disk: a bounded piece of work, to be called now and then.
+    ///
+    /// # Errors
+    /// [`OutboxError`]; it may work at the next call.
+    pub async fn maintain(&self) -> Result<(), OutboxError> {
+        self.write(|reply| WriteCommand::Maintain { reply }).await
+    }
+
+    async fn write<T>(
+        &self,
+        command: impl FnOnce(oneshot::Sender<Result<T, OutboxError>>) -> WriteCommand,
+    ) -> Result<T, OutboxError> {
+        let (reply, answer) = oneshot::channel();
+        self.writer
+            .send(command(reply))
+            .await
+            .map_err(|_| OutboxError::Closed)?;
+        answer.await.unwrap_or(Err(OutboxError::Closed))
+    }
+
+    async fn read<T>(
+        &self,
+        command: impl FnOnce(oneshot::Sender<Result<T, OutboxError>>) -> ReadCommand,
+    ) -> Result<T, OutboxError> {
+        let (reply, answer) = oneshot::channel();
+        self.reader
+            .send(command(reply))
+            .await
+            .map_err(|_| OutboxError::Closed)?;
+        answer.await.unwrap_or(Err(OutboxError::Closed))
+    }
+}
+
+fn lock_directory(directory: &Path) -> Result<File, OpenError> {
+    let failed = |source| OpenError::Directory {
+        path: directory.to_owned(),
+        source,
+    };
+    make_private_directory(directory).map_err(failed)?;
+    let lock = File::options()
+        .create(true)
+        .truncate(false)
+        .write(true)
+        .open(directory.join("relay.lock"))
+        .map_err(failed)?;
+    match lock.try_lock() {
+        Ok(()) => Ok(lock),
+        Err(TryLockError::WouldBlock) => Err(OpenError::Locked(directory.to_owned())),
+        Err(TryLockError::Error(source)) => Err(failed(source)),
+    }
+}
+
+/// Write keys and addresses are in there, so it is for the relay's user alone.
+fn make_private_directory(directory: &Path) -> std::io::Result<()> {
+    let mut builder = fs::DirBuilder::new();
+    builder.recursive(true);
+    #[cfg(unix)]
+    std::os::unix::fs::DirBuilderExt::mode(&mut builder, 0o700);
+    builder.create(directory)
+}
+
+impl Outbox for SqliteOutbox {
+    fn submit(&self, captures: Vec<NewCapture>) -> BoxFuture<'_, Result<Receipt, OutboxError>> {
+        Box::pin(async move {
+            let (reply, answer) = oneshot::channel();
+            let command = WriteCommand::Submit { captures, reply };
+            self.writer
+                .send(command)
+                .await
+                .map_err(|_| OutboxError::Closed)?;
+            Ok(Receipt(answer))
+        })
+    }
+
+    fn lease(
+        &self,
+        lane: &LaneKey,
+        budget: LeaseBudget,
+    ) -> BoxFuture<'_, Result<Vec<LeasedCapture>, OutboxError>> {
+        let lane = lane.clone();
+        Box::pin(self.read(move |reply| ReadCommand::Lease {
+            lane,
+            budget,
+            reply,
+        }))
+    }
+
+    fn settle(&self, settlement: Arc<Settlement>) -> BoxFuture<'_, Result<(), OutboxError>> {
+        Box::pin(self.write(move |reply| WriteCommand::Settle { settlement, reply }))
+    }
+
+    fn find(
+        &self,
+        integration_id: &IntegrationId,
+        capture_id: &str,
+    ) -> BoxFuture<'_, Result<Option<CaptureRecord>, OutboxError>> {
+        let (integration_id, capture_id) = (integration_id.clone(), capture_id.to_owned());
+        Box::pin(self.read(move |reply| ReadCommand::Find {
+            integration_id,
+            capture_id,
+            reply,
+        }))
+    }
+
+    fn waiting_lanes(&self) -> BoxFuture<'_, Result<Vec<LaneKey>, OutboxError>> {
+        Box::pin(self.read(|reply| ReadCommand::WaitingLanes { reply }))
+    }
+
+    fn backlog(
+        &self,
+        integration_id: &IntegrationId,
+    ) -> BoxFuture<'_, Result<Backlog, OutboxError>> {
+        let integration_id = integration_id.clone();
+        Box::pin(self.read(move |reply| ReadCommand::Backlog {
+            integration_id,
+            reply,
+        }))
+    }
+
+    fn integrations(&self) -> BoxFuture<'_, Result<Vec<StoredIntegration>, OutboxError>> {
+        Box::pin(self.read(|reply| ReadCommand::Integrations { reply }))
+    }
+
+    fn put_integration(
+        &self,
+        integration: StoredIntegration,
+    ) -> BoxFuture<'_, Result<(), OutboxError>> {
+        let integration = Box::new(integration);
+        Box::pin(self.write(move |reply| WriteCommand::PutIntegration { integration, reply }))
+    }
+
+    fn delete_integration(&self, id: &IntegrationId) -> BoxFuture<'_, Result<(), OutboxError>> {
+        let id = id.clone();
+        Box::pin(self.write(move |reply| WriteCommand::DeleteIntegration { id, reply }))
+    }
+
+    fn signals(&self) -> &Signals {
+        &self.signals
+    }
+
+    fn close(&self) -> BoxFuture<'_, ()> {
+        Box::pin(async move {
+            // The threads end after what is in their queues.
+            let _ = self.writer.send(WriteCommand::Close).await;
+            let _ = self.reader.send(ReadCommand::Close).await;
+            let open = self
+                .open
+                .lock()
+                .unwrap_or_else(PoisonError::into_inner)
+                .take();
+            if let Some(open) = open {
+                let joined = tokio::task::spawn_blocking(move || {
+                    for thread in open.threads {
+                        if thread.join().is_err() {
+                            tracing::error!("a thread of the outbox panicked");
+                        }
+                    }
+                });
+                let _ = joined.await;
+            }
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,245 @@
+//! The thread that reads: beside the writer, without waiting for it.
+
+use rusqlite::{Connection, OptionalExtension, Row, params};
+use tokio::sync::{mpsc, oneshot};
+
+use crate::{
+    event::EventType,
+    integration::IntegrationId,
+    outbox::{
+        Backlog, LaneKey, LeaseBudget, LeasedCapture, OutboxError, StoredIntegration, record,
+    },
+    region::Region,
+    status::CaptureRecord,
+    time::UnixMillis,
+};
+
+type Reply<T> = oneshot::Sender<Result<T, OutboxError>>;
+
+/// What the reader is asked.
+#[derive(Debug)]
+pub(super) enum ReadCommand {
+    Lease {
+        lane: LaneKey,
+        budget: LeaseBudget,
+        reply: Reply<Vec<LeasedCapture>>,
+    },
+    Find {
+        integration_id: IntegrationId,
+        capture_id: String,
+        reply: Reply<Option<CaptureRecord>>,
+    },
+    WaitingLanes {
+        reply: Reply<Vec<LaneKey>>,
+    },
+    Backlog {
+        integration_id: IntegrationId,
+        reply: Reply<Backlog>,
+    },
+    Integrations {
+        reply: Reply<Vec<StoredIntegration>>,
+    },
+    Close,
+}
+
+/// Answers until it is closed. Each answer sees all commits before it.
+pub(super) fn run(connection: &Connection, mut commands: mpsc::Receiver<ReadCommand>) {
+    // Whoever asked may have gone; then nobody needs the answer.
+    while let Some(command) = commands.blocking_recv() {
+        match command {
+            ReadCommand::Lease {
+                lane,
+                budget,
+                reply,
+            } => {
+                let _ = reply.send(lease(connection, &lane, budget));
+            }
+            ReadCommand::Find {
+                integration_id,
+                capture_id,
+                reply,
+            } => {
+                let _ = reply.send(find(connection, integration_id, capture_id));
+            }
+            ReadCommand::WaitingLanes { reply } => {
+                let _ = reply.send(waiting_lanes(connection).map_err(unavailable));
+            }
+            ReadCommand::Backlog {
+                integration_id,
+                reply,
+            } => {
+                let _ = reply.send(backlog(connection, &integration_id).map_err(unavailable));
+            }
+            ReadCommand::Integrations { reply } => {
+                let _ = reply.send(integrations(connection));
+            }
+            ReadCommand::Close => return,
+        }
+    }
+}
+
+/// The number under which a region is stored.
+pub(super) fn region_number(region: Region) -> i64 {
+    match region {
+        Region::NonEu => 1,
+        Region::Eu => 2,
+    }
+}
+
+/// What SQLite said, as the outbox's error.
+pub(super) fn unavailable(error: rusqlite::Error) -> OutboxError {
+    OutboxError::Unavailable(error.to_string())
+}
+
+/// The record of a capture from the columns `status`, `capture_id`.
+pub(super) fn record_of(
+    integration_id: IntegrationId,
+    capture_id: String,
+    status: &[u8],
+) -> Result<CaptureRecord, OutboxError> {
+    record::decode(integration_id, capture_id, status)
+        .map_err(|error| OutboxError::Unavailable(format!("a damaged record: {error}")))
+}
+
+fn lease(
+    connection: &Connection,
+    lane: &LaneKey,
+    budget: LeaseBudget,
+) -> Result<Vec<LeasedCapture>, OutboxError> {
+    const SQL: &str = "
+        SELECT q.sequence, q.identify, q.track, c.capture_id, c.status
+        FROM queue q JOIN capture c ON c.sequence = q.sequence
+        WHERE q.lane = (SELECT id FROM lane
+                        WHERE integration_id = ?1 AND region = ?2 AND shard = ?3)
+        ORDER BY q.sequence";
+    let mut statement = connection.prepare_cached(SQL).map_err(unavailable)?;
+    let region = region_number(lane.region);
+    let mut rows = statement
+        .query(params![lane.integration_id.as_str(), region, lane.shard])
+        .map_err(unavailable)?;
+    let mut leased = Vec::new();
+    let (mut events, mut bytes) = (0, 0);
+    while let Some(row) = rows.next().map_err(unavailable)? {
+        let mut capture = leased_capture(lane, row)?;
+        if budget.max_events == 1 && capture.identify.is_some() {
+            capture.track = None;
+        }
+        for payload in EventType::ALL
+            .iter()
+            .filter_map(|event| capture.payload(*event))
+        {
+            events += 1;
+            bytes += payload.len() + 1;
+        }
+        let fits = events <= budget.max_events && bytes <= budget.max_bytes;
+        if !fits && !leased.is_empty() {
+            break;
+        }
+        leased.push(capture);
+        if events >= budget.max_events {
+            break;
+        }
+    }
+    Ok(leased)
+}
+
+fn leased_capture(lane: &LaneKey, row: &Row<'_>) -> Result<LeasedCapture, OutboxError> {
+    let status = row.get_ref(4).map_err(unavailable)?;
+    let status = status
+        .as_blob()
+        .map_err(|error| OutboxError::Unavailable(error.to_string()))?;
+    let capture_id = row.get(3).map_err(unavailable)?;
+    Ok(LeasedCapture {
+        sequence: row.get(0).map_err(unavailable)?,
+        record: record_of(lane.integration_id.clone(), capture_id, status)?,
+        identify: row.get(1).map_err(unavailable)?,
+        track: row.get(2).map_err(unavailable)?,
+    })
+}
+
+fn find(
+    connection: &Connection,
+    integration_id: IntegrationId,
+    capture_id: String,
+) -> Result<Option<CaptureRecord>, OutboxError> {
+    const SQL: &str = "SELECT status FROM capture WHERE integration_id = ?1 AND capture_id = ?2";
+    let status = connection
+        .prepare_cached(SQL)
+        .and_then(|mut statement| {
+            statement
+                .query_row(params![integration_id.as_str(), capture_id], |row| {
+                    row.get::<_, Vec<u8>>(0)
+                })
+                .optional()
+        })
+        .map_err(unavailable)?;
+    status
+        .map(|status| record_of(integration_id, capture_id, &status))
+        .transpose()
+}
+
+fn waiting_lanes(connection: &Connection) -> rusqlite::Result<Vec<LaneKey>> {
+    const SQL: &str = "SELECT integration_id, region, shard FROM lane WHERE waiting_events > 0";
+    let mut statement = connection.prepare_cached(SQL)?;
+    let mut rows = statement.query([])?;
+    let mut lanes = Vec::new();
+    while let Some(row) = rows.next()? {
+        let id: String = row.get(0)?;
+        // Only valid ids are ever stored.
+        let Some(integration_id) = IntegrationId::new(&id) else {
+            continue;
+        };
+        let region = if row.get::<_, i64>(1)? == 2 {
+            Region::Eu
+        } else {
+            Region::NonEu
+        };
+        lanes.push(LaneKey {
+            integration_id,
+            region,
+            shard: row.get(2)?,
+        });
+    }
+    Ok(lanes)
+}
+
+fn backlog(connection: &Connection, id: &IntegrationId) -> rusqlite::Result<Backlog> {
+    const COUNTS: &str = "
+        SELECT count(*), coalesce(sum(waiting_events), 0), coalesce(sum(waiting_bytes), 0)
+        FROM lane WHERE integration_id = ?1 AND waiting_events > 0";
+    const OLDEST: &str = "
+        SELECT min((SELECT c.accept_millis FROM capture c
+                    WHERE c.sequence = (SELECT min(q.sequence) FROM queue q WHERE q.lane = lane.id)))
+        FROM lane WHERE integration_id = ?1 AND waiting_events > 0";
+    let mut backlog =
+        connection
+            .prepare_cached(COUNTS)?
+            .query_row(params![id.as_str()], |row| {
+                Ok(Backlog {
+                    lanes: row.get(0)?,
+                    events: row.get(1)?,
+                    bytes: row.get(2)?,
+                    oldest: None,
+                })
+            })?;
+    let mut statement = connection.prepare_cached(OLDEST)?;
+    let oldest: Option<i64> = statement.query_row(params![id.as_str()], |row| row.get(0))?;
+    backlog.oldest = oldest.map(UnixMillis);
+    Ok(backlog)
+}
+
+fn integrations(connection: &Connection) -> Result<Vec<StoredIntegration>, OutboxError> {
+    let read = || -> rusqlite::Result<Vec<Vec<u8>>> {
+        let mut statement =
+            connection.prepare_cached("SELECT spec FROM integration ORDER BY id")?;
+        statement.query_map([], |row| row.get(0))?.collect()
+    };
+    let damaged = |error: prost::DecodeError| {
+        OutboxError::Unavailable(format!("a damaged integration: {error}"))
+    };
+    let specs = read().map_err(unavailable)?;
+    specs
+        .iter()
+        .map(|spec| prost::Message::decode(spec.as_slice()).map_err(damaged))
+        .collect()
+}

@@ -1,0 +1,128 @@
+//! The database's layout, and how it is opened.
+
+use std::path::Path;
+
+use rusqlite::{Connection, OpenFlags, TransactionBehavior};
+
+use super::OpenError;
+
+/// "SegR" in ASCII: marks the file as the relay's.
+const APPLICATION_ID: i64 = 0x5365_6752;
+/// Counts up with every change of the layout.
+const FORMAT_VERSION: i64 = 1;
+/// Memory for pages of each connection, in KiB.
+const CACHE_KIB: i64 = 16 * 1024;
+/// The log is cut back to this size after a checkpoint, in bytes.
+const WAL_LIMIT_BYTES: i64 = 64 * 1024 * 1024;
+
+const LAYOUT: &str = "
+CREATE TABLE integration (
+  id TEXT PRIMARY KEY,
+  spec BLOB NOT NULL                 -- jebbit.segmentrelay.v1.Integration
+) STRICT;
+
+CREATE TABLE lane (
+  id INTEGER PRIMARY KEY,
+  integration_id TEXT NOT NULL,
+  region INTEGER NOT NULL,           -- 1 non-EU, 2 EU
+  shard INTEGER NOT NULL,
+  waiting_events INTEGER NOT NULL DEFAULT 0,
+  waiting_bytes INTEGER NOT NULL DEFAULT 0,
+  UNIQUE (integration_id, region, shard)
+) STRICT;
+
+CREATE TABLE capture (
+  sequence INTEGER PRIMARY KEY,      -- order of acceptance
+  integration_id TEXT NOT NULL,
+  capture_id TEXT NOT NULL,
+  digest BLOB NOT NULL,              -- of the capture as it was sent
+  accept_millis INTEGER NOT NULL,
+  open INTEGER NOT NULL,             -- 1 while an event waits or is kept as a dead letter
+  status BLOB NOT NULL,              -- outbox/record.rs
+  UNIQUE (integration_id, capture_id)
+) STRICT;
+
+CREATE TABLE queue (
+  sequence INTEGER PRIMARY KEY,      -- as in capture
+  lane INTEGER NOT NULL,
+  identify BLOB,                     -- JSON; NULL once it does not wait any more
+  track BLOB
+) STRICT;
+CREATE INDEX queue_by_lane ON queue (lane);
+
+CREATE TABLE dead_letter (
+  id INTEGER PRIMARY KEY,
+  sequence INTEGER NOT NULL,         -- as in capture
+  lane INTEGER NOT NULL,
+  event INTEGER NOT NULL,            -- 1 identify, 2 track
+  reason INTEGER NOT NULL,           -- jebbit.segmentrelay.v1.DeliveryReason
+  millis INTEGER NOT NULL,
+  payload BLOB NOT NULL,
+  UNIQUE (sequence, event)
+) STRICT;
+";
+
+/// Opens the database for the writer; makes its layout where it is new.
+pub(super) fn open_for_writing(directory: &Path, database: &Path) -> Result<Connection, OpenError> {
+    let failed = |source| OpenError::Database {
+        path: directory.to_owned(),
+        source,
+    };
+    let mut connection = Connection::open(database).map_err(failed)?;
+    let number = |connection: &Connection, name: &str| {
+        connection.query_row(&format!("PRAGMA {name}"), [], |row| row.get::<_, i64>(0))
+    };
+    let is_new =
+        number(&connection, "page_count").map_err(|source| match source.sqlite_error_code() {
+            Some(rusqlite::ErrorCode::NotADatabase) => OpenError::Foreign(database.to_owned()),
+            _ => failed(source),
+        })? == 0;
+    if is_new {
+        // Both have to be set before the first table.
+        connection
+            .execute_batch("PRAGMA page_size=8192; PRAGMA auto_vacuum=INCREMENTAL;")
+            .map_err(failed)?;
+    } else {
+        if number(&connection, "application_id").map_err(failed)? != APPLICATION_ID {
+            return Err(OpenError::Foreign(database.to_owned()));
+        }
+        let found = number(&connection, "user_version").map_err(failed)?;
+        if found != FORMAT_VERSION {
+            let path = directory.to_owned();
+            return Err(OpenError::Version {
+                path,
+                found,
+                known: FORMAT_VERSION,
+            });
+        }
+    }
+    prepare(&mut connection, is_new).map_err(failed)?;
+    Ok(connection)
+}
+
+fn prepare(connection: &mut Connection, is_new: bool) -> rusqlite::Result<()> {
+    connection.pragma_update(None, "journal_mode", "WAL")?;
+    // An acknowledged capture has to survive a power loss: fsync at each commit.
+    connection.pragma_update(None, "synchronous", "FULL")?;
+    connection.pragma_update(None, "journal_size_limit", WAL_LIMIT_BYTES)?;
+    connection.pragma_update(None, "cache_size", -CACHE_KIB)?;
+    connection.pragma_update(None, "secure_delete", "ON")?;
+    connection.set_prepared_statement_cache_capacity(64);
+    if is_new {
+        let transaction = connection.transaction_with_behavior(TransactionBehavior::Immediate)?;
+        transaction.execute_batch(LAYOUT)?;
+        transaction.pragma_update(None, "application_id", APPLICATION_ID)?;
+        transaction.pragma_update(None, "user_version", FORMAT_VERSION)?;
+        transaction.commit()?;
+    }
+    Ok(())
+}
+
+/// Opens the database for the reader.
+pub(super) fn open_for_reading(database: &Path) -> rusqlite::Result<Connection> {
+    let flags = OpenFlags::SQLITE_OPEN_READ_ONLY | OpenFlags::SQLITE_OPEN_NO_MUTEX;
+    let connection = Connection::open_with_flags(database, flags)?;
+    connection.pragma_update(None, "cache_size", -CACHE_KIB)?;
+    connection.set_prepared_statement_cache_capacity(64);
+    Ok(connection)
+}

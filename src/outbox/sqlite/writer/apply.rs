@@ -1,0 +1,273 @@
+//! What each command does within a transaction.
+
+use std::sync::Arc;
+
+use prost::Message;
+use rusqlite::{OptionalExtension, params};
+
+use super::Work;
+use crate::{
+    event::EventType,
+    integration::IntegrationId,
+    outbox::{
+        Change, Content, LaneKey, NewCapture, OutboxError, Settlement, StoredIntegration,
+        Submitted, record,
+        sqlite::reader::{record_of, unavailable},
+    },
+    status::{CaptureRecord, EventStatus, State},
+    time::UnixMillis,
+};
+
+/// Rows that one call of maintenance deletes at the most.
+const MAINTAIN_ROWS: i64 = 2_000;
+/// Pages that one call of maintenance gives back at the most.
+const MAINTAIN_PAGES: i64 = 2_000;
+
+impl Work<'_> {
+    pub(super) fn submit(&mut self, capture: NewCapture) -> Result<Submitted, OutboxError> {
+        if let Some((digest, record)) = self.stored(&capture)? {
+            let same = digest == capture.digest;
+            return Ok(if same {
+                Submitted::Duplicate(record)
+            } else {
+                Submitted::Conflict
+            });
+        }
+        if let Content::Send { events, .. } = &capture.content {
+            let bytes = events.identify.len() + events.track.len();
+            if let Some(quota) = self.counters.full(&capture.integration_id, bytes as u64) {
+                return Ok(Submitted::Full(quota));
+            }
+        }
+        self.insert(capture).map_err(unavailable)
+    }
+
+    fn stored(
+        &self,
+        capture: &NewCapture,
+    ) -> Result<Option<([u8; 16], CaptureRecord)>, OutboxError> {
+        const SQL: &str = "
+            SELECT digest, status FROM capture WHERE integration_id = ?1 AND capture_id = ?2";
+        let key = params![capture.integration_id.as_str(), capture.capture_id];
+        let found = self
+            .transaction
+            .prepare_cached(SQL)
+            .and_then(|mut statement| {
+                statement
+                    .query_row(key, |row| {
+                        Ok((row.get::<_, [u8; 16]>(0)?, row.get::<_, Vec<u8>>(1)?))
+                    })
+                    .optional()
+            })
+            .map_err(unavailable)?;
+        found
+            .map(|(digest, status)| {
+                let (id, capture_id) = (capture.integration_id.clone(), capture.capture_id.clone());
+                Ok((digest, record_of(id, capture_id, &status)?))
+            })
+            .transpose()
+    }
+
+    fn insert(&mut self, capture: NewCapture) -> rusqlite::Result<Submitted> {
+        const CAPTURE: &str = "
+            INSERT INTO capture
+              (sequence, integration_id, capture_id, digest, accept_millis, open, status)
+            VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7)";
+        const QUEUE: &str = "
+            INSERT INTO queue (sequence, lane, identify, track) VALUES (?1, ?2, ?3, ?4)";
+        let state = match &capture.content {
+            Content::Send { .. } => State::Queued,
+            Content::Skip { reason } => State::Skipped { reason: *reason },
+        };
+        let record = CaptureRecord {
+            integration_id: capture.integration_id,
+            capture_id: capture.capture_id,
+            region: capture.region,
+            mapping_version: capture.mapping_version,
+            accept_time: capture.accept_time,
+            identify: EventStatus::new(state),
+            track: EventStatus::new(state),
+            attempts: Vec::new(),
+        };
+        let sequence = *self.next_sequence;
+        *self.next_sequence += 1;
+        self.transaction.prepare_cached(CAPTURE)?.execute(params![
+            sequence,
+            record.integration_id.as_str(),
+            record.capture_id,
+            capture.digest,
+            record.accept_time.0,
+            !state.is_final(),
+            record::encode(&record),
+        ])?;
+        if let Content::Send { shard, events } = capture.content {
+            let key = LaneKey {
+                integration_id: record.integration_id.clone(),
+                region: record.region,
+                shard,
+            };
+            let lane = self.counters.lane_id(self.transaction, &key)?;
+            let row = params![sequence, lane, events.identify, events.track];
+            self.transaction.prepare_cached(QUEUE)?.execute(row)?;
+            let bytes = events.identify.len() + events.track.len();
+            self.counters.add(lane, 2, bytes as u64);
+            self.news.lanes.push(key);
+        }
+        self.announce(&record, &EventType::ALL, record.accept_time);
+        Ok(Submitted::Accepted(record))
+    }
+
+    pub(super) fn settle(&mut self, settlement: &Settlement) -> Result<(), OutboxError> {
+        let now = UnixMillis::now();
+        for (place, (sequence, record)) in settlement.captures.iter().enumerate() {
+            if !self
+                .settle_capture(*sequence, record)
+                .map_err(unavailable)?
+            {
+                continue;
+            }
+            let changed: Vec<EventType> = settlement
+                .changed
+                .iter()
+                .filter(|(changed, _)| *changed == place)
+                .map(|(_, event)| *event)
+                .collect();
+            self.announce(record, &changed, now);
+            if record.is_final() {
+                let key = (record.integration_id.clone(), record.capture_id.clone());
+                self.news.settled.push(key);
+            }
+        }
+        Ok(())
+    }
+
+    /// Returns whether the capture still waited.
+    fn settle_capture(&mut self, sequence: i64, record: &CaptureRecord) -> rusqlite::Result<bool> {
+        const WAITING: &str = "
+            SELECT lane, length(identify), length(track) FROM queue WHERE sequence = ?1";
+        const STATUS: &str = "UPDATE capture SET status = ?2, open = ?3 WHERE sequence = ?1";
+        const DONE: &str = "DELETE FROM queue WHERE sequence = ?1";
+        const PARTLY: &str = "
+            UPDATE queue SET identify = iif(?2, NULL, identify), track = iif(?3, NULL, track)
+            WHERE sequence = ?1";
+        let mut statement = self.transaction.prepare_cached(WAITING)?;
+        let row = statement.query_row(params![sequence], |row| {
+            Ok((
+                row.get(0)?,
+                row.get::<_, Option<u64>>(1)?,
+                row.get::<_, Option<u64>>(2)?,
+            ))
+        });
+        let Some((lane, identify, track)) = row.optional()? else {
+            return Ok(false);
+        };
+        let mut dead = false;
+        for (event, size) in [(EventType::Identify, identify), (EventType::Track, track)] {
+            let state = record.event(event).state;
+            dead |= matches!(state, State::DeadLettered { .. });
+            if let (true, Some(bytes)) = (state.is_final(), size) {
+                self.keep_dead_letter(sequence, lane, event, state)?;
+                self.counters.remove(lane, 1, bytes);
+            }
+        }
+        let is_final = record.is_final();
+        let status = params![sequence, record::encode(record), !is_final || dead];
+        self.transaction.prepare_cached(STATUS)?.execute(status)?;
+        if is_final {
+            self.transaction
+                .prepare_cached(DONE)?
+                .execute(params![sequence])?;
+        } else if identify.is_some() && record.identify.state.is_final()
+            || track.is_some() && record.track.state.is_final()
+        {
+            let finals = params![
+                sequence,
+                record.identify.state.is_final(),
+                record.track.state.is_final()
+            ];
+            self.transaction.prepare_cached(PARTLY)?.execute(finals)?;
+        }
+        Ok(true)
+    }
+
+    fn keep_dead_letter(
+        &self,
+        sequence: i64,
+        lane: i64,
+        event: EventType,
+        state: State,
+    ) -> rusqlite::Result<()> {
+        const SQL: &str = "
+            INSERT INTO dead_letter (sequence, lane, event, reason, millis, payload)
+            SELECT ?1, ?2, ?3, ?4, ?5, iif(?3 = 1, identify, track) FROM queue WHERE sequence = ?1";
+        let State::DeadLettered { reason, at } = state else {
+            return Ok(());
+        };
+        let number = event.to_proto() as i64;
+        let row = params![sequence, lane, number, reason as i64, at.0];
+        self.transaction.prepare_cached(SQL)?.execute(row)?;
+        Ok(())
+    }
+
+    fn announce(&mut self, record: &CaptureRecord, events: &[EventType], time: UnixMillis) {
+        if !self.signals.is_watched() {
+            return;
+        }
+        let record = Arc::new(record.clone());
+        self.news.changes.extend(events.iter().map(|event| Change {
+            record: Arc::clone(&record),
+            event: *event,
+            time,
+        }));
+    }
+
+    pub(super) fn put_integration(&self, integration: &StoredIntegration) -> rusqlite::Result<()> {
+        const SQL: &str = "
+            INSERT INTO integration (id, spec) VALUES (?1, ?2)
+            ON CONFLICT (id) DO UPDATE SET spec = excluded.spec";
+        let row = params![integration.integration_id, integration.encode_to_vec()];
+        self.transaction.prepare_cached(SQL)?.execute(row)?;
+        Ok(())
+    }
+
+    pub(super) fn delete_integration(&self, id: &IntegrationId) -> rusqlite::Result<()> {
+        let mut statement = self
+            .transaction
+            .prepare_cached("DELETE FROM integration WHERE id = ?1")?;
+        statement.execute(params![id.as_str()])?;
+        Ok(())
+    }
+
+    /// Forgets what is old enough, oldest first, and gives free pages back. Goes
+    /// on where the last call ended, so that old captures that are still open
+    /// don't stand in the way of those behind them.
+    pub(super) fn maintain(&mut self, now: UnixMillis) -> rusqlite::Result<()> {
+        const OLDEST: &str = "
+            SELECT sequence, open, accept_millis FROM capture
+            WHERE sequence > ?1 ORDER BY sequence LIMIT ?2";
+        let before = now.0.saturating_sub(self.remember_millis);
+        let mut forget = self
+            .transaction
+            .prepare_cached("DELETE FROM capture WHERE sequence = ?1")?;
+        let mut oldest = self.transaction.prepare_cached(OLDEST)?;
+        let mut rows = oldest.query(params![*self.maintained_to, MAINTAIN_ROWS])?;
+        let mut reached = 0;
+        while let Some(row) = rows.next()? {
+            if row.get::<_, i64>(2)? >= before {
+                reached = 0;
+                break;
+            }
+            reached = row.get(0)?;
+            if !row.get::<_, bool>(1)? {
+                forget.execute(params![reached])?;
+            }
+        }
+        *self.maintained_to = reached;
+        // One step of this pragma frees one page.
+        let vacuum = format!("PRAGMA incremental_vacuum({MAINTAIN_PAGES})");
+        let mut vacuum = self.transaction.prepare(&vacuum)?;
+        let mut steps = vacuum.query([])?;
+        while steps.next()?.is_some() {}
+        Ok(())
+    }
+}

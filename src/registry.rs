@@ -1,0 +1,325 @@
+//! The integrations that the relay knows: in memory for every capture, in the
+//! outbox for the next start.
+
+use std::{
+    collections::BTreeMap,
+    ops::Bound,
+    sync::{Arc, PoisonError, RwLock},
+};
+
+use tokio::sync::Mutex;
+
+use crate::{
+    integration::{Integration, IntegrationId, Revision, apply_update},
+    outbox::{Outbox, OutboxError},
+    proto,
+    time::UnixMillis,
+    violation::Violation,
+};
+
+/// Why a change of integrations was refused.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum RegistryError {
+    /// There is none of this name.
+    #[error("there is no integration {0}")]
+    NotFound(String),
+    /// There is one of this name.
+    #[error("there is an integration {0} already")]
+    Exists(IntegrationId),
+    /// The specification breaks rules.
+    #[error("the integration breaks {} rules", .0.len())]
+    Invalid(Vec<Violation>),
+    /// Somebody else has changed it since the caller read it.
+    #[error("the integration {0} was changed in the meantime; read it again")]
+    StaleEtag(IntegrationId),
+    /// It comes from the configuration file.
+    #[error("the integration {0} comes from the configuration file; change it there")]
+    ReadOnly(IntegrationId),
+    /// Events of an integration of this name wait.
+    #[error("{events} events of the integration {id} wait")]
+    EventsWaiting {
+        /// The integration.
+        id: IntegrationId,
+        /// How many.
+        events: u64,
+    },
+    /// The outbox failed.
+    #[error(transparent)]
+    Outbox(#[from] OutboxError),
+}
+
+/// The integrations that the relay knows.
+pub struct Registry {
+    outbox: Arc<dyn Outbox>,
+    known: RwLock<BTreeMap<IntegrationId, Arc<Integration>>>,
+    /// One change at a time.
+    changing: Mutex<()>,
+}
+
+impl Registry {
+    /// Reads what is stored and puts the integrations of the configuration file
+    /// in their place. One that has gone from the file goes here too, unless
+    /// events wait for it: then it stays, to be deleted by hand.
+    ///
+    /// # Errors
+    /// The outbox failed, or an integration of the file breaks rules.
+    pub async fn load(
+        outbox: Arc<dyn Outbox>,
+        configured: &[proto::Integration],
+        now: UnixMillis,
+    ) -> Result<Self, RegistryError> {
+        let mut known = BTreeMap::new();
+        for stored in outbox.integrations().await? {
+            let integration = restore(&stored)?;
+            known.insert(integration.id().clone(), Arc::new(integration));
+        }
+        let registry = Self {
+            outbox,
+            known: RwLock::new(known),
+            changing: Mutex::new(()),
+        };
+        for id in registry
+            .all()
+            .iter()
+            .filter(|one| one.revision.read_only)
+            .map(|one| one.id())
+        {
+            if !configured
+                .iter()
+                .any(|spec| spec.integration_id == id.as_str())
+            {
+                registry.let_go(id).await?;
+            }
+        }
+        for spec in configured {
+            registry.configure(spec, now).await?;
+        }
+        Ok(registry)
+    }
+
+    async fn let_go(&self, id: &IntegrationId) -> Result<(), RegistryError> {
+        let waiting = self.outbox.backlog(id).await?.events;
+        if waiting == 0 {
+            tracing::info!(integration = %id, "gone from the configuration file: removed");
+            self.outbox.delete_integration(id).await?;
+            self.change(|known| known.remove(id));
+            return Ok(());
+        }
+        tracing::warn!(
+            integration = %id, waiting,
+            "gone from the configuration file, but events wait: kept until it is deleted"
+        );
+        if let Some(kept) = self.get(id) {
+            let mut kept = Integration::clone(&kept);
+            kept.revision.read_only = false;
+            self.store(kept).await?;
+        }
+        Ok(())
+    }
+
+    async fn configure(
+        &self,
+        spec: &proto::Integration,
+        now: UnixMillis,
+    ) -> Result<(), RegistryError> {
+        let before = IntegrationId::new(&spec.integration_id).and_then(|id| self.get(&id));
+        let mut next = make(spec, first_revision(now, true))?;
+        if let Some(before) = before {
+            next.revision = next_revision(&before, &next, now);
+            next.revision.read_only = true;
+            let mut same = next.clone();
+            same.revision = before.revision.clone();
+            if same.to_spec_with_secrets() == before.to_spec_with_secrets()
+                && before.revision.read_only
+            {
+                return Ok(());
+            }
+        }
+        self.store(next).await?;
+        Ok(())
+    }
+
+    /// One integration.
+    #[must_use]
+    pub fn get(&self, id: &IntegrationId) -> Option<Arc<Integration>> {
+        self.known
+            .read()
+            .unwrap_or_else(PoisonError::into_inner)
+            .get(id)
+            .cloned()
+    }
+
+    /// One integration by what a caller sent.
+    ///
+    /// # Errors
+    /// [`RegistryError::NotFound`].
+    pub fn find(&self, id: &str) -> Result<Arc<Integration>, RegistryError> {
+        IntegrationId::new(id)
+            .and_then(|id| self.get(&id))
+            .ok_or_else(|| RegistryError::NotFound(id.chars().take(64).collect()))
+    }
+
+    /// At most `limit` integrations after `after`, in the order of their ids.
+    #[must_use]
+    pub fn list(&self, after: Option<&IntegrationId>, limit: usize) -> Vec<Arc<Integration>> {
+        let from = after.map_or(Bound::Unbounded, Bound::Excluded);
+        let known = self.known.read().unwrap_or_else(PoisonError::into_inner);
+        known
+            .range::<IntegrationId, _>((from, Bound::Unbounded))
+            .take(limit)
+            .map(|(_, integration)| Arc::clone(integration))
+            .collect()
+    }
+
+    fn all(&self) -> Vec<Arc<Integration>> {
+        self.list(None, usize::MAX)
+    }
+
+    /// Stores a new integration.
+    ///
+    /// # Errors
+    /// It breaks rules, there is one of its name, or events of a deleted one of
+    /// its name still wait to be dead-lettered.
+    pub async fn create(
+        &self,
+        spec: &proto::Integration,
+        now: UnixMillis,
+    ) -> Result<Arc<Integration>, RegistryError> {
+        let integration = make(spec, first_revision(now, false))?;
+        let _changing = self.changing.lock().await;
+        let id = integration.id().clone();
+        if self.get(&id).is_some() {
+            return Err(RegistryError::Exists(id));
+        }
+        let events = self.outbox.backlog(&id).await?.events;
+        if events > 0 {
+            return Err(RegistryError::EventsWaiting { id, events });
+        }
+        self.store(integration).await
+    }
+
+    /// Changes the fields that the mask names.
+    ///
+    /// # Errors
+    /// There is none of this name, it is read-only, the etag is stale, or the
+    /// result would break rules.
+    pub async fn update(
+        &self,
+        change: proto::Integration,
+        mask: &[String],
+        now: UnixMillis,
+    ) -> Result<Arc<Integration>, RegistryError> {
+        let _changing = self.changing.lock().await;
+        let before = self.changeable(&change.integration_id, &change.etag)?;
+        let spec = apply_update(before.to_spec_with_secrets(), change, mask)
+            .map_err(RegistryError::Invalid)?;
+        let mut next = make(&spec, before.revision.clone())?;
+        next.revision = next_revision(&before, &next, now);
+        let next = self.store(next).await?;
+        self.wake_lanes_of(next.id()).await?;
+        Ok(next)
+    }
+
+    /// Deletes an integration; returns how many events of it waited.
+    ///
+    /// # Errors
+    /// There is none of this name, it is read-only, the etag is stale, or events
+    /// wait and `force` is not set.
+    pub async fn delete(&self, id: &str, etag: &str, force: bool) -> Result<u64, RegistryError> {
+        let _changing = self.changing.lock().await;
+        let gone = self.changeable(id, etag)?;
+        let id = gone.id().clone();
+        let events = self.outbox.backlog(&id).await?.events;
+        if events > 0 && !force {
+            return Err(RegistryError::EventsWaiting { id, events });
+        }
+        self.outbox.delete_integration(&id).await?;
+        self.change(|known| known.remove(&id));
+        // What waits is dead-lettered by its lanes.
+        self.wake_lanes_of(&id).await?;
+        Ok(events)
+    }
+
+    fn changeable(&self, id: &str, etag: &str) -> Result<Arc<Integration>, RegistryError> {
+        let found = self.find(id)?;
+        if found.revision.read_only {
+            return Err(RegistryError::ReadOnly(found.id().clone()));
+        }
+        if !etag.is_empty() && etag != found.revision.etag {
+            return Err(RegistryError::StaleEtag(found.id().clone()));
+        }
+        Ok(found)
+    }
+
+    async fn store(&self, integration: Integration) -> Result<Arc<Integration>, RegistryError> {
+        self.outbox
+            .put_integration(integration.to_spec_with_secrets())
+            .await?;
+        let integration = Arc::new(integration);
+        let (id, kept) = (integration.id().clone(), Arc::clone(&integration));
+        self.change(|known| known.insert(id, kept));
+        Ok(integration)
+    }
+
+    async fn wake_lanes_of(&self, id: &IntegrationId) -> Result<(), RegistryError> {
+        let waiting = self.outbox.waiting_lanes().await?;
+        let own = waiting
+            .into_iter()
+            .filter(|lane| lane.integration_id == *id);
+        self.outbox.signals().wake_lanes(own);
+        Ok(())
+    }
+
+    fn change<T>(
+        &self,
+        change: impl FnOnce(&mut BTreeMap<IntegrationId, Arc<Integration>>) -> T,
+    ) -> T {
+        change(&mut self.known.write().unwrap_or_else(PoisonError::into_inner))
+    }
+}
+
+fn make(spec: &proto::Integration, revision: Revision) -> Result<Integration, RegistryError> {
+    Integration::new(spec, revision).map_err(RegistryError::Invalid)
+}
+
+fn restore(stored: &proto::Integration) -> Result<Integration, RegistryError> {
+    let time = |time: &Option<prost_types::Timestamp>| {
+        time.as_ref()
+            .and_then(UnixMillis::from_proto)
+            .unwrap_or_default()
+    };
+    make(
+        stored,
+        Revision {
+            etag: stored.etag.clone(),
+            mapping_version: stored.mapping_version,
+            create_time: time(&stored.create_time),
+            update_time: time(&stored.update_time),
+            read_only: stored.read_only,
+        },
+    )
+}
+
+fn new_etag() -> String {
+    format!("{:016x}", fastrand::u64(..))
+}
+
+fn first_revision(now: UnixMillis, read_only: bool) -> Revision {
+    Revision {
+        etag: new_etag(),
+        mapping_version: 1,
+        create_time: now,
+        update_time: now,
+        read_only,
+    }
+}
+
+fn next_revision(before: &Integration, next: &Integration, now: UnixMillis) -> Revision {
+    let changed = u64::from(!before.forms_same_events(next));
+    Revision {
+        etag: new_etag(),
+        mapping_version: before.revision.mapping_version + changed,
+        update_time: now,
+        ..before.revision.clone()
+    }
+}
