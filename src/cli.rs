@@ -1,14 +1,18 @@
 //! The `segment-relay` command: arguments in, exit code out.
 
 mod check;
+mod sandbox;
 mod serve;
+mod signals;
 
 use std::{io::Write, process::ExitCode};
 
 use clap::{Parser, Subcommand};
 
 use crate::{
+    client::{self, ClientCommand, ClientError},
     config::{DEFAULT_TOML, Faults},
+    demo::{self, DemoError},
     integration::{Integration, Revision},
     proto,
     server::RunError,
@@ -28,10 +32,16 @@ struct Cli {
 enum Command {
     /// Run the relay
     Serve(serve::ServeArgs),
+    /// Show the main job in one process, with a sandbox in Segment's place
+    Demo,
+    /// Run an imitation of Segment's tracking API on loopback
+    Sandbox(sandbox::SandboxArgs),
     /// Check a configuration file: all its faults at once, each with its line
     Check(check::CheckArgs),
     /// Print the commented default configuration
     Config,
+    #[command(flatten)]
+    Client(ClientCommand),
 }
 
 /// Why a command failed.
@@ -46,6 +56,12 @@ enum Failure {
     /// The relay could not run: exit code 1.
     #[error(transparent)]
     Run(#[from] RunError),
+    /// A call failed: exit code 1, or 2 where the arguments are wrong.
+    #[error(transparent)]
+    Client(#[from] ClientError),
+    /// The demo failed: exit code 1.
+    #[error("demo: {0}")]
+    Demo(#[from] DemoError),
     /// A file or a socket failed: exit code 1.
     #[error(transparent)]
     Io(#[from] std::io::Error),
@@ -58,7 +74,8 @@ impl Failure {
     fn exit_code(&self) -> u8 {
         match self {
             Self::Usage(_) | Self::Config(_) => 2,
-            Self::Run(_) | Self::Io(_) | Self::Other(_) => 1,
+            Self::Client(error) => error.exit_code(),
+            Self::Run(_) | Self::Demo(_) | Self::Io(_) | Self::Other(_) => 1,
         }
     }
 }
@@ -83,7 +100,13 @@ pub fn main() -> ExitCode {
 async fn run(command: Command) -> Result<u8, Failure> {
     match command {
         Command::Serve(args) => serve::run(&args).await.map(|()| 0),
+        Command::Demo => {
+            demo::run(&mut std::io::stdout()).await?;
+            Ok(0)
+        }
+        Command::Sandbox(args) => sandbox::run(args).await.map(|()| 0),
         Command::Check(args) => check::run(&args).map(|()| 0),
+        Command::Client(command) => Ok(client::run(command, &mut std::io::stdout()).await?),
         Command::Config => {
             std::io::stdout()
                 .lock()
@@ -95,9 +118,13 @@ async fn run(command: Command) -> Result<u8, Failure> {
 
 fn report(failure: &Failure) -> ExitCode {
     // A reader of standard output that has gone is not worth a word.
-    if let Failure::Io(error) = failure
-        && error.kind() == std::io::ErrorKind::BrokenPipe
-    {
+    let io = match failure {
+        Failure::Io(error)
+        | Failure::Client(ClientError::Io(error))
+        | Failure::Demo(DemoError::Io(error)) => Some(error.kind()),
+        _ => None,
+    };
+    if io == Some(std::io::ErrorKind::BrokenPipe) {
         return ExitCode::SUCCESS;
     }
     let _ = writeln!(std::io::stderr(), "segment-relay: {failure}");

@@ -6,12 +6,15 @@
 //! - What is decided after an answer is durable before the lane goes on.
 //! - Payloads are in memory only while their request is under way, so memory is
 //!   bounded by the requests in flight, not by the backlog or by the lanes.
-//! - Lanes share nothing but the permits for requests in flight, which are
-//!   given in the order in which lanes asked: nobody's trouble holds others up.
+//! - Lanes share the permits for requests in flight, which are given in the order
+//!   in which lanes asked, their integration's rate, and their endpoint's breaker,
+//!   which a single integration can't open: nobody's trouble holds others up.
 
 mod backoff;
+mod breaker;
 mod dispatcher;
 mod lane;
+mod rate;
 mod verdict;
 mod vitals;
 mod worker;
@@ -19,5 +22,6 @@ mod worker;
 pub use backoff::Backoff;
 pub use dispatcher::{Delivery, DeliveryParts};
 pub use lane::{Lane, LaneOptions, Plan};
+pub use rate::RateLimits;
 pub use verdict::{Verdict, judge};
 pub use vitals::{Vitals, VitalsBoard};

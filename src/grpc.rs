@@ -31,6 +31,21 @@ pub use gate::Gate;
 /// Name of the main service, as health checks ask for it.
 pub const RELAY_SERVICE: &str = "jebbit.segmentrelay.v1.SegmentRelay";
 
+/// Entries of one page: when not asked for, and at the most.
+const PAGE_SIZE: (usize, usize) = (100, 1_000);
+
+/// How many entries a page has.
+fn page_size(asked: i32) -> Result<usize, RelayError> {
+    match usize::try_from(asked) {
+        Ok(0) => Ok(PAGE_SIZE.0),
+        Ok(size) => Ok(size.min(PAGE_SIZE.1)),
+        Err(_) => {
+            let rule = "0 for the default, or 1 to 1,000";
+            Err(RelayError::invalid("page_size", "OUT_OF_RANGE", rule))
+        }
+    }
+}
+
 /// What the services work with.
 #[derive(Clone)]
 pub struct Services {
@@ -63,7 +78,7 @@ impl Services {
                     .max_decoding_message_size(max),
             )
             .add_service(
-                DeadLetterServiceServer::new(dead_letters::DeadLetters)
+                DeadLetterServiceServer::new(dead_letters::DeadLetters(self.clone()))
                     .max_decoding_message_size(max),
             )
             .add_service(

@@ -1,7 +1,29 @@
-//! segment-relay
+//! segment-relay: takes captures over gRPC, stores an identify and a track event
+//! for each durably, and delivers them to Twilio Segment.
+//!
+//! One capture's path, in a straight line; the two halves meet only at the outbox:
+//!
+//! ```text
+//! grpc -> intake: mapping -> event -> outbox || delivery -> segment
+//! ```
+//!
+//! | step | module |
+//! | --- | --- |
+//! | decode, answer | [`grpc`] |
+//! | validate against the [`integration`], build the events | [`intake`], [`mapping`], [`event`] |
+//! | store, answer after the fsync | [`outbox`] |
+//! | lease, batch, send, settle | [`delivery`] |
+//! | one HTTP request | [`segment`] |
+//!
+//! [`server`] puts them together from the [`config`]; [`cli`] is the command, with
+//! the thin [`client`]s, the [`sandbox`] and the [`demo`]. Below them all lie
+//! [`status`], [`region`], [`secret`], [`text`], [`time`] and [`violation`].
+
 pub mod cli;
+pub mod client;
 pub mod config;
 pub mod delivery;
+pub mod demo;
 pub mod event;
 pub mod grpc;
 pub mod intake;
@@ -11,6 +33,7 @@ pub mod outbox;
 pub mod proto;
 pub mod region;
 pub mod registry;
+pub mod sandbox;
 pub mod secret;
 pub mod segment;
 pub mod server;

@@ -9,6 +9,7 @@
 //! - A refused submission leaves nothing behind.
 //! - Whoever waits on [`Signals`] is woken after the change is durable.
 
+mod dead_letters;
 mod record;
 mod signals;
 mod sqlite;
@@ -26,6 +27,7 @@ use crate::{
     time::UnixMillis,
 };
 
+pub use dead_letters::{DeadLetter, DeadLetterCount, DeadLetterFilter, Selection};
 pub use signals::{Change, Signals};
 pub use sqlite::{OpenError, SqliteOptions, SqliteOutbox};
 
@@ -173,6 +175,12 @@ pub struct LeasedCapture {
 }
 
 impl LeasedCapture {
+    /// How many events are to be sent now.
+    #[must_use]
+    pub fn event_count(&self) -> u32 {
+        u32::from(self.identify.is_some()) + u32::from(self.track.is_some())
+    }
+
     /// The bytes of an event that is to be sent now.
     #[must_use]
     pub fn payload(&self, event: EventType) -> Option<&[u8]> {
@@ -188,10 +196,19 @@ impl LeasedCapture {
 pub struct Settlement {
     /// The lane.
     pub lane: LaneKey,
-    /// Each capture of the attempt with its status from now on.
-    pub captures: Vec<(i64, CaptureRecord)>,
-    /// The events whose state has changed, by place in `captures`.
-    pub changed: Vec<(usize, EventType)>,
+    /// The captures of the attempt.
+    pub captures: Vec<SettledCapture>,
+}
+
+/// What an attempt changed of one capture.
+#[derive(Clone, Debug)]
+pub struct SettledCapture {
+    /// Place in the order of acceptance.
+    pub sequence: i64,
+    /// Its status from now on, as far as the attempt changed it.
+    pub record: CaptureRecord,
+    /// The events that the attempt changed; the others stay as they are stored.
+    pub changed: Vec<EventType>,
 }
 
 /// Why the outbox could not do it. What was asked has left nothing behind.
@@ -255,6 +272,34 @@ pub trait Outbox: Send + Sync + 'static {
         &self,
         integration_id: &IntegrationId,
     ) -> BoxFuture<'_, Result<Backlog, OutboxError>>;
+
+    /// Dead letters after an id, oldest first.
+    fn dead_letters(
+        &self,
+        filter: DeadLetterFilter,
+        after: i64,
+        limit: usize,
+    ) -> BoxFuture<'_, Result<Vec<DeadLetter>, OutboxError>>;
+
+    /// What a selection of dead letters weighs, and how many of them were
+    /// accepted before a time.
+    fn count_dead_letters(
+        &self,
+        selection: Selection,
+        older_than: UnixMillis,
+    ) -> BoxFuture<'_, Result<DeadLetterCount, OutboxError>>;
+
+    /// Queues a bounded number of the selected dead letters again, behind what
+    /// waits; returns how many. None are left when it returns 0.
+    fn replay(
+        &self,
+        selection: Selection,
+        now: UnixMillis,
+    ) -> BoxFuture<'_, Result<Result<u64, Quota>, OutboxError>>;
+
+    /// Removes a bounded number of the selected dead letters with their payloads;
+    /// returns how many. None are left when it returns 0.
+    fn discard(&self, selection: Selection) -> BoxFuture<'_, Result<u64, OutboxError>>;
 
     /// All stored integrations.
     fn integrations(&self) -> BoxFuture<'_, Result<Vec<StoredIntegration>, OutboxError>>;

@@ -91,8 +91,21 @@ impl Answer {
 
 /// Why the client can't be made.
 #[derive(Debug, thiserror::Error)]
-#[error("the HTTP client for Segment cannot be set up: {0}")]
+#[error(
+    "the HTTP client for Segment cannot be set up: {}; are this machine's CA certificates \
+     installed (package ca-certificates)?",
+    innermost(.0)
+)]
 pub struct SetupError(#[from] reqwest::Error);
+
+/// What an error comes down to; the outer ones repeat it, and the URL.
+fn innermost(error: &reqwest::Error) -> String {
+    let mut cause: &dyn std::error::Error = error;
+    while let Some(inner) = cause.source() {
+        cause = inner;
+    }
+    cause.to_string()
+}
 
 /// Sends batches to both regions.
 #[derive(Debug)]
@@ -163,7 +176,7 @@ struct Current {
 impl RegionClient {
     fn new(endpoint: Endpoint, options: &Options) -> Result<Self, SetupError> {
         let current = Current {
-            client: build(options)?,
+            client: build(&endpoint, options)?,
             made: Instant::now(),
             failures: 0,
         };
@@ -218,7 +231,7 @@ impl RegionClient {
         let age = current.made.elapsed();
         let failing = current.failures >= FAILURES_BEFORE_RENEWAL && age >= MIN_CONNECTION_AGE;
         if age >= self.options.max_connection_age || failing {
-            match build(&self.options) {
+            match build(&self.endpoint, &self.options) {
                 Ok(client) => {
                     *current = Current {
                         client,
@@ -243,39 +256,68 @@ impl RegionClient {
     }
 }
 
-fn build(options: &Options) -> Result<reqwest::Client, SetupError> {
-    let client = reqwest::Client::builder()
+fn build(endpoint: &Endpoint, options: &Options) -> Result<reqwest::Client, SetupError> {
+    let mut client = reqwest::Client::builder()
         .user_agent(concat!("segment-relay/", env!("CARGO_PKG_VERSION")))
         .timeout(options.request_timeout)
         .connect_timeout(options.connect_timeout)
         .pool_idle_timeout(options.pool_idle_timeout)
         .tcp_nodelay(true)
         .redirect(reqwest::redirect::Policy::none())
-        .no_proxy()
-        .build()?;
-    Ok(client)
+        .no_proxy();
+    if endpoint.is_tls() {
+        client = client.https_only(true);
+    } else {
+        // Plain HTTP to loopback needs no trust roots, which a bare machine lacks.
+        client = client.tls_certs_only([]);
+    }
+    Ok(client.build()?)
 }
 
 fn failure(error: &reqwest::Error) -> Reply {
     if error.is_timeout() && !error.is_connect() {
         return Reply::TimedOut;
     }
-    // The innermost cause says what happened; the outer ones repeat the URL.
-    let mut cause: &dyn std::error::Error = error;
-    while let Some(inner) = cause.source() {
-        cause = inner;
-    }
     let stage = if error.is_connect() {
         "no connection"
     } else {
         "the connection broke"
     };
-    let cause = if cause.source().is_none() && error.source().is_none() {
-        String::new()
-    } else {
-        format!(": {cause}")
+    let cause = match error.source() {
+        Some(_) => format!(": {}", innermost(error)),
+        None => String::new(),
     };
     Reply::Broken {
         error: format!("{stage}{cause}"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn an_endpoint_that_nobody_listens_on_is_named_without_its_url() {
+        let config = crate::config::Config::load(
+            Some((
+                "f.toml",
+                "[segment.endpoints]\nnon_eu = \"http://127.0.0.1:1\"\n",
+            )),
+            std::iter::empty::<(String, String)>(),
+            &crate::config::Outside {
+                validate: &|_| Vec::new(),
+                read_key_file: &|_| Err(std::io::ErrorKind::NotFound.into()),
+            },
+        );
+        let client = SegmentClient::new(&config.expect("valid").segment).expect("set up");
+        let key = WriteKey::new("a-planted-write-key").expect("valid");
+        let answer = client.send(Region::NonEu, &key, &[b"{}"], 0).await;
+        assert_eq!(answer.http_status(), 0);
+        let error = answer.error();
+        assert!(error.starts_with("no connection: "), "{error}");
+        assert!(
+            !error.contains("http") && !error.contains("planted"),
+            "{error}"
+        );
     }
 }

@@ -5,16 +5,16 @@
 //! no new leases -> requests in flight are settled -> the outbox is closed. All
 //! of it within `[server] drain_timeout_ms`.
 
-use std::{sync::Arc, time::Duration};
+use std::{num::NonZeroU32, sync::Arc, time::Duration};
 
-use tokio::net::TcpListener;
+use tokio::{net::TcpListener, sync::watch};
 use tokio_stream::wrappers::TcpListenerStream;
 use tokio_util::sync::CancellationToken;
 use tonic_health::server::HealthReporter;
 
 use crate::{
     config::{self, Config},
-    delivery::{Backoff, Delivery, DeliveryParts, LaneOptions, VitalsBoard},
+    delivery::{Backoff, Delivery, DeliveryParts, LaneOptions, RateLimits, VitalsBoard},
     grpc::{Gate, RELAY_SERVICE, Services},
     outbox::{Limits, OpenError, Outbox, OutboxError, SqliteOptions, SqliteOutbox},
     proto,
@@ -25,6 +25,8 @@ use crate::{
 
 /// How often the outbox forgets what is old.
 const MAINTENANCE_INTERVAL: Duration = Duration::from_secs(10);
+/// How often an outbox that could not be written is tried again.
+const PROBE_INTERVAL: Duration = Duration::from_secs(1);
 /// Size of all headers of a call, in bytes.
 const MAX_HEADER_BYTES: u32 = 16 * 1024;
 /// Streams that a client may open and reset before its connection is closed:
@@ -100,6 +102,7 @@ impl Relay {
             segment,
             registry,
             vitals,
+            rates: Arc::new(rate_limits(&config.delivery)),
             lanes: lane_options(&config.delivery),
             max_requests_in_flight: config.delivery.max_requests_in_flight,
         };
@@ -124,8 +127,10 @@ impl Relay {
         let delivery = Delivery::start(self.delivery.clone()).await?;
         let maintenance = tokio::spawn(maintain(Arc::clone(&self.outbox)));
         let (health, health_service) = tonic_health::server::health_reporter();
+        let writable = self.outbox.signals().writable();
+        let reports = report_health(health, writable, shutdown.clone());
         let closing = CancellationToken::new();
-        let drain = self.drain_on(shutdown, health.clone(), closing.clone());
+        let drain = self.drain_on(shutdown, closing.clone());
         let mut router = self
             .server()
             .add_routes(self.services.routes())
@@ -134,7 +139,7 @@ impl Relay {
             router = router.add_service(reflection()?.build_v1()?);
             router = router.add_service(reflection()?.build_v1alpha()?);
         }
-        set_health(&health, true).await;
+        let reports = tokio::spawn(reports);
         let serve = router.serve_with_incoming_shutdown(
             TcpListenerStream::new(listener),
             closing.clone().cancelled_owned(),
@@ -142,6 +147,7 @@ impl Relay {
         let drain_timeout = self.config.server.drain_timeout;
         let served = serve_until_drained(serve, drain, drain_timeout).await;
         maintenance.abort();
+        reports.abort();
         let stopped = tokio::time::timeout(drain_timeout, async {
             self.services.gate.drained().await;
             delivery.stop().await;
@@ -171,7 +177,6 @@ impl Relay {
     fn drain_on(
         &self,
         shutdown: CancellationToken,
-        health: HealthReporter,
         closing: CancellationToken,
     ) -> impl Future<Output = ()> + use<> {
         let draining = self.draining.clone();
@@ -179,7 +184,6 @@ impl Relay {
         async move {
             shutdown.cancelled().await;
             tracing::info!("draining");
-            set_health(&health, false).await;
             tokio::time::sleep(delay).await;
             draining.cancel();
             closing.cancel();
@@ -207,6 +211,27 @@ async fn serve_until_drained(
     }
 }
 
+/// Health follows the outbox, until the drain: then it is NOT_SERVING for good.
+async fn report_health(
+    health: HealthReporter,
+    mut writable: watch::Receiver<bool>,
+    draining: CancellationToken,
+) {
+    loop {
+        let serving = *writable.borrow_and_update();
+        set_health(&health, serving).await;
+        tokio::select! {
+            () = draining.cancelled() => break,
+            changed = writable.changed() => if changed.is_err() { break },
+        }
+        tracing::warn!(
+            writable = *writable.borrow(),
+            "the outbox has changed its state"
+        );
+    }
+    set_health(&health, false).await;
+}
+
 async fn set_health(health: &HealthReporter, serving: bool) {
     use tonic_health::ServingStatus::{NotServing, Serving};
     let status = if serving { Serving } else { NotServing };
@@ -218,14 +243,22 @@ async fn set_health(health: &HealthReporter, serving: bool) {
 fn reflection() -> Result<tonic_reflection::server::Builder<'static>, RunError> {
     Ok(tonic_reflection::server::Builder::configure()
         .register_encoded_file_descriptor_set(proto::FILE_DESCRIPTOR_SET)
-        .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET))
+        .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
+        // So that a client that knows nothing can read the details of an error.
+        .register_encoded_file_descriptor_set(tonic_types::pb::FILE_DESCRIPTOR_SET))
 }
 
+/// Forgets what is old, and finds out soon whether a failing disk works again.
 async fn maintain(outbox: Arc<SqliteOutbox>) {
-    let mut interval = tokio::time::interval(MAINTENANCE_INTERVAL);
-    interval.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+    let writable = outbox.signals().writable();
     loop {
-        interval.tick().await;
+        let works = *writable.borrow();
+        tokio::time::sleep(if works {
+            MAINTENANCE_INTERVAL
+        } else {
+            PROBE_INTERVAL
+        })
+        .await;
         match outbox.maintain().await {
             Ok(()) => {}
             Err(OutboxError::Closed) => return,
@@ -248,9 +281,21 @@ fn outbox_options(outbox: &config::Outbox) -> SqliteOptions {
     }
 }
 
+fn rate_limits(delivery: &config::Delivery) -> RateLimits {
+    // The configuration's bounds leave no room for 0.
+    let number = |number| NonZeroU32::new(number).unwrap_or(NonZeroU32::MIN);
+    RateLimits::new(
+        number(delivery.max_events_per_second),
+        number(delivery.burst_events),
+    )
+}
+
 fn lane_options(delivery: &config::Delivery) -> LaneOptions {
     LaneOptions {
-        max_batch_events: delivery.max_batch_events,
+        // A batch beyond the burst could never be paid for.
+        max_batch_events: delivery
+            .max_batch_events
+            .min(delivery.burst_events as usize),
         max_batch_bytes: delivery.max_batch_bytes - REQUEST_OVERHEAD_BYTES,
         backoff: Backoff {
             base: delivery.retry_base,

@@ -5,6 +5,8 @@
 //! | ------------------- | --------- | -------- | ------------ |
 //! | Queued, Retrying    | Delivered | Retrying | DeadLettered |
 //! | Delivered, Skipped, DeadLettered | – | –   | –            |
+//!
+//! A replay by hand moves DeadLettered back to Queued.
 
 use std::time::Duration;
 
@@ -177,6 +179,15 @@ impl EventStatus {
         true
     }
 
+    /// Queues a dead letter again. Returns whether it was one.
+    pub fn replay(&mut self) -> bool {
+        let dead = matches!(self.state, State::DeadLettered { .. });
+        if dead {
+            self.state = State::Queued;
+        }
+        dead
+    }
+
     fn count(&mut self, attempt: &Attempt) {
         self.attempt_count = self.attempt_count.saturating_add(1);
         self.last_http_status = attempt.http_status;
@@ -197,6 +208,8 @@ pub struct CaptureRecord {
     pub mapping_version: u64,
     /// When it was stored.
     pub accept_time: UnixMillis,
+    /// When its events were queued: when it was stored, or last replayed.
+    pub queue_time: UnixMillis,
     /// The identify event.
     pub identify: EventStatus,
     /// The track event.
@@ -310,6 +323,7 @@ mod tests {
             region: Region::NonEu,
             mapping_version: 1,
             accept_time: NOW,
+            queue_time: NOW,
             identify: EventStatus::new(State::Queued),
             track: EventStatus::new(State::Queued),
             attempts: Vec::new(),

@@ -6,10 +6,10 @@ use std::{
 };
 
 use clap::Args;
-use tokio::{net::TcpListener, signal};
+use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
 
-use super::{Failure, spec_violations};
+use super::{Failure, signals::cancel_on_signal, spec_violations};
 use crate::{config::Config, server::Relay, telemetry};
 
 /// Arguments of `serve`.
@@ -56,59 +56,4 @@ fn announce(listener: &TcpListener, outbox: &Path) -> Result<(), Failure> {
     let mut out = std::io::stdout().lock();
     writeln!(out, "segment-relay serves gRPC on {address}")?;
     Ok(out.flush()?)
-}
-
-/// The first signal starts the drain, a second one ends the process at once.
-fn cancel_on_signal(
-    shutdown: CancellationToken,
-) -> Result<impl Future<Output = ()> + Send + 'static, Failure> {
-    let mut signals = Signals::new()?;
-    Ok(async move {
-        signals.next().await;
-        shutdown.cancel();
-        signals.next().await;
-        tracing::warn!("second signal: ending at once; what was acknowledged is on disk");
-        std::process::exit(130);
-    })
-}
-
-#[cfg(unix)]
-struct Signals {
-    interrupt: signal::unix::Signal,
-    terminate: signal::unix::Signal,
-}
-
-#[cfg(unix)]
-impl Signals {
-    fn new() -> std::io::Result<Self> {
-        use signal::unix::{SignalKind, signal};
-        Ok(Self {
-            interrupt: signal(SignalKind::interrupt())?,
-            terminate: signal(SignalKind::terminate())?,
-        })
-    }
-
-    async fn next(&mut self) {
-        tokio::select! {
-            _ = self.interrupt.recv() => {}
-            _ = self.terminate.recv() => {}
-        }
-    }
-}
-
-#[cfg(not(unix))]
-struct Signals;
-
-#[cfg(not(unix))]
-impl Signals {
-    fn new() -> std::io::Result<Self> {
-        Ok(Self)
-    }
-
-    async fn next(&mut self) {
-        // Without signals the relay runs until it is killed, which loses nothing.
-        if signal::ctrl_c().await.is_err() {
-            std::future::pending::<()>().await;
-        }
-    }
 }

@@ -109,6 +109,15 @@ impl Endpoint {
         &self.host
     }
 
+    /// Whether it is reached by https.
+    #[must_use]
+    pub fn is_tls(&self) -> bool {
+        // A URL's scheme may be in any case.
+        self.url
+            .get(..6)
+            .is_some_and(|scheme| scheme.eq_ignore_ascii_case("https:"))
+    }
+
     /// Whether it is on this machine: 127.0.0.0/8, ::1 or localhost.
     #[must_use]
     pub fn is_loopback(&self) -> bool {

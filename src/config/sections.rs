@@ -160,6 +160,11 @@ pub struct Delivery {
     pub max_batch_bytes: usize,
     /// Events in one request, 2 to 2,500.
     pub max_batch_events: usize,
+    /// Events that each integration may send in a second on average, 1 to
+    /// 10,000,000.
+    pub max_events_per_second: u32,
+    /// Events that each integration may send at once, 2 to 10,000,000.
+    pub burst_events: u32,
     /// Wait after the first failure, 10 ms to 1 h; it doubles with each.
     pub retry_base: Duration,
     /// Longest wait between two tries, 10 ms to 1 h, at least `retry_base`.
@@ -182,6 +187,11 @@ impl Delivery {
                 number("bytes", 131_072..=491_520),
             )?,
             max_batch_events: from.take("delivery.max_batch_events", number("events", 2..=2500))?,
+            max_events_per_second: from.take(
+                "delivery.max_events_per_second",
+                number("events", 1..=10_000_000),
+            )?,
+            burst_events: from.take("delivery.burst_events", number("events", 2..=10_000_000))?,
             retry_base: from.take("delivery.retry_base_ms", millis(10..=HOUR_MS))?,
             retry_max: from.take("delivery.retry_max_ms", millis(10..=HOUR_MS))?,
             unauthorized_retry: from.take("delivery.unauthorized_retry_ms", millis(10..=DAY_MS))?,

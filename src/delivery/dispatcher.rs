@@ -8,9 +8,10 @@ use std::{
 use tokio::sync::{Notify, Semaphore};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
-use super::{LaneOptions, VitalsBoard, worker};
+use super::{LaneOptions, RateLimits, VitalsBoard, breaker::Breaker, worker};
 use crate::{
     outbox::{LaneKey, Outbox, OutboxError},
+    region::PerRegion,
     registry::Registry,
     segment::SegmentClient,
 };
@@ -26,6 +27,8 @@ pub struct DeliveryParts {
     pub registry: Arc<Registry>,
     /// How it went.
     pub vitals: Arc<VitalsBoard>,
+    /// How fast each integration may send.
+    pub rates: Arc<RateLimits>,
     /// Bounds of each lane.
     pub lanes: LaneOptions,
     /// Requests in flight at the most, of all lanes.
@@ -47,10 +50,13 @@ impl Delivery {
         let waiting = parts.outbox.waiting_lanes().await?;
         parts.outbox.signals().wake_lanes(waiting);
         let (stop, tasks) = (CancellationToken::new(), TaskTracker::new());
-        let permits = Arc::new(Semaphore::new(parts.max_requests_in_flight));
+        let permits = Semaphore::new(parts.max_requests_in_flight);
         let dispatcher = Dispatcher {
             parts: Arc::new(parts),
-            permits,
+            shared: Arc::new(Shared {
+                permits,
+                breakers: PerRegion::default(),
+            }),
             lanes: HashMap::new(),
             stop: stop.clone(),
             tasks: tasks.clone(),
@@ -67,9 +73,15 @@ impl Delivery {
     }
 }
 
+/// What lanes share beside the parts.
+pub(super) struct Shared {
+    pub(super) permits: Semaphore,
+    pub(super) breakers: PerRegion<Breaker>,
+}
+
 struct Dispatcher {
     parts: Arc<DeliveryParts>,
-    permits: Arc<Semaphore>,
+    shared: Arc<Shared>,
     lanes: HashMap<LaneKey, Arc<Bell>>,
     stop: CancellationToken,
     tasks: TaskTracker,
@@ -100,7 +112,7 @@ impl Dispatcher {
             let worker = worker::Worker::new(
                 key,
                 Arc::clone(&self.parts),
-                Arc::clone(&self.permits),
+                Arc::clone(&self.shared),
                 bell,
                 self.stop.clone(),
             );

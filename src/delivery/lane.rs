@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use crate::{
     event::EventType,
-    outbox::{LaneKey, LeaseBudget, LeasedCapture, Settlement},
+    outbox::{LaneKey, LeaseBudget, LeasedCapture, SettledCapture, Settlement},
     proto::DeliveryReason,
     segment::Answer,
     status::{Attempt, Outcome},
@@ -94,7 +94,7 @@ impl Lane {
             let tried = EventType::ALL.iter().any(|event| {
                 capture.payload(*event).is_some() && capture.record.event(*event).attempt_count > 0
             });
-            tried && now.since(capture.record.accept_time) > self.options.max_age
+            tried && now.since(capture.record.queue_time) > self.options.max_age
         };
         let expired: Vec<_> = leased.extract_if(.., |capture| too_old(capture)).collect();
         let outcome = Outcome::DeadLetter {
@@ -132,9 +132,9 @@ impl Lane {
         now: UnixMillis,
         jitter: f64,
     ) -> Settlement {
-        let events = sent.iter().map(payload_count).sum();
+        let events: u32 = sent.iter().map(LeasedCapture::event_count).sum();
         let verdict = judge(answer);
-        let outcome = self.decide(verdict, events, now, jitter);
+        let outcome = self.decide(verdict, events as usize, now, jitter);
         let reason = match (verdict, outcome) {
             (_, Outcome::Delivered) => DeliveryReason::Unspecified,
             (Verdict::Poisoned, _) => DeliveryReason::PayloadRejected,
@@ -210,8 +210,7 @@ impl Lane {
         now: UnixMillis,
     ) -> Settlement {
         let mut captures = Vec::with_capacity(leased.len());
-        let mut changed = Vec::with_capacity(leased.len() * 2);
-        for (place, capture) in leased.into_iter().enumerate() {
+        for capture in leased {
             let carried = EventType::ALL.map(|event| capture.payload(event).is_some());
             let mut record = capture.record;
             if let Some((answer, reason)) = attempt {
@@ -225,23 +224,25 @@ impl Lane {
                     error: answer.error(),
                 });
             }
-            for (event, carried) in EventType::ALL.into_iter().zip(carried) {
-                if carried && record.event_mut(event).advance(outcome, now) {
-                    changed.push((place, event));
-                }
-            }
-            captures.push((capture.sequence, record));
+            let changed = EventType::ALL
+                .into_iter()
+                .zip(carried)
+                .filter(|(event, carried)| {
+                    *carried && record.event_mut(*event).advance(outcome, now)
+                })
+                .map(|(event, _)| event)
+                .collect();
+            captures.push(SettledCapture {
+                sequence: capture.sequence,
+                record,
+                changed,
+            });
         }
         Settlement {
             lane: self.key.clone(),
             captures,
-            changed,
         }
     }
-}
-
-fn payload_count(capture: &LeasedCapture) -> usize {
-    usize::from(capture.identify.is_some()) + usize::from(capture.track.is_some())
 }
 
 #[cfg(test)]

@@ -2,10 +2,14 @@
 
 use std::{sync::Arc, time::Duration};
 
-use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
 
-use super::{DeliveryParts, Lane, Plan, dispatcher::Bell};
+use super::{
+    DeliveryParts, Lane, Plan,
+    breaker::{Admission, Sign},
+    dispatcher::{Bell, Shared},
+    verdict::judge,
+};
 use crate::{
     event::EventType,
     integration::Integration,
@@ -22,7 +26,7 @@ const OUTBOX_RETRY: Duration = Duration::from_secs(1);
 pub(super) struct Worker {
     key: LaneKey,
     parts: Arc<DeliveryParts>,
-    permits: Arc<Semaphore>,
+    shared: Arc<Shared>,
     bell: Arc<Bell>,
     stop: CancellationToken,
     lane: Lane,
@@ -44,7 +48,7 @@ impl Worker {
     pub(super) fn new(
         key: LaneKey,
         parts: Arc<DeliveryParts>,
-        permits: Arc<Semaphore>,
+        shared: Arc<Shared>,
         bell: Arc<Bell>,
         stop: CancellationToken,
     ) -> Self {
@@ -52,7 +56,7 @@ impl Worker {
         Self {
             key,
             parts,
-            permits,
+            shared,
             bell,
             stop,
             lane,
@@ -84,9 +88,11 @@ impl Worker {
             Plan::WaitUntil(moment) => return Turn::Wait(moment.since(UnixMillis::now())),
             Plan::Send(budget) => budget,
         };
-        let permit = tokio::select! {
+        let shared = Arc::clone(&self.shared);
+        let breaker = shared.breakers.get(self.key.region);
+        let (admission, permit) = tokio::select! {
             () = self.stop.cancelled() => return Turn::Idle,
-            permit = Arc::clone(&self.permits).acquire_owned() => permit,
+            both = async { (breaker.admit().await, shared.permits.acquire().await) } => both,
         };
         let mut leased = match self.parts.outbox.lease(&self.key, budget).await {
             Ok(leased) if leased.is_empty() => return Turn::Idle,
@@ -102,19 +108,43 @@ impl Worker {
             self.make_durable(expired).await;
             return Turn::Worked;
         }
-        let settlement = match self.parts.registry.get(&self.key.integration_id) {
+        let id = &self.key.integration_id;
+        let settlement = match self.parts.registry.get(id) {
             None => self.lane.abandon(leased, now),
-            Some(integration) => match self.send(&integration, &leased).await {
-                None => self.lane.park(leased, now),
-                Some(answer) => {
-                    self.lane
-                        .settle(leased, &answer, UnixMillis::now(), fastrand::f64())
+            Some(integration) if integration.write_key(self.key.region).is_none() => {
+                self.tried_with = Some(integration.revision.etag.clone());
+                self.lane.park(leased, now)
+            }
+            Some(integration) => {
+                let events = leased.iter().map(LeasedCapture::event_count).sum();
+                if let Err(wait) = self.parts.rates.take(id, events) {
+                    self.tried_with = Some(integration.revision.etag.clone());
+                    return Turn::Wait(wait);
                 }
-            },
+                let Some(answer) = self.send(&integration, &leased).await else {
+                    return Turn::Idle;
+                };
+                self.note(&admission, &answer);
+                self.lane
+                    .settle(leased, &answer, UnixMillis::now(), fastrand::f64())
+            }
         };
-        drop(permit);
+        drop((admission, permit));
         self.make_durable(settlement).await;
         Turn::Worked
+    }
+
+    fn note(&self, admission: &Admission<'_>, answer: &Answer) {
+        let id = &self.key.integration_id;
+        self.parts.vitals.note(id, answer);
+        match admission.note(id, Sign::of(judge(answer))) {
+            Some(true) => tracing::info!(region = %self.key.region, "the endpoint answers again"),
+            Some(false) => tracing::error!(
+                region = %self.key.region,
+                "the endpoint does not answer; it is tried with one request at a time"
+            ),
+            None => {}
+        }
     }
 
     /// `None` where the integration has no write key for this lane's region.
@@ -143,7 +173,6 @@ impl Worker {
         } else {
             tracing::warn!(lane = %self.key, events = events.len(), error, "not delivered");
         }
-        self.parts.vitals.note(&self.key.integration_id, &answer);
         Some(answer)
     }
 

@@ -1,36 +1,230 @@
-//! DeadLetterService: in the schema already, filled in by a later version.
+//! DeadLetterService: what was refused for good or given up.
+
+use std::time::Duration;
 
 use tonic::{Request, Response, Status};
 
-use super::RelayError;
-use crate::proto::{
-    DiscardDeadLettersRequest, DiscardDeadLettersResponse, ListDeadLettersRequest,
-    ListDeadLettersResponse, ReplayDeadLettersRequest, ReplayDeadLettersResponse,
-    dead_letter_service_server::DeadLetterService,
+use super::{RelayError, Services, convert};
+use crate::{
+    integration::IntegrationId,
+    outbox::{DeadLetter, DeadLetterCount, DeadLetterFilter, Selection},
+    proto::{
+        self, DeliveryReason, DiscardDeadLettersRequest, DiscardDeadLettersResponse,
+        ListDeadLettersRequest, ListDeadLettersResponse, ReplayDeadLettersRequest,
+        ReplayDeadLettersResponse, dead_letter_service_server::DeadLetterService,
+    },
+    time::UnixMillis,
 };
 
-pub(super) struct DeadLetters;
+/// Ids of one request at the most.
+const MAX_IDS: usize = 1_000;
+/// For so long Segment removes repeats by messageId.
+const DEDUPLICATION_WINDOW: Duration = Duration::from_secs(24 * 3_600);
+
+pub(super) struct DeadLetters(pub(super) Services);
 
 #[tonic::async_trait]
 impl DeadLetterService for DeadLetters {
     async fn list_dead_letters(
         &self,
-        _: Request<ListDeadLettersRequest>,
+        request: Request<ListDeadLettersRequest>,
     ) -> Result<Response<ListDeadLettersResponse>, Status> {
-        Err(RelayError::NotImplemented("ListDeadLetters").into())
+        let _permit = self.0.gate.enter()?;
+        let request = request.into_inner();
+        let size = super::page_size(request.page_size)?;
+        let after = match request.page_token.as_str() {
+            "" => 0,
+            token => token.parse().map_err(|_| {
+                let rule = "not a token of this service; start again without one";
+                RelayError::invalid("page_token", "INVALID_FORMAT", rule)
+            })?,
+        };
+        let filter = parse_filter(
+            "",
+            &proto::DeadLetterFilter {
+                integration_id: request.integration_id,
+                reason: request.reason,
+                start_time: request.start_time,
+                end_time: request.end_time,
+            },
+        )?;
+        let listed = self.0.outbox.dead_letters(filter, after, size + 1).await;
+        let mut listed = listed.map_err(RelayError::from)?;
+        let more = listed.len() > size;
+        listed.truncate(size);
+        let last = listed
+            .last()
+            .filter(|_| more)
+            .map(|last| last.id.to_string());
+        Ok(Response::new(ListDeadLettersResponse {
+            dead_letters: listed.iter().map(to_proto).collect(),
+            next_page_token: last.unwrap_or_default(),
+        }))
     }
 
     async fn replay_dead_letters(
         &self,
-        _: Request<ReplayDeadLettersRequest>,
+        request: Request<ReplayDeadLettersRequest>,
     ) -> Result<Response<ReplayDeadLettersResponse>, Status> {
-        Err(RelayError::NotImplemented("ReplayDeadLetters").into())
+        let _permit = self.0.gate.enter()?;
+        let request = request.into_inner();
+        let now = UnixMillis::now();
+        let selection = parse_selection(request.filter, &request.dead_letter_ids, now)?;
+        let count = self.count(&selection, now).await?;
+        let event_count = if request.dry_run {
+            count.events
+        } else {
+            let replayed = self.replay_all(&selection, now).await?;
+            tracing::info!(events = replayed, "dead letters replayed");
+            replayed
+        };
+        Ok(Response::new(ReplayDeadLettersResponse {
+            event_count,
+            older_than_deduplication_count: count.older,
+        }))
     }
 
     async fn discard_dead_letters(
         &self,
-        _: Request<DiscardDeadLettersRequest>,
+        request: Request<DiscardDeadLettersRequest>,
     ) -> Result<Response<DiscardDeadLettersResponse>, Status> {
-        Err(RelayError::NotImplemented("DiscardDeadLetters").into())
+        let _permit = self.0.gate.enter()?;
+        let request = request.into_inner();
+        let now = UnixMillis::now();
+        let selection = parse_selection(request.filter, &request.dead_letter_ids, now)?;
+        if request.dry_run {
+            let event_count = self.count(&selection, now).await?.events;
+            return Ok(Response::new(DiscardDeadLettersResponse { event_count }));
+        }
+        let mut event_count = 0;
+        loop {
+            let discarded = self.0.outbox.discard(selection.clone()).await;
+            match discarded.map_err(RelayError::from)? {
+                0 => break,
+                discarded => event_count += discarded,
+            }
+        }
+        tracing::info!(events = event_count, "dead letters discarded");
+        Ok(Response::new(DiscardDeadLettersResponse { event_count }))
+    }
+}
+
+impl DeadLetters {
+    async fn count(
+        &self,
+        selection: &Selection,
+        now: UnixMillis,
+    ) -> Result<DeadLetterCount, RelayError> {
+        let window = i64::try_from(DEDUPLICATION_WINDOW.as_millis()).unwrap_or(i64::MAX);
+        let older_than = UnixMillis(now.0.saturating_sub(window));
+        Ok(self
+            .0
+            .outbox
+            .count_dead_letters(selection.clone(), older_than)
+            .await?)
+    }
+
+    /// Replays piece by piece, so that live traffic is stored in between. Where
+    /// room ends on the way, the rest stays as it is.
+    async fn replay_all(&self, selection: &Selection, now: UnixMillis) -> Result<u64, RelayError> {
+        let mut total = 0;
+        loop {
+            match self.0.outbox.replay(selection.clone(), now).await? {
+                Ok(0) => return Ok(total),
+                Ok(replayed) => total += replayed,
+                Err(quota) if total == 0 => return Err(RelayError::Full(quota)),
+                Err(_) => return Ok(total),
+            }
+        }
+    }
+}
+
+fn parse_selection(
+    filter: Option<proto::DeadLetterFilter>,
+    ids: &[String],
+    now: UnixMillis,
+) -> Result<Selection, RelayError> {
+    match filter {
+        Some(filter) if ids.is_empty() => {
+            let mut filter = parse_filter("filter.", &filter)?;
+            // What is given up from now on, perhaps for the second time, is not meant.
+            let end = UnixMillis(now.0.saturating_add(1));
+            filter.end = Some(filter.end.map_or(end, |asked| asked.min(end)));
+            Ok(Selection::Filter(filter))
+        }
+        None if !ids.is_empty() => parse_ids(ids),
+        _ => {
+            let rule = "give either a filter (an empty one takes all) or dead_letter_ids";
+            Err(RelayError::invalid("filter", "ONE_OF", rule))
+        }
+    }
+}
+
+fn parse_ids(ids: &[String]) -> Result<Selection, RelayError> {
+    if ids.len() > MAX_IDS {
+        let rule = format!("at most {MAX_IDS} ids; use several requests or a filter");
+        return Err(RelayError::invalid("dead_letter_ids", "TOO_MANY", rule));
+    }
+    let mut parsed = Vec::with_capacity(ids.len());
+    for (index, id) in ids.iter().enumerate() {
+        parsed.push(id.parse().map_err(|_| {
+            let rule = "not an id of this service; take dead_letter_id of ListDeadLetters";
+            RelayError::invalid(&format!("dead_letter_ids[{index}]"), "INVALID_FORMAT", rule)
+        })?);
+    }
+    parsed.sort_unstable();
+    parsed.dedup();
+    Ok(Selection::Ids(parsed))
+}
+
+fn parse_filter(
+    prefix: &str,
+    filter: &proto::DeadLetterFilter,
+) -> Result<DeadLetterFilter, RelayError> {
+    let time = |field: &str, time: &Option<prost_types::Timestamp>| match time {
+        None => Ok(None),
+        Some(time) => UnixMillis::from_proto(time).map(Some).ok_or_else(|| {
+            let rule = "years 1 to 9999, nanos 0 to 999,999,999";
+            RelayError::invalid(&format!("{prefix}{field}"), "OUT_OF_RANGE", rule)
+        }),
+    };
+    let integration_id = match filter.integration_id.as_str() {
+        "" => None,
+        // An integration that was deleted may have left dead letters.
+        id => Some(IntegrationId::new(id).ok_or_else(|| {
+            let rule = "1 to 63 characters of a-z, 0-9 and hyphen";
+            RelayError::invalid(&format!("{prefix}integration_id"), "INVALID_FORMAT", rule)
+        })?),
+    };
+    let reason = match DeliveryReason::try_from(filter.reason) {
+        Ok(DeliveryReason::Unspecified) => None,
+        Ok(reason) => Some(reason),
+        Err(_) => {
+            let rule = "a value of DeliveryReason; leave it out for all";
+            return Err(RelayError::invalid(
+                &format!("{prefix}reason"),
+                "UNKNOWN_VALUE",
+                rule,
+            ));
+        }
+    };
+    Ok(DeadLetterFilter {
+        integration_id,
+        reason,
+        start: time("start_time", &filter.start_time)?,
+        end: time("end_time", &filter.end_time)?,
+    })
+}
+
+fn to_proto(letter: &DeadLetter) -> proto::DeadLetter {
+    let record = &letter.record;
+    proto::DeadLetter {
+        dead_letter_id: letter.id.to_string(),
+        integration_id: record.integration_id.as_str().to_owned(),
+        capture_id: record.capture_id.clone(),
+        event: Some(convert::event_delivery(record, letter.event)),
+        data_region: record.region.to_proto().into(),
+        dead_letter_time: Some(letter.time.to_proto()),
+        payload_bytes: u32::try_from(letter.payload_bytes).unwrap_or(u32::MAX),
     }
 }

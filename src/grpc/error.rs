@@ -146,10 +146,10 @@ impl RelayError {
                     [one] if one.field.is_empty() => one.description.clone(),
                     [one] => format!("{}: {}", one.field, one.description),
                     [first, rest @ ..] => format!(
-                        "{}: {} (and {} more violations, see the details)",
+                        "{}: {} (violations: {}, see the details)",
                         first.field,
                         first.description,
-                        rest.len()
+                        rest.len() + 1
                     ),
                     [] => "the request is invalid".to_owned(),
                 }

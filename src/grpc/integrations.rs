@@ -22,8 +22,6 @@ use crate::{
     time::UnixMillis,
 };
 
-/// Integrations of one page: when not asked for, and at the most.
-const PAGE_SIZE: (usize, usize) = (100, 1_000);
 /// Whose events a test sends. `example.com` belongs to nobody (RFC 2606).
 const TEST_EMAIL: &str = "segment-relay-test@example.com";
 
@@ -63,14 +61,7 @@ impl IntegrationService for Integrations {
     ) -> Result<Response<ListIntegrationsResponse>, Status> {
         let _permit = self.0.gate.enter()?;
         let request = request.into_inner();
-        let size = match usize::try_from(request.page_size) {
-            Ok(0) => PAGE_SIZE.0,
-            Ok(size) => size.min(PAGE_SIZE.1),
-            Err(_) => {
-                let rule = "0 for the default, or 1 to 1,000";
-                return Err(RelayError::invalid("page_size", "OUT_OF_RANGE", rule).into());
-            }
-        };
+        let size = super::page_size(request.page_size)?;
         let after = match request.page_token.as_str() {
             "" => None,
             token => Some(IntegrationId::new(token).ok_or_else(|| {

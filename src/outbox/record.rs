@@ -28,6 +28,9 @@ struct StoredCapture {
     track: Option<StoredEvent>,
     #[prost(message, repeated, tag = "6")]
     attempts: Vec<StoredAttempt>,
+    /// 0: as accept_millis.
+    #[prost(sint64, tag = "7")]
+    queue_millis: i64,
 }
 
 #[derive(Clone, PartialEq, Message)]
@@ -73,6 +76,10 @@ pub(super) fn encode(record: &CaptureRecord) -> Vec<u8> {
         identify: Some(encode_event(record.event(EventType::Identify))),
         track: Some(encode_event(record.event(EventType::Track))),
         attempts: record.attempts.iter().map(encode_attempt).collect(),
+        queue_millis: match record.queue_time {
+            time if time == record.accept_time => 0,
+            time => time.0,
+        },
     }
     .encode_to_vec()
 }
@@ -94,6 +101,10 @@ pub(super) fn decode(
         region: if stored.eu { Region::Eu } else { Region::NonEu },
         mapping_version: stored.mapping_version,
         accept_time: UnixMillis(stored.accept_millis),
+        queue_time: UnixMillis(match stored.queue_millis {
+            0 => stored.accept_millis,
+            millis => millis,
+        }),
         identify: event(stored.identify)?,
         track: event(stored.track)?,
         attempts: stored.attempts.into_iter().map(decode_attempt).collect(),
@@ -195,6 +206,7 @@ mod tests {
             identify in any_event(),
             track in any_event(),
             eu in any::<bool>(),
+            queue_millis in prop_oneof![Just(-5), 1..i64::MAX],
             carried in prop::collection::vec((any::<bool>(), any::<bool>(), any::<u16>(), any::<u32>()), 0..5),
         ) {
             let id = IntegrationId::new("acme").expect("valid");
@@ -204,6 +216,7 @@ mod tests {
                 region: if eu { Region::Eu } else { Region::NonEu },
                 mapping_version: 7,
                 accept_time: UnixMillis(-5),
+                queue_time: UnixMillis(queue_millis),
                 identify,
                 track,
                 attempts: carried

@@ -6,7 +6,7 @@ use std::{
     sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
-use tokio::sync::{Notify, broadcast, futures::OwnedNotified};
+use tokio::sync::{Notify, broadcast, futures::OwnedNotified, watch};
 
 use super::LaneKey;
 use crate::{
@@ -37,6 +37,7 @@ pub struct Signals {
     work: Notify,
     feed: broadcast::Sender<Change>,
     waiting: Mutex<HashMap<CaptureKey, Arc<Notify>>>,
+    writable: watch::Sender<bool>,
 }
 
 impl Default for Signals {
@@ -46,6 +47,7 @@ impl Default for Signals {
             work: Notify::new(),
             feed: broadcast::Sender::new(FEED_LENGTH),
             waiting: Mutex::default(),
+            writable: watch::Sender::new(true),
         }
     }
 }
@@ -89,6 +91,18 @@ impl Signals {
     pub(super) fn publish(&self, change: Change) {
         // An error says that nobody watches.
         let _ = self.feed.send(change);
+    }
+
+    /// Whether the last attempt to write went well, now and from now on.
+    #[must_use]
+    pub fn writable(&self) -> watch::Receiver<bool> {
+        self.writable.subscribe()
+    }
+
+    /// Notes whether writing goes well.
+    pub(super) fn set_writable(&self, writable: bool) {
+        self.writable
+            .send_if_modified(|before| std::mem::replace(before, writable) != writable);
     }
 
     /// Prepares to wait for a capture. Look at its state after this call, and

@@ -18,6 +18,7 @@
 
 mod reader;
 mod schema;
+mod selection;
 mod writer;
 
 use std::{
@@ -31,10 +32,11 @@ use std::{
 use tokio::sync::{mpsc, oneshot};
 
 use super::{
-    Backlog, BoxFuture, LaneKey, LeaseBudget, LeasedCapture, Limits, NewCapture, Outbox,
-    OutboxError, Receipt, Settlement, Signals, StoredIntegration,
+    Backlog, BoxFuture, DeadLetter, DeadLetterCount, DeadLetterFilter, LaneKey, LeaseBudget,
+    LeasedCapture, Limits, NewCapture, Outbox, OutboxError, Quota, Receipt, Selection, Settlement,
+    Signals, StoredIntegration,
 };
-use crate::{integration::IntegrationId, status::CaptureRecord};
+use crate::{integration::IntegrationId, status::CaptureRecord, time::UnixMillis};
 
 use reader::ReadCommand;
 use writer::{WriteCommand, Writer};
@@ -279,6 +281,50 @@ impl Outbox for SqliteOutbox {
             integration_id,
             reply,
         }))
+    }
+
+    fn dead_letters(
+        &self,
+        filter: DeadLetterFilter,
+        after: i64,
+        limit: usize,
+    ) -> BoxFuture<'_, Result<Vec<DeadLetter>, OutboxError>> {
+        let command = move |reply| ReadCommand::DeadLetters {
+            filter,
+            after,
+            limit,
+            reply,
+        };
+        Box::pin(self.read(command))
+    }
+
+    fn count_dead_letters(
+        &self,
+        selection: Selection,
+        older_than: UnixMillis,
+    ) -> BoxFuture<'_, Result<DeadLetterCount, OutboxError>> {
+        let command = move |reply| ReadCommand::CountDeadLetters {
+            selection,
+            older_than,
+            reply,
+        };
+        Box::pin(self.read(command))
+    }
+
+    fn replay(
+        &self,
+        selection: Selection,
+        now: UnixMillis,
+    ) -> BoxFuture<'_, Result<Result<u64, Quota>, OutboxError>> {
+        Box::pin(self.write(move |reply| WriteCommand::Replay {
+            selection,
+            now,
+            reply,
+        }))
+    }
+
+    fn discard(&self, selection: Selection) -> BoxFuture<'_, Result<u64, OutboxError>> {
+        Box::pin(self.write(move |reply| WriteCommand::Discard { selection, reply }))
     }
 
     fn integrations(&self) -> BoxFuture<'_, Result<Vec<StoredIntegration>, OutboxError>> {

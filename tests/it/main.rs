@@ -1,1 +1,20 @@
+//! The real relay and the real sandbox, talking over loopback.
 
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    missing_docs,
+    reason = "tests stop at the first thing that is not as it should be"
+)]
+
+mod batch;
+mod capture;
+mod command;
+mod dead_letters;
+mod delivery;
+mod drain;
+mod harness;
+mod integrations;
+mod services;
+mod stream;

@@ -84,6 +84,8 @@ fn the_default_file_names_every_setting_of_delivery_outbox_and_log() {
             max_requests_in_flight: 32,
             max_batch_bytes: 491_520,
             max_batch_events: 2500,
+            max_events_per_second: 1_000,
+            burst_events: 2_500,
             retry_base: Duration::from_millis(500),
             retry_max: seconds(60),
             unauthorized_retry: seconds(300),

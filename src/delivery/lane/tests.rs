@@ -47,6 +47,7 @@ fn leased(sequence: i64) -> LeasedCapture {
             region: Region::Eu,
             mapping_version: 1,
             accept_time: NOW,
+            queue_time: NOW,
             identify: EventStatus::new(State::Queued),
             track: EventStatus::new(State::Queued),
             attempts: Vec::new(),
@@ -88,25 +89,19 @@ fn a_delivered_batch_settles_every_event_that_it_carried() {
     half.identify = None;
     half.record.identify = EventStatus::new(State::Delivered { at: UnixMillis(1) });
     let settled = lane.settle(vec![leased(1), half], &answer(200, None), NOW, 0.5);
-    assert_eq!(
-        settled.changed,
-        [
-            (0, EventType::Identify),
-            (0, EventType::Track),
-            (1, EventType::Track)
-        ]
-    );
-    for (_, record) in &settled.captures {
+    assert_eq!(settled.captures[0].changed, EventType::ALL);
+    assert_eq!(settled.captures[1].changed, [EventType::Track]);
+    for SettledCapture { record, .. } in &settled.captures {
         assert!(record.is_final());
         assert_eq!(record.track.state, State::Delivered { at: NOW });
         assert_eq!(record.track.attempt_count, 1);
         assert_eq!(record.attempts.len(), 1);
     }
     assert_eq!(
-        settled.captures[1].1.identify.state,
+        settled.captures[1].record.identify.state,
         State::Delivered { at: UnixMillis(1) }
     );
-    assert_eq!(settled.captures[1].1.identify.attempt_count, 0);
+    assert_eq!(settled.captures[1].record.identify.attempt_count, 0);
 }
 
 #[test]
@@ -132,7 +127,7 @@ fn a_pause_that_segment_asks_for_is_not_a_failure() {
     assert_eq!(lane.failures(), 0);
     assert_eq!(waits(&lane, NOW), Duration::from_secs(7));
     assert_eq!(
-        settled.captures[0].1.identify.state,
+        settled.captures[0].record.identify.state,
         State::Retrying {
             reason: DeliveryReason::RateLimited,
             next_attempt: NOW.plus(Duration::from_secs(7))
@@ -145,7 +140,7 @@ fn a_refused_key_parks_the_lane_until_the_integration_changes() {
     let mut lane = lane();
     let settled = lane.settle(vec![leased(1)], &answer(401, None), NOW, 0.0);
     assert_eq!(
-        settled.captures[0].1.track.state.reason(),
+        settled.captures[0].record.track.state.reason(),
         DeliveryReason::Unauthorized
     );
     assert_eq!(waits(&lane, NOW), Duration::from_secs(300));
@@ -167,7 +162,7 @@ fn an_event_is_given_up_when_it_is_too_old_but_never_untried() {
     let expired = lane.expire(&mut batch, later).expect("one is too old");
     assert_eq!(expired.captures.len(), 1);
     assert_eq!(
-        expired.captures[0].1.track.state,
+        expired.captures[0].record.track.state,
         State::DeadLettered {
             reason: DeliveryReason::Expired,
             at: later
@@ -194,7 +189,7 @@ fn drive(count: i64, poisoned: &[(i64, EventType)]) -> (Vec<CaptureRecord>, usiz
             if budget == 1 && capture.identify.is_some() {
                 capture.track = None;
             }
-            events += payload_count(&capture);
+            events += capture.event_count() as usize;
             if events > budget {
                 break;
             }
@@ -207,7 +202,10 @@ fn drive(count: i64, poisoned: &[(i64, EventType)]) -> (Vec<CaptureRecord>, usiz
             })
         });
         let status = if bad { 400 } else { 200 };
-        for (sequence, record) in lane.settle(batch, &answer(status, None), NOW, 0.5).captures {
+        for SettledCapture {
+            sequence, record, ..
+        } in lane.settle(batch, &answer(status, None), NOW, 0.5).captures
+        {
             let place = queue
                 .iter()
                 .position(|c| c.sequence == sequence)

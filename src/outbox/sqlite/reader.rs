@@ -3,11 +3,14 @@
 use rusqlite::{Connection, OptionalExtension, Row, params};
 use tokio::sync::{mpsc, oneshot};
 
+use super::selection;
+
 use crate::{
     event::EventType,
     integration::IntegrationId,
     outbox::{
-        Backlog, LaneKey, LeaseBudget, LeasedCapture, OutboxError, StoredIntegration, record,
+        Backlog, DeadLetter, DeadLetterCount, DeadLetterFilter, LaneKey, LeaseBudget,
+        LeasedCapture, OutboxError, Selection, StoredIntegration, record,
     },
     region::Region,
     status::CaptureRecord,
@@ -35,6 +38,17 @@ pub(super) enum ReadCommand {
     Backlog {
         integration_id: IntegrationId,
         reply: Reply<Backlog>,
+    },
+    DeadLetters {
+        filter: DeadLetterFilter,
+        after: i64,
+        limit: usize,
+        reply: Reply<Vec<DeadLetter>>,
+    },
+    CountDeadLetters {
+        selection: Selection,
+        older_than: UnixMillis,
+        reply: Reply<DeadLetterCount>,
     },
     Integrations {
         reply: Reply<Vec<StoredIntegration>>,
@@ -69,6 +83,22 @@ pub(super) fn run(connection: &Connection, mut commands: mpsc::Receiver<ReadComm
                 reply,
             } => {
                 let _ = reply.send(backlog(connection, &integration_id).map_err(unavailable));
+            }
+            ReadCommand::DeadLetters {
+                filter,
+                after,
+                limit,
+                reply,
+            } => {
+                let _ = reply.send(selection::list(connection, &filter, after, limit));
+            }
+            ReadCommand::CountDeadLetters {
+                selection,
+                older_than,
+                reply,
+            } => {
+                let counted = selection::count(connection, &selection, older_than);
+                let _ = reply.send(counted.map_err(unavailable));
             }
             ReadCommand::Integrations { reply } => {
                 let _ = reply.send(integrations(connection));

@@ -45,10 +45,11 @@ CREATE TABLE capture (
 CREATE TABLE queue (
   sequence INTEGER PRIMARY KEY,      -- as in capture
   lane INTEGER NOT NULL,
+  replay INTEGER NOT NULL,           -- 1 for dead letters that go again, behind the others
   identify BLOB,                     -- JSON; NULL once it does not wait any more
   track BLOB
 ) STRICT;
-CREATE INDEX queue_by_lane ON queue (lane);
+CREATE INDEX queue_by_lane ON queue (lane, replay);
 
 CREATE TABLE dead_letter (
   id INTEGER PRIMARY KEY,
@@ -60,6 +61,7 @@ CREATE TABLE dead_letter (
   payload BLOB NOT NULL,
   UNIQUE (sequence, event)
 ) STRICT;
+CREATE INDEX dead_letter_by_lane ON dead_letter (lane);
 ";
 
 /// Opens the database for the writer; makes its layout where it is new.

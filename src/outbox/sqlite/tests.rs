@@ -3,7 +3,7 @@ use std::sync::Arc;
 use super::*;
 use crate::{
     event::{EventPair, EventType},
-    outbox::{Content, Quota, Submitted},
+    outbox::{Content, Quota, SettledCapture, Submitted},
     proto::DeliveryReason,
     region::Region,
     status::{Attempt, Outcome, State},
@@ -93,10 +93,9 @@ async fn settle(
     leased: Vec<LeasedCapture>,
     outcome: impl Fn(&str, EventType) -> Outcome,
 ) {
-    let mut captures = Vec::new();
-    let mut changed = Vec::new();
     let lane = lane(leased[0].record.integration_id.as_str());
-    for (place, capture) in leased.into_iter().enumerate() {
+    let mut captures = Vec::new();
+    for capture in leased {
         let mut record = capture.record.clone();
         record.note_attempt(Attempt {
             identify: capture.identify.is_some(),
@@ -107,20 +106,19 @@ async fn settle(
             reason: DeliveryReason::Unspecified,
             error: String::new(),
         });
-        for event in EventType::ALL {
-            if capture.payload(event).is_some() {
-                let outcome = outcome(&capture.record.capture_id, event);
-                record.event_mut(event).advance(outcome, NOW);
-                changed.push((place, event));
-            }
+        let carried = |event: &EventType| capture.payload(*event).is_some();
+        let changed: Vec<_> = EventType::ALL.into_iter().filter(carried).collect();
+        for event in &changed {
+            let outcome = outcome(&capture.record.capture_id, *event);
+            record.event_mut(*event).advance(outcome, NOW);
         }
-        captures.push((capture.sequence, record));
+        captures.push(SettledCapture {
+            sequence: capture.sequence,
+            record,
+            changed,
+        });
     }
-    let settlement = Arc::new(Settlement {
-        lane,
-        captures,
-        changed,
-    });
+    let settlement = Arc::new(Settlement { lane, captures });
     outbox.settle(settlement).await.expect("settled");
 }
 

@@ -2,6 +2,7 @@
 
 mod apply;
 mod counters;
+mod replay;
 
 use std::sync::Arc;
 
@@ -12,7 +13,8 @@ use super::{SqliteOptions, reader::unavailable};
 use crate::{
     integration::IntegrationId,
     outbox::{
-        Change, LaneKey, NewCapture, OutboxError, Settlement, Signals, StoredIntegration, Submitted,
+        Change, LaneKey, NewCapture, OutboxError, Quota, Selection, Settlement, Signals,
+        StoredIntegration, Submitted,
     },
     time::UnixMillis,
 };
@@ -40,6 +42,15 @@ pub(super) enum WriteCommand {
         id: IntegrationId,
         reply: Reply<()>,
     },
+    Replay {
+        selection: Selection,
+        now: UnixMillis,
+        reply: Reply<Result<u64, Quota>>,
+    },
+    Discard {
+        selection: Selection,
+        reply: Reply<u64>,
+    },
     Maintain {
         reply: Reply<()>,
     },
@@ -60,6 +71,8 @@ impl WriteCommand {
 /// What is owed to a caller once the transaction is durable.
 enum Owed {
     Submitted(Reply<Vec<Submitted>>, Vec<Submitted>),
+    Replayed(Reply<Result<u64, Quota>>, Result<u64, Quota>),
+    Discarded(Reply<u64>, u64),
     Done(Reply<()>),
 }
 
@@ -128,6 +141,7 @@ impl Writer {
         let mut news = News::default();
         let mut commands = group;
         let result = self.apply_all(&mut commands, &mut owed, &mut news);
+        self.signals.set_writable(result.is_ok());
         if let Err(error) = &result {
             tracing::error!(%error, "the outbox cannot be written; nothing was acknowledged");
             // Those that were not reached drop their replies with the iterator.
@@ -141,6 +155,12 @@ impl Writer {
             match debt {
                 Owed::Submitted(reply, submitted) => {
                     let _ = reply.send(result.clone().map(|()| submitted));
+                }
+                Owed::Replayed(reply, replayed) => {
+                    let _ = reply.send(result.clone().map(|()| replayed));
+                }
+                Owed::Discarded(reply, discarded) => {
+                    let _ = reply.send(result.clone().map(|()| discarded));
                 }
                 Owed::Done(reply) => {
                     let _ = reply.send(result.clone());
@@ -238,6 +258,26 @@ impl Work<'_> {
                 owed.push(Owed::Done(reply));
                 self.delete_integration(&id).map_err(unavailable)
             }
+            WriteCommand::Replay {
+                selection,
+                now,
+                reply,
+            } => {
+                owed.push(Owed::Replayed(reply, Ok(0)));
+                let replayed = self.replay(&selection, now)?;
+                if let Some(Owed::Replayed(_, answer)) = owed.last_mut() {
+                    *answer = replayed;
+                }
+                Ok(())
+            }
+            WriteCommand::Discard { selection, reply } => {
+                owed.push(Owed::Discarded(reply, 0));
+                let discarded = self.discard(&selection).map_err(unavailable)?;
+                if let Some(Owed::Discarded(_, answer)) = owed.last_mut() {
+                    *answer = discarded;
+                }
+                Ok(())
+            }
             WriteCommand::Maintain { reply } => {
                 owed.push(Owed::Done(reply));
                 self.maintain(UnixMillis::now()).map_err(unavailable)
@@ -250,6 +290,12 @@ impl Work<'_> {
 fn refuse(command: WriteCommand, error: &OutboxError) {
     match command {
         WriteCommand::Submit { reply, .. } => {
+            let _ = reply.send(Err(error.clone()));
+        }
+        WriteCommand::Replay { reply, .. } => {
+            let _ = reply.send(Err(error.clone()));
+        }
+        WriteCommand::Discard { reply, .. } => {
             let _ = reply.send(Err(error.clone()));
         }
         WriteCommand::Settle { reply, .. }

@@ -10,8 +10,8 @@ use crate::{
     event::EventType,
     integration::IntegrationId,
     outbox::{
-        Change, Content, LaneKey, NewCapture, OutboxError, Settlement, StoredIntegration,
-        Submitted, record,
+        Change, Content, LaneKey, NewCapture, OutboxError, SettledCapture, Settlement,
+        StoredIntegration, Submitted, record,
         sqlite::reader::{record_of, unavailable},
     },
     status::{CaptureRecord, EventStatus, State},
@@ -74,7 +74,7 @@ impl Work<'_> {
               (sequence, integration_id, capture_id, digest, accept_millis, open, status)
             VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7)";
         const QUEUE: &str = "
-            INSERT INTO queue (sequence, lane, identify, track) VALUES (?1, ?2, ?3, ?4)";
+            INSERT INTO queue (sequence, lane, replay, identify, track) VALUES (?1, ?2, 0, ?3, ?4)";
         let state = match &capture.content {
             Content::Send { .. } => State::Queued,
             Content::Skip { reason } => State::Skipped { reason: *reason },
@@ -85,6 +85,7 @@ impl Work<'_> {
             region: capture.region,
             mapping_version: capture.mapping_version,
             accept_time: capture.accept_time,
+            queue_time: capture.accept_time,
             identify: EventStatus::new(state),
             track: EventStatus::new(state),
             attempts: Vec::new(),
@@ -119,75 +120,98 @@ impl Work<'_> {
 
     pub(super) fn settle(&mut self, settlement: &Settlement) -> Result<(), OutboxError> {
         let now = UnixMillis::now();
-        for (place, (sequence, record)) in settlement.captures.iter().enumerate() {
-            if !self
-                .settle_capture(*sequence, record)
-                .map_err(unavailable)?
-            {
+        for settled in &settlement.captures {
+            let Some(record) = self.settle_capture(settled)? else {
                 continue;
-            }
-            let changed: Vec<EventType> = settlement
-                .changed
-                .iter()
-                .filter(|(changed, _)| *changed == place)
-                .map(|(_, event)| *event)
-                .collect();
-            self.announce(record, &changed, now);
+            };
+            self.announce(&record, &settled.changed, now);
             if record.is_final() {
-                let key = (record.integration_id.clone(), record.capture_id.clone());
-                self.news.settled.push(key);
+                self.news
+                    .settled
+                    .push((record.integration_id, record.capture_id));
             }
         }
         Ok(())
     }
 
-    /// Returns whether the capture still waited.
-    fn settle_capture(&mut self, sequence: i64, record: &CaptureRecord) -> rusqlite::Result<bool> {
+    /// The capture's record from now on; `None` where it no longer waits.
+    fn settle_capture(
+        &mut self,
+        settled: &SettledCapture,
+    ) -> Result<Option<CaptureRecord>, OutboxError> {
         const WAITING: &str = "
-            SELECT lane, length(identify), length(track) FROM queue WHERE sequence = ?1";
+            SELECT q.lane, length(q.identify), length(q.track), c.status
+            FROM queue q JOIN capture c ON c.sequence = q.sequence WHERE q.sequence = ?1";
+        let found = self
+            .transaction
+            .prepare_cached(WAITING)
+            .and_then(|mut statement| {
+                let row = statement.query_row(params![settled.sequence], |row| {
+                    Ok((
+                        row.get(0)?,
+                        [row.get(1)?, row.get(2)?],
+                        row.get::<_, Vec<u8>>(3)?,
+                    ))
+                });
+                row.optional()
+            })
+            .map_err(unavailable)?;
+        let Some((lane, sizes, status)) = found else {
+            return Ok(None);
+        };
+        // Merged with what is stored: the capture's other event may have been
+        // replayed while this attempt was under way.
+        let (id, capture_id) = (&settled.record.integration_id, &settled.record.capture_id);
+        let mut record = record_of(id.clone(), capture_id.clone(), &status)?;
+        record.attempts.clone_from(&settled.record.attempts);
+        for event in &settled.changed {
+            *record.event_mut(*event) = settled.record.event(*event).clone();
+        }
+        self.store_settled(settled, lane, sizes, &record)
+            .map_err(unavailable)?;
+        Ok(Some(record))
+    }
+
+    fn store_settled(
+        &mut self,
+        settled: &SettledCapture,
+        lane: i64,
+        sizes: [Option<u64>; 2],
+        record: &CaptureRecord,
+    ) -> rusqlite::Result<()> {
         const STATUS: &str = "UPDATE capture SET status = ?2, open = ?3 WHERE sequence = ?1";
         const DONE: &str = "DELETE FROM queue WHERE sequence = ?1";
         const PARTLY: &str = "
             UPDATE queue SET identify = iif(?2, NULL, identify), track = iif(?3, NULL, track)
             WHERE sequence = ?1";
-        let mut statement = self.transaction.prepare_cached(WAITING)?;
-        let row = statement.query_row(params![sequence], |row| {
-            Ok((
-                row.get(0)?,
-                row.get::<_, Option<u64>>(1)?,
-                row.get::<_, Option<u64>>(2)?,
-            ))
-        });
-        let Some((lane, identify, track)) = row.optional()? else {
-            return Ok(false);
-        };
-        let mut dead = false;
-        for (event, size) in [(EventType::Identify, identify), (EventType::Track, track)] {
+        let sequence = settled.sequence;
+        let mut left = false;
+        let mut ended = [false; 2];
+        for ((event, size), ended) in EventType::ALL.into_iter().zip(sizes).zip(&mut ended) {
+            let Some(bytes) = size else { continue };
             let state = record.event(event).state;
-            dead |= matches!(state, State::DeadLettered { .. });
-            if let (true, Some(bytes)) = (state.is_final(), size) {
+            if state.is_final() && settled.changed.contains(&event) {
                 self.keep_dead_letter(sequence, lane, event, state)?;
                 self.counters.remove(lane, 1, bytes);
+                *ended = true;
+            } else {
+                left = true;
             }
         }
-        let is_final = record.is_final();
-        let status = params![sequence, record::encode(record), !is_final || dead];
+        let dead = |event| matches!(record.event(event).state, State::DeadLettered { .. });
+        let open = left || EventType::ALL.into_iter().any(dead);
+        let status = params![sequence, record::encode(record), open];
         self.transaction.prepare_cached(STATUS)?.execute(status)?;
-        if is_final {
+        if !left {
             self.transaction
                 .prepare_cached(DONE)?
                 .execute(params![sequence])?;
-        } else if identify.is_some() && record.identify.state.is_final()
-            || track.is_some() && record.track.state.is_final()
-        {
-            let finals = params![
-                sequence,
-                record.identify.state.is_final(),
-                record.track.state.is_final()
-            ];
-            self.transaction.prepare_cached(PARTLY)?.execute(finals)?;
+        } else if ended.contains(&true) {
+            let [identify, track] = ended;
+            let row = params![sequence, identify, track];
+            self.transaction.prepare_cached(PARTLY)?.execute(row)?;
         }
-        Ok(true)
+        Ok(())
     }
 
     fn keep_dead_letter(
@@ -209,7 +233,12 @@ impl Work<'_> {
         Ok(())
     }
 
-    fn announce(&mut self, record: &CaptureRecord, events: &[EventType], time: UnixMillis) {
+    pub(super) fn announce(
+        &mut self,
+        record: &CaptureRecord,
+        events: &[EventType],
+        time: UnixMillis,
+    ) {
         if !self.signals.is_watched() {
             return;
         }

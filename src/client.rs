@@ -1,0 +1,13 @@
+//! Thin clients for a person at a terminal, and for scripts: each command is one
+//! call, printed as a table or, with `--json`, as canonical proto JSON.
+
+pub mod args;
+mod call;
+mod failure;
+mod input;
+pub mod json;
+pub mod render;
+
+pub use args::ClientCommand;
+pub use call::run;
+pub use failure::{ClientError, status_text};

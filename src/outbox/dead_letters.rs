@@ -1,0 +1,55 @@
+//! Dead letters: events that were refused for good or given up, kept with their
+//! payload until somebody replays or discards them.
+
+use crate::{
+    event::EventType, integration::IntegrationId, proto::DeliveryReason, status::CaptureRecord,
+    time::UnixMillis,
+};
+
+/// Which dead letters are meant. What is `None` lets everything through.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct DeadLetterFilter {
+    /// Of this integration.
+    pub integration_id: Option<IntegrationId>,
+    /// With this reason.
+    pub reason: Option<DeliveryReason>,
+    /// Given up at this time or later.
+    pub start: Option<UnixMillis>,
+    /// Given up before this time.
+    pub end: Option<UnixMillis>,
+}
+
+/// What a replay or a discard takes.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Selection {
+    /// All that fit.
+    Filter(DeadLetterFilter),
+    /// Those of these ids; unknown ones are passed over.
+    Ids(Vec<i64>),
+}
+
+/// One dead letter.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct DeadLetter {
+    /// Names it; counts up in the order in which events were given up.
+    pub id: i64,
+    /// Its capture.
+    pub record: CaptureRecord,
+    /// Which of the capture's events.
+    pub event: EventType,
+    /// When it was given up.
+    pub time: UnixMillis,
+    /// Size of the kept payload.
+    pub payload_bytes: u64,
+}
+
+/// What dead letters weigh.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct DeadLetterCount {
+    /// How many.
+    pub events: u64,
+    /// Their bytes of JSON.
+    pub bytes: u64,
+    /// How many of them were accepted before a given time.
+    pub older: u64,
+}

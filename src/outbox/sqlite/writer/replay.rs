@@ -1,0 +1,150 @@
+//! Dead letters go back into the queue, or away.
+
+use rusqlite::{OptionalExtension, params};
+
+use super::Work;
+use crate::{
+    event::EventType,
+    integration::IntegrationId,
+    outbox::{
+        LaneKey, OutboxError, Quota, Selection, record,
+        sqlite::{
+            reader::{record_of, unavailable},
+            selection::{event_of, first_ids},
+        },
+    },
+    region::Region,
+    status::CaptureRecord,
+    time::UnixMillis,
+};
+
+/// Dead letters that one transaction takes at the most.
+const CHUNK: usize = 500;
+
+/// A dead letter's row, with the lane and the capture that it belongs to.
+struct Row {
+    sequence: i64,
+    lane_id: i64,
+    lane: LaneKey,
+    event: EventType,
+    bytes: u64,
+    record: CaptureRecord,
+}
+
+impl Work<'_> {
+    /// Queues the first of the selected dead letters again; returns how many, or
+    /// the bound that left no room for the next one.
+    pub(super) fn replay(
+        &mut self,
+        selection: &Selection,
+        now: UnixMillis,
+    ) -> Result<Result<u64, Quota>, OutboxError> {
+        let mut replayed = 0;
+        for id in first_ids(self.transaction, selection, CHUNK).map_err(unavailable)? {
+            let Some(mut row) = self.dead_letter(id)? else {
+                continue;
+            };
+            let quota = self.counters.full(&row.lane.integration_id, row.bytes);
+            if let Some(quota) = quota {
+                return Ok(if replayed > 0 {
+                    Ok(replayed)
+                } else {
+                    Err(quota)
+                });
+            }
+            row.record.event_mut(row.event).replay();
+            row.record.queue_time = now;
+            self.requeue(id, &row).map_err(unavailable)?;
+            self.counters.add(row.lane_id, 1, row.bytes);
+            self.announce(&row.record, &[row.event], now);
+            self.news.lanes.push(row.lane);
+            replayed += 1;
+        }
+        Ok(Ok(replayed))
+    }
+
+    fn requeue(&self, id: i64, row: &Row) -> rusqlite::Result<()> {
+        // Where the capture's other event waits, both go together again.
+        const QUEUE: &str = "
+            INSERT INTO queue (sequence, lane, replay, identify, track)
+            SELECT sequence, lane, 1, iif(event = 1, payload, NULL), iif(event = 2, payload, NULL)
+            FROM dead_letter WHERE id = ?1
+            ON CONFLICT (sequence) DO UPDATE SET
+              identify = coalesce(excluded.identify, identify),
+              track = coalesce(excluded.track, track)";
+        const GONE: &str = "DELETE FROM dead_letter WHERE id = ?1";
+        const STATUS: &str = "UPDATE capture SET status = ?2, open = 1 WHERE sequence = ?1";
+        self.transaction
+            .prepare_cached(QUEUE)?
+            .execute(params![id])?;
+        self.transaction
+            .prepare_cached(GONE)?
+            .execute(params![id])?;
+        let status = params![row.sequence, record::encode(&row.record)];
+        self.transaction.prepare_cached(STATUS)?.execute(status)?;
+        Ok(())
+    }
+
+    /// Removes the first of the selected dead letters; returns how many.
+    pub(super) fn discard(&mut self, selection: &Selection) -> rusqlite::Result<u64> {
+        const LEFT: &str = "
+            SELECT EXISTS (SELECT 1 FROM dead_letter WHERE sequence = ?1)
+                OR EXISTS (SELECT 1 FROM queue WHERE sequence = ?1)";
+        const CLOSE: &str = "UPDATE capture SET open = ?2 WHERE sequence = ?1";
+        let ids = first_ids(self.transaction, selection, CHUNK)?;
+        for id in &ids {
+            let sequence: i64 = self
+                .transaction
+                .prepare_cached("DELETE FROM dead_letter WHERE id = ?1 RETURNING sequence")?
+                .query_row(params![id], |row| row.get(0))?;
+            let mut left = self.transaction.prepare_cached(LEFT)?;
+            let open: bool = left.query_row(params![sequence], |row| row.get(0))?;
+            self.transaction
+                .prepare_cached(CLOSE)?
+                .execute(params![sequence, open])?;
+        }
+        Ok(ids.len() as u64)
+    }
+
+    fn dead_letter(&self, id: i64) -> Result<Option<Row>, OutboxError> {
+        const SQL: &str = "
+            SELECT d.sequence, d.lane, d.event, length(d.payload),
+                   l.integration_id, l.region, l.shard, c.capture_id, c.status
+            FROM dead_letter d JOIN lane l ON l.id = d.lane JOIN capture c ON c.sequence = d.sequence
+            WHERE d.id = ?1";
+        let mut statement = self.transaction.prepare_cached(SQL).map_err(unavailable)?;
+        let found = statement
+            .query_row(params![id], |row| {
+                Ok((
+                    (row.get(0)?, row.get(1)?, row.get(2)?, row.get(3)?),
+                    (row.get::<_, String>(4)?, row.get::<_, i64>(5)?, row.get(6)?),
+                    (row.get(7)?, row.get::<_, Vec<u8>>(8)?),
+                ))
+            })
+            .optional()
+            .map_err(unavailable)?;
+        let Some((row, (integration, region, shard), (capture_id, status))) = found else {
+            return Ok(None);
+        };
+        let integration_id = IntegrationId::new(&integration)
+            .ok_or_else(|| OutboxError::Unavailable("a damaged lane".to_owned()))?;
+        let region = if region == 2 {
+            Region::Eu
+        } else {
+            Region::NonEu
+        };
+        let (sequence, lane_id, event, bytes) = row;
+        Ok(Some(Row {
+            sequence,
+            lane_id,
+            event: event_of(event),
+            bytes,
+            record: record_of(integration_id.clone(), capture_id, &status)?,
+            lane: LaneKey {
+                integration_id,
+                region,
+                shard,
+            },
+        }))
+    }
+}

@@ -1,0 +1,320 @@
+//! A relay and a sandbox on free loopback ports.
+
+use std::{net::SocketAddr, sync::Arc, time::Duration};
+
+use segment_relay::{
+    config::{Config, Outside},
+    proto::{
+        self, AttributeValue, Capture, CaptureRequest, CaptureResult, Credential, DataRegion,
+        DeliveryState, EventDelivery, FieldMapping, GetCaptureRequest, GetCaptureResponse,
+        Integration, WaitFor, attribute_value::Kind,
+        integration_service_client::IntegrationServiceClient,
+        segment_relay_client::SegmentRelayClient,
+    },
+    sandbox::{self, Rule, Sandbox, SandboxOptions},
+    server::{Relay, RunError},
+};
+use tempfile::TempDir;
+use tokio::{net::TcpListener, task::JoinHandle};
+use tokio_util::sync::CancellationToken;
+use tonic::{Request, Status, transport::Channel};
+
+/// No test waits longer than this for anything.
+pub(crate) const PATIENCE: Duration = Duration::from_secs(30);
+pub(crate) const WRITE_KEY: &str = "write-key-of-acme-0001";
+
+pub(crate) struct World {
+    pub(crate) sandbox: Arc<Sandbox>,
+    pub(crate) address: SocketAddr,
+    pub(crate) channel: Channel,
+    settings: String,
+    endpoints: String,
+    directory: TempDir,
+    shutdown: CancellationToken,
+    relay: JoinHandle<Result<(), RunError>>,
+    sandbox_shutdown: CancellationToken,
+}
+
+impl World {
+    pub(crate) async fn start() -> Self {
+        Self::with("").await
+    }
+
+    /// A world whose relay has these settings beside those that lead it to the
+    /// sandbox. `[delivery]` has short waits unless the settings name it.
+    pub(crate) async fn with(settings: &str) -> Self {
+        let sandbox = Arc::new(Sandbox::new(SandboxOptions::default()));
+        let sandbox_shutdown = CancellationToken::new();
+        let (non_eu, eu) = (listener().await, listener().await);
+        let url = |listener: &TcpListener| {
+            format!("http://{}", listener.local_addr().expect("an address"))
+        };
+        let non_eu_url = url(&non_eu);
+        let endpoints = format!(
+            "[segment.endpoints]\nnon_eu = \"{non_eu_url}/v1/batch\"\neu = \"{}/v1/batch\"\n",
+            url(&eu)
+        );
+        tokio::spawn(sandbox::run(
+            vec![(sandbox::Region::NonEu, non_eu), (sandbox::Region::Eu, eu)],
+            Arc::clone(&sandbox),
+            sandbox_shutdown.clone(),
+        ));
+        let directory = tempfile::tempdir().expect("a directory");
+        let short_waits = if settings.contains("[delivery]") {
+            ""
+        } else {
+            "[delivery]\nretry_base_ms = 10\nretry_max_ms = 50\n"
+        };
+        let settings = format!("{short_waits}{endpoints}{settings}");
+        let (address, shutdown, relay) = run_relay(&settings, &directory).await;
+        Self {
+            sandbox,
+            address,
+            channel: connect(address).await,
+            settings,
+            endpoints,
+            directory,
+            shutdown,
+            relay,
+            sandbox_shutdown,
+        }
+    }
+
+    /// Drains the relay and starts another on the same outbox.
+    pub(crate) async fn restart(&mut self) {
+        self.drain().await;
+        let (address, shutdown, relay) = run_relay(&self.settings, &self.directory).await;
+        self.address = address;
+        self.shutdown = shutdown;
+        self.relay = relay;
+        self.channel = connect(address).await;
+    }
+
+    /// The same with other settings.
+    pub(crate) async fn restart_with(mut self, settings: &str) -> Self {
+        self.settings = format!("{}{settings}", self.endpoints);
+        self.restart().await;
+        self
+    }
+
+    /// Tells the relay to stop, without waiting for it.
+    pub(crate) fn begin_drain(&self) {
+        self.shutdown.cancel();
+    }
+
+    async fn drain(&mut self) {
+        self.shutdown.cancel();
+        let ended = tokio::time::timeout(PATIENCE, &mut self.relay).await;
+        ended
+            .expect("drained in time")
+            .expect("no panic")
+            .expect("a clean end");
+    }
+
+    pub(crate) async fn stop(mut self) {
+        self.drain().await;
+        self.sandbox_shutdown.cancel();
+    }
+
+    pub(crate) fn relay(&self) -> SegmentRelayClient<Channel> {
+        SegmentRelayClient::new(self.channel.clone())
+    }
+
+    pub(crate) fn integrations(&self) -> IntegrationServiceClient<Channel> {
+        IntegrationServiceClient::new(self.channel.clone())
+    }
+
+    pub(crate) async fn create(&self, integration: Integration) -> Integration {
+        let request = proto::CreateIntegrationRequest {
+            integration: Some(integration),
+        };
+        let created = self
+            .integrations()
+            .create_integration(request)
+            .await
+            .expect("created");
+        created.into_inner().integration.expect("an integration")
+    }
+
+    pub(crate) async fn capture(
+        &self,
+        capture: Capture,
+        wait_for: WaitFor,
+    ) -> Result<CaptureResult, Status> {
+        let mut request = Request::new(CaptureRequest {
+            integration_id: "acme".into(),
+            capture: Some(capture),
+            wait_for: wait_for.into(),
+        });
+        request.set_timeout(PATIENCE);
+        let answer = self.relay().capture(request).await?;
+        Ok(answer.into_inner().result.expect("a result"))
+    }
+
+    pub(crate) async fn deliver(&self, capture: Capture) -> CaptureResult {
+        self.capture(capture, WaitFor::Delivered)
+            .await
+            .expect("accepted")
+    }
+
+    pub(crate) async fn accept(&self, capture: Capture) -> CaptureResult {
+        self.capture(capture, WaitFor::Accepted)
+            .await
+            .expect("accepted")
+    }
+
+    pub(crate) async fn status(&self, capture_id: &str) -> Result<GetCaptureResponse, Status> {
+        let request = GetCaptureRequest {
+            integration_id: "acme".into(),
+            capture_id: capture_id.into(),
+        };
+        Ok(self.relay().get_capture(request).await?.into_inner())
+    }
+
+    /// Waits until both events of a capture are final, by sending it again.
+    pub(crate) async fn settled(&self, capture: Capture) -> CaptureResult {
+        let result = self.deliver(capture).await;
+        assert!(result.duplicate, "{result:?} was not accepted before");
+        result
+    }
+
+    pub(crate) fn misbehave(&self, rule: Rule) {
+        self.sandbox.set_rules(vec![rule]).expect("a fine rule");
+    }
+
+    pub(crate) fn behave(&self) {
+        self.sandbox.set_rules(Vec::new()).expect("no rules");
+    }
+
+    /// Waits until so many events were accepted by the sandbox.
+    pub(crate) async fn arrived(&self, events: u64) {
+        self.sandbox
+            .wait_for(|stats| stats.events_accepted >= events, PATIENCE)
+            .await
+            .expect("the events arrive");
+    }
+}
+
+async fn listener() -> TcpListener {
+    TcpListener::bind("127.0.0.1:0").await.expect("a free port")
+}
+
+async fn run_relay(
+    settings: &str,
+    directory: &TempDir,
+) -> (
+    SocketAddr,
+    CancellationToken,
+    JoinHandle<Result<(), RunError>>,
+) {
+    let outside = Outside {
+        validate: &|_| Vec::new(),
+        read_key_file: &|_| Err(std::io::ErrorKind::NotFound.into()),
+    };
+    let outbox = directory.path().join("outbox").display().to_string();
+    let environment = [("SEGMENT_RELAY__OUTBOX__PATH", outbox.as_str())];
+    let config = Config::load(Some(("test.toml", settings)), environment, &outside);
+    let config = config.unwrap_or_else(|faults| panic!("{faults}"));
+    let relay = Relay::open(config).await.expect("opens");
+    let listener = listener().await;
+    let address = listener.local_addr().expect("an address");
+    let shutdown = CancellationToken::new();
+    let task = tokio::spawn(relay.run(listener, shutdown.clone()));
+    (address, shutdown, task)
+}
+
+async fn connect(address: SocketAddr) -> Channel {
+    Channel::from_shared(format!("http://{address}"))
+        .expect("a URL")
+        .connect()
+        .await
+        .expect("connects")
+}
+
+/// An integration of one region that forwards all attributes.
+pub(crate) fn acme() -> Integration {
+    Integration {
+        integration_id: "acme".into(),
+        credentials: vec![credential(DataRegion::NonEu, WRITE_KEY)],
+        unmapped_attributes: proto::UnmappedAttributes::Forward.into(),
+        ..Integration::default()
+    }
+}
+
+pub(crate) fn credential(region: DataRegion, write_key: &str) -> Credential {
+    Credential {
+        data_region: region.into(),
+        write_key: write_key.into(),
+        write_key_hint: String::new(),
+    }
+}
+
+pub(crate) fn mapping(attribute_id: &str) -> FieldMapping {
+    FieldMapping {
+        attribute_id: attribute_id.into(),
+        ..FieldMapping::default()
+    }
+}
+
+pub(crate) fn text(text: &str) -> AttributeValue {
+    AttributeValue {
+        kind: Some(Kind::StringValue(text.into())),
+    }
+}
+
+pub(crate) fn worked_example() -> Capture {
+    Capture {
+        email: "test@aol.com".into(),
+        campaign_id: "n3zrik6g".into(),
+        campaign_name: "New Quiz".into(),
+        session_id: "y2P5ks05mqzGsdkIGjbQ".into(),
+        traffic_source: "Owned+Web".into(),
+        occur_time: Some(prost_types::Timestamp {
+            seconds: 1_615_507_200,
+            nanos: 0,
+        }),
+        attributes: [
+            ("attribute_id_1".to_owned(), text("attribute_value_1")),
+            ("attribute_id_2".to_owned(), text("attribute_value_2")),
+        ]
+        .into(),
+        ..Capture::default()
+    }
+}
+
+/// A capture of its own id and person.
+pub(crate) fn numbered(number: usize) -> Capture {
+    Capture {
+        capture_id: format!("capture-{number}"),
+        email: format!("person-{number}@example.com"),
+        ..worked_example()
+    }
+}
+
+pub(crate) fn states(events: &[EventDelivery]) -> Vec<DeliveryState> {
+    events.iter().map(EventDelivery::state).collect()
+}
+
+/// Field paths and reasons of the violations in a status.
+pub(crate) fn violations(status: &Status) -> Vec<(String, String)> {
+    use tonic_types::StatusExt;
+    let details = status.get_error_details();
+    let violations = details
+        .bad_request()
+        .map(|bad| bad.field_violations.clone());
+    violations
+        .unwrap_or_default()
+        .into_iter()
+        .map(|v| (v.field, v.reason))
+        .collect()
+}
+
+/// The stable word of a status.
+pub(crate) fn reason(status: &Status) -> String {
+    use tonic_types::StatusExt;
+    let details = status.get_error_details();
+    details
+        .error_info()
+        .map(|info| info.reason.clone())
+        .unwrap_or_default()
+}

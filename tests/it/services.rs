@@ -1,0 +1,180 @@
+//! What stands beside the relay's own services, and what is not there yet.
+
+use segment_relay::proto::{
+    CaptureRequest, EraseSubjectRequest, WatchDeliveriesRequest,
+    privacy_service_client::PrivacyServiceClient,
+};
+use tokio_stream::StreamExt;
+use tonic::Code;
+use tonic_health::pb::{
+    HealthCheckRequest, health_check_response::ServingStatus, health_client::HealthClient,
+};
+
+use crate::harness::{World, acme, numbered, text, worked_example};
+
+#[tokio::test]
+async fn health_answers_for_the_relay_as_a_whole_and_for_its_service() {
+    let world = World::start().await;
+    let mut health = HealthClient::new(world.channel.clone());
+    for service in ["", "jebbit.segmentrelay.v1.SegmentRelay"] {
+        let request = HealthCheckRequest {
+            service: service.into(),
+        };
+        let answer = health.check(request).await.expect("answered").into_inner();
+        assert_eq!(answer.status(), ServingStatus::Serving);
+    }
+    let unknown = health
+        .check(HealthCheckRequest {
+            service: "nobody".into(),
+        })
+        .await;
+    assert_eq!(unknown.expect_err("unknown").code(), Code::NotFound);
+    world.stop().await;
+}
+
+macro_rules! reflected_services {
+    ($world:expr, $version:ident) => {{
+        use tonic_reflection::pb::$version::{
+            ServerReflectionRequest, server_reflection_client::ServerReflectionClient,
+            server_reflection_request::MessageRequest, server_reflection_response::MessageResponse,
+        };
+        let request = ServerReflectionRequest {
+            host: String::new(),
+            message_request: Some(MessageRequest::ListServices(String::new())),
+        };
+        let mut answers = ServerReflectionClient::new($world.channel.clone())
+            .server_reflection_info(tokio_stream::iter([request]))
+            .await
+            .expect("answered")
+            .into_inner();
+        let answer = answers.next().await.expect("an answer").expect("no error");
+        match answer.message_response {
+            Some(MessageResponse::ListServicesResponse(list)) => list
+                .service
+                .into_iter()
+                .map(|service| service.name)
+                .collect::<Vec<_>>(),
+            other => panic!("{other:?}"),
+        }
+    }};
+}
+
+#[tokio::test]
+async fn reflection_lists_the_services_in_both_versions() {
+    let world = World::start().await;
+    for services in [
+        reflected_services!(world, v1),
+        reflected_services!(world, v1alpha),
+    ] {
+        for name in [
+            "SegmentRelay",
+            "IntegrationService",
+            "DeadLetterService",
+            "PrivacyService",
+        ] {
+            let full = format!("jebbit.segmentrelay.v1.{name}");
+            assert!(
+                services.contains(&full),
+                "{full} is missing in {services:?}"
+            );
+        }
+        assert!(services.contains(&"grpc.health.v1.Health".to_owned()));
+    }
+    world.stop().await;
+    let hidden = World::with("[server]\nreflection = false\n").await;
+    let mut client =
+        tonic_reflection::pb::v1::server_reflection_client::ServerReflectionClient::new(
+            hidden.channel.clone(),
+        );
+    let refused = client
+        .server_reflection_info(tokio_stream::empty())
+        .await
+        .expect_err("hidden");
+    assert_eq!(refused.code(), Code::Unimplemented);
+    hidden.stop().await;
+}
+
+#[tokio::test]
+async fn what_comes_later_says_that_it_is_not_implemented() {
+    let world = World::start().await;
+    let mut privacy = PrivacyServiceClient::new(world.channel.clone());
+    let answer = privacy.erase_subject(EraseSubjectRequest::default()).await;
+    assert_eq!(answer.expect_err("later").code(), Code::Unimplemented);
+    world.stop().await;
+}
+
+#[tokio::test]
+async fn a_watcher_sees_every_change_and_no_address() {
+    let world = World::start().await;
+    world.create(acme()).await;
+    let watch = WatchDeliveriesRequest {
+        integration_id: "acme".into(),
+        ..Default::default()
+    };
+    let mut updates = world
+        .relay()
+        .watch_deliveries(watch)
+        .await
+        .expect("watches")
+        .into_inner();
+    world.deliver(worked_example()).await;
+    let mut seen = Vec::new();
+    for _ in 0..4 {
+        let update = updates.next().await.expect("an update").expect("no error");
+        assert!(!format!("{update:?}").contains("aol"));
+        assert_eq!(update.missed_count, 0);
+        let event = update.event.expect("an event");
+        seen.push((event.r#type().as_str_name(), event.state().as_str_name()));
+    }
+    assert_eq!(
+        seen,
+        [
+            ("EVENT_TYPE_IDENTIFY", "DELIVERY_STATE_QUEUED"),
+            ("EVENT_TYPE_TRACK", "DELIVERY_STATE_QUEUED"),
+            ("EVENT_TYPE_IDENTIFY", "DELIVERY_STATE_DELIVERED"),
+            ("EVENT_TYPE_TRACK", "DELIVERY_STATE_DELIVERED"),
+        ]
+    );
+    let bad = WatchDeliveriesRequest {
+        states: vec![0],
+        ..Default::default()
+    };
+    let refused = world
+        .relay()
+        .watch_deliveries(bad)
+        .await
+        .expect_err("refused");
+    assert_eq!(refused.code(), Code::InvalidArgument);
+    drop(updates);
+    world.stop().await;
+}
+
+#[tokio::test]
+async fn messages_beyond_the_bound_and_too_many_watchers_are_refused() {
+    let world = World::with("[server]\nmax_message_bytes = 65536\nmax_watchers = 1\n").await;
+    world.create(acme()).await;
+    let mut large = numbered(1);
+    large
+        .attributes
+        .insert("essay".into(), text(&"x".repeat(70_000)));
+    let request = CaptureRequest {
+        integration_id: "acme".into(),
+        capture: Some(large),
+        ..Default::default()
+    };
+    let refused = world.relay().capture(request).await.expect_err("refused");
+    assert_eq!(refused.code(), Code::OutOfRange);
+    let watch = || async {
+        world
+            .relay()
+            .watch_deliveries(WatchDeliveriesRequest::default())
+            .await
+    };
+    let first = watch().await.expect("watches");
+    assert_eq!(
+        watch().await.expect_err("refused").code(),
+        Code::ResourceExhausted
+    );
+    drop(first);
+    world.stop().await;
+}

@@ -1,0 +1,147 @@
+use std::collections::HashSet;
+
+use segment_relay::proto::{Capture, CaptureStreamRequest, CaptureStreamResponse};
+use tokio_stream::StreamExt;
+use tonic::{Code, Status};
+
+use crate::harness::{PATIENCE, World, acme, numbered, reason, worked_example};
+
+fn request(number: usize, capture: Capture) -> CaptureStreamRequest {
+    CaptureStreamRequest {
+        correlation_id: format!("mark-{number}"),
+        integration_id: "acme".into(),
+        capture: Some(capture),
+    }
+}
+
+async fn collect(
+    answers: &mut tonic::Streaming<CaptureStreamResponse>,
+) -> (Vec<CaptureStreamResponse>, Option<Status>) {
+    let mut results = Vec::new();
+    while let Some(answer) = answers.next().await {
+        match answer {
+            Ok(result) => results.push(result),
+            Err(status) => return (results, Some(status)),
+        }
+    }
+    (results, None)
+}
+
+#[tokio::test]
+async fn a_stream_answers_every_capture_and_a_bad_one_fails_alone() {
+    let world = World::with("[server]\nmax_stream_captures_in_flight = 8\n").await;
+    world.create(acme()).await;
+    let requests = (0..500).map(|number| match number {
+        7 => request(
+            7,
+            Capture {
+                email: "nobody".into(),
+                ..numbered(7)
+            },
+        ),
+        8 => CaptureStreamRequest {
+            integration_id: "nobody".into(),
+            ..request(8, numbered(8))
+        },
+        _ => request(number, numbered(number)),
+    });
+    let stream = tokio_stream::iter(requests.collect::<Vec<_>>());
+    let mut answers = world
+        .relay()
+        .capture_stream(stream)
+        .await
+        .expect("opened")
+        .into_inner();
+    let (results, status) = collect(&mut answers).await;
+    assert!(status.is_none(), "{status:?}");
+    let marks: HashSet<_> = results
+        .iter()
+        .map(|answer| answer.correlation_id.clone())
+        .collect();
+    assert_eq!(
+        marks,
+        (0..500).map(|number| format!("mark-{number}")).collect()
+    );
+    let mut refused: Vec<_> = results
+        .iter()
+        .filter_map(|answer| answer.result.as_ref()?.error.as_ref())
+        .map(|error| error.reason.as_str())
+        .collect();
+    refused.sort_unstable();
+    assert_eq!(refused, ["INTEGRATION_NOT_FOUND", "INVALID_CAPTURE"]);
+    world.arrived(996).await;
+    world.stop().await;
+}
+
+#[tokio::test]
+async fn the_events_of_one_person_keep_the_order_of_the_stream() {
+    let world = World::start().await;
+    world.create(acme()).await;
+    let requests = (0..300).map(|number| {
+        let capture_id = format!("capture-{number:03}");
+        request(
+            number,
+            Capture {
+                capture_id,
+                ..worked_example()
+            },
+        )
+    });
+    let stream = tokio_stream::iter(requests.collect::<Vec<_>>());
+    let mut answers = world
+        .relay()
+        .capture_stream(stream)
+        .await
+        .expect("opened")
+        .into_inner();
+    let (results, _) = collect(&mut answers).await;
+    world.arrived(600).await;
+    let mut by_mark = results;
+    by_mark.sort_by_key(|answer| answer.result.as_ref().expect("a result").capture_id.clone());
+    let expected: Vec<_> = by_mark
+        .iter()
+        .flat_map(|answer| &answer.result.as_ref().expect("a result").events)
+        .map(|event| event.message_id.clone())
+        .collect();
+    let arrived: Vec<_> = world
+        .sandbox
+        .entries()
+        .iter()
+        .map(|entry| {
+            entry.event()["messageId"]
+                .as_str()
+                .expect("an id")
+                .to_owned()
+        })
+        .collect();
+    assert_eq!(arrived, expected);
+    world.stop().await;
+}
+
+#[tokio::test]
+async fn a_drain_answers_what_was_taken_and_ends_the_stream() {
+    let world = World::start().await;
+    world.create(acme()).await;
+    let (sender, receiver) = tokio::sync::mpsc::channel(4);
+    sender.send(request(1, numbered(1))).await.expect("open");
+    let stream = tokio_stream::wrappers::ReceiverStream::new(receiver);
+    let mut answers = world
+        .relay()
+        .capture_stream(stream)
+        .await
+        .expect("opened")
+        .into_inner();
+    let first = answers.next().await.expect("an answer").expect("no error");
+    assert_eq!(first.correlation_id, "mark-1");
+    world.begin_drain();
+    let (_, status) = tokio::time::timeout(PATIENCE, collect(&mut answers))
+        .await
+        .expect("ends");
+    let status = status.expect("an end with a status");
+    assert_eq!(
+        (status.code(), reason(&status).as_str()),
+        (Code::Unavailable, "DRAINING")
+    );
+    drop(sender);
+    world.stop().await;
+}

@@ -1,0 +1,193 @@
+"""A client that knows nothing but proto/: generated with grpcio-tools, it talks
+to the real command, which delivers into the real sandbox.
+
+Run by tests/run, which sets SEGMENT_RELAY (the command) and puts the generated
+code on PYTHONPATH.
+"""
+
+import json
+import os
+import pathlib
+import subprocess
+import tempfile
+import unittest
+import urllib.request
+
+import grpc
+from google.protobuf.timestamp_pb2 import Timestamp
+from google.rpc import error_details_pb2
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_status import rpc_status
+from jebbit.segmentrelay.v1 import (
+    capture_pb2,
+    delivery_pb2,
+    integration_pb2,
+    integration_service_pb2,
+    integration_service_pb2_grpc,
+    segment_relay_pb2,
+    segment_relay_pb2_grpc,
+)
+
+VECTORS = pathlib.Path(__file__).parent.parent / "vectors"
+HASH = "f320794388bf29dabc846c54fe7ff28f78fc3bc3c13748783335a9bf33440d55"
+
+
+def start(*arguments, env=None):
+    """Starts the command and reads its first line, which names its addresses."""
+    process = subprocess.Popen(
+        [os.environ["SEGMENT_RELAY"], *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        env={**os.environ, **(env or {})},
+    )
+    return process, process.stdout.readline()
+
+
+class ClientTest(unittest.TestCase):
+    @classmethod
+    def setUpClass(cls):
+        cls.directory = tempfile.TemporaryDirectory()
+        cls.sandbox, line = start(
+            "sandbox", "--listen", "127.0.0.1:0", "--eu-listen", "127.0.0.1:0", "--quiet"
+        )
+        urls = [word for word in line.split() if word.startswith("http://")]
+        cls.non_eu, cls.eu = (url.rstrip("/") for url in urls[:2])
+        cls.relay, line = start(
+            "serve",
+            env={
+                "SEGMENT_RELAY__SERVER__LISTEN": "127.0.0.1:0",
+                "SEGMENT_RELAY__OUTBOX__PATH": os.path.join(cls.directory.name, "outbox"),
+                "SEGMENT_RELAY__SEGMENT__ENDPOINTS__NON_EU": cls.non_eu + "/v1/batch",
+                "SEGMENT_RELAY__SEGMENT__ENDPOINTS__EU": cls.eu + "/v1/batch",
+            },
+        )
+        cls.channel = grpc.insecure_channel(line.split()[-1])
+        cls.relay_stub = segment_relay_pb2_grpc.SegmentRelayStub(cls.channel)
+        cls.integrations = integration_service_pb2_grpc.IntegrationServiceStub(cls.channel)
+        cls.integrations.CreateIntegration(
+            integration_service_pb2.CreateIntegrationRequest(
+                integration=integration_pb2.Integration(
+                    integration_id="acme",
+                    credentials=[
+                        integration_pb2.Credential(
+                            data_region=capture_pb2.DATA_REGION_NON_EU,
+                            write_key="python-write-key-0001",
+                        )
+                    ],
+                    mappings=[
+                        integration_pb2.FieldMapping(attribute_id="attribute_id_1"),
+                        integration_pb2.FieldMapping(attribute_id="attribute_id_2"),
+                    ],
+                )
+            ),
+            timeout=20,
+        )
+
+    @classmethod
+    def tearDownClass(cls):
+        cls.channel.close()
+        for process in (cls.relay, cls.sandbox):
+            process.terminate()
+            process.stdout.close()
+            assert process.wait(timeout=30) == 0, "a drain on SIGTERM ends with 0"
+        cls.directory.cleanup()
+
+    def worked_example(self, **changes):
+        capture = capture_pb2.Capture(
+            email="test@aol.com",
+            campaign_id="n3zrik6g",
+            campaign_name="New Quiz",
+            session_id="y2P5ks05mqzGsdkIGjbQ",
+            traffic_source="Owned+Web",
+            occur_time=Timestamp(seconds=1615507200),
+        )
+        for number in "12":
+            value = capture.attributes["attribute_id_" + number]
+            value.string_value = "attribute_value_" + number
+        for name, value in changes.items():
+            setattr(capture, name, value)
+        return capture
+
+    def capture(self, capture):
+        return self.relay_stub.Capture(
+            segment_relay_pb2.CaptureRequest(
+                integration_id="acme",
+                capture=capture,
+                wait_for=segment_relay_pb2.WAIT_FOR_DELIVERED,
+            ),
+            timeout=20,
+        ).result
+
+    def debugger(self, message_id):
+        with urllib.request.urlopen(f"{self.non_eu}/debugger?messageId={message_id}") as answer:
+            return json.load(answer)
+
+    def test_the_worked_example_arrives_and_equals_the_vectors(self):
+        result = self.capture(self.worked_example())
+        self.assertFalse(result.duplicate)
+        for event, name in zip(result.events, ["identify", "track"], strict=True):
+            self.assertEqual(event.state, delivery_pb2.DELIVERY_STATE_DELIVERED)
+            self.assertEqual(event.last_http_status, 200)
+            (entry,) = self.debugger(event.message_id)
+            self.assertEqual(entry["outcome"], "accepted")
+            received = entry["event"]
+            self.assertEqual(received["userId"], HASH)
+            self.assertEqual(received.pop("messageId"), event.message_id)
+            vector = json.loads((VECTORS / f"{name}.json").read_text())
+            # As text, so that the order of the keys counts.
+            self.assertEqual(json.dumps(received), json.dumps(vector))
+
+        status = self.relay_stub.GetCapture(
+            segment_relay_pb2.GetCaptureRequest(
+                integration_id="acme", capture_id=result.capture_id
+            ),
+            timeout=20,
+        )
+        self.assertEqual(len(status.attempts), 2)
+        self.assertEqual({attempt.http_status for attempt in status.attempts}, {200})
+        self.assertEqual(list(status.result.events), list(result.events))
+
+    def test_bad_input_names_its_fields_and_changes_nothing(self):
+        bad = self.worked_example(capture_id="bad-1", email="nobody", session_id="")
+        with self.assertRaises(grpc.RpcError) as caught:
+            self.capture(bad)
+        self.assertEqual(caught.exception.code(), grpc.StatusCode.INVALID_ARGUMENT)
+        details = {}
+        for detail in rpc_status.from_call(caught.exception).details:
+            for kind in (error_details_pb2.BadRequest, error_details_pb2.ErrorInfo):
+                if detail.Is(kind.DESCRIPTOR):
+                    details[kind] = kind()
+                    detail.Unpack(details[kind])
+        fields = {v.field for v in details[error_details_pb2.BadRequest].field_violations}
+        self.assertEqual(fields, {"capture.email", "capture.session_id"})
+        self.assertEqual(details[error_details_pb2.ErrorInfo].reason, "INVALID_CAPTURE")
+        with self.assertRaises(grpc.RpcError) as caught:
+            self.relay_stub.GetCapture(
+                segment_relay_pb2.GetCaptureRequest(integration_id="acme", capture_id="bad-1"),
+                timeout=20,
+            )
+        self.assertEqual(caught.exception.code(), grpc.StatusCode.NOT_FOUND)
+
+    def test_a_stream_answers_every_capture(self):
+        def requests():
+            for number in range(200):
+                yield segment_relay_pb2.CaptureStreamRequest(
+                    correlation_id=str(number),
+                    integration_id="acme",
+                    capture=self.worked_example(capture_id=f"stream-{number}"),
+                )
+
+        answers = list(self.relay_stub.CaptureStream(requests(), timeout=60))
+        self.assertEqual({a.correlation_id for a in answers}, {str(n) for n in range(200)})
+        self.assertFalse([a for a in answers if a.result.HasField("error")])
+
+    def test_health_is_serving(self):
+        stub = health_pb2_grpc.HealthStub(self.channel)
+        for service in ["", "jebbit.segmentrelay.v1.SegmentRelay"]:
+            answer = stub.Check(health_pb2.HealthCheckRequest(service=service), timeout=20)
+            self.assertEqual(answer.status, health_pb2.HealthCheckResponse.SERVING)
+
+
+if __name__ == "__main__":
+    unittest.main()
