@@ -21,7 +21,7 @@ mod worker;
 
 pub use backoff::Backoff;
 pub use dispatcher::{Delivery, DeliveryParts};
-pub use lane::{Lane, LaneOptions, Plan};
+pub use lane::{Credentials, Lane, LaneOptions, Plan, Step};
 pub use rate::RateLimits;
 pub use verdict::{Verdict, judge};
 pub use vitals::{Vitals, VitalsBoard};

@@ -172,6 +172,8 @@ pub struct LeasedCapture {
     pub identify: Option<Vec<u8>>,
     /// The track event, if it is to be sent now.
     pub track: Option<Vec<u8>>,
+    /// Whether what is stored does not match its checksum: it must not be sent.
+    pub damaged: bool,
 }
 
 impl LeasedCapture {

@@ -41,13 +41,34 @@ pub enum Plan {
     WaitUntil(UnixMillis),
 }
 
+/// Whether a lane's integration can send into its region.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Credentials {
+    /// It has a write key.
+    Ready,
+    /// It has none for this region: its events wait, and never go to the other.
+    NoneForRegion,
+    /// There is no such integration any more.
+    IntegrationGone,
+}
+
+/// What a lane does with what it has leased.
+#[derive(Debug)]
+pub enum Step {
+    /// Make this durable; nothing is sent.
+    Settle(Settlement),
+    /// Send all of these in one request.
+    Send(Vec<LeasedCapture>),
+}
+
 /// The state of one lane. It holds no events: those are leased for each request.
 #[derive(Debug)]
 pub struct Lane {
     key: LaneKey,
     options: LaneOptions,
     failures: u32,
-    not_before: Option<UnixMillis>,
+    /// No request before this moment, and how long that was to be.
+    not_before: Option<(UnixMillis, Duration)>,
     /// Fewer events than the options allow, while a poisoned one is searched.
     narrowed_to: Option<usize>,
 }
@@ -67,14 +88,65 @@ impl Lane {
 
     /// What to do at `now`.
     #[must_use]
-    pub fn plan(&self, now: UnixMillis) -> Plan {
+    pub fn plan(&mut self, now: UnixMillis) -> Plan {
         match self.not_before {
-            Some(moment) if moment > now => Plan::WaitUntil(moment),
+            Some((moment, wait)) if moment > now => {
+                // A clock that was put back must not make a wait longer.
+                let moment = moment.min(now.plus(wait));
+                self.not_before = Some((moment, wait));
+                Plan::WaitUntil(moment)
+            }
             _ => Plan::Send(LeaseBudget {
                 max_events: self.narrowed_to.unwrap_or(self.options.max_batch_events),
                 max_bytes: self.options.max_batch_bytes,
             }),
         }
+    }
+
+    /// What to do with what was leased.
+    #[must_use]
+    pub fn next_step(
+        &mut self,
+        mut leased: Vec<LeasedCapture>,
+        credentials: Credentials,
+        now: UnixMillis,
+    ) -> Step {
+        if let Some(settlement) = self.set_aside(&mut leased, now) {
+            return Step::Settle(settlement);
+        }
+        match credentials {
+            Credentials::Ready => Step::Send(leased),
+            Credentials::IntegrationGone => {
+                let reason = DeliveryReason::IntegrationDeleted;
+                Step::Settle(self.settle_all(leased, None, Outcome::DeadLetter { reason }, now))
+            }
+            Credentials::NoneForRegion => {
+                let reason = DeliveryReason::RegionNotConfigured;
+                let outcome = self.wait(reason, now, self.options.unauthorized_retry);
+                Step::Settle(self.settle_all(leased, None, outcome, now))
+            }
+        }
+    }
+
+    /// Gives up what is damaged, or was tried and is too old.
+    fn set_aside(&self, leased: &mut Vec<LeasedCapture>, now: UnixMillis) -> Option<Settlement> {
+        let too_old = |capture: &mut LeasedCapture| {
+            let tried = EventType::ALL.iter().any(|event| {
+                capture.payload(*event).is_some() && capture.record.event(*event).attempt_count > 0
+            });
+            tried && now.since(capture.record.queue_time) > self.options.max_age
+        };
+        let damaged: Vec<_> = leased.extract_if(.., |capture| capture.damaged).collect();
+        let (aside, reason) = if damaged.is_empty() {
+            (
+                leased.extract_if(.., too_old).collect(),
+                DeliveryReason::Expired,
+            )
+        } else {
+            (damaged, DeliveryReason::Damaged)
+        };
+        let outcome = Outcome::DeadLetter { reason };
+        (!aside.is_empty()).then(|| self.settle_all(aside, None, outcome, now))
     }
 
     /// Failures in a row: what Segment is told as `X-Retry-Count`.
@@ -86,41 +158,6 @@ impl Lane {
     /// Forgets a wait, since what it waited for may have changed.
     pub fn resume(&mut self) {
         self.not_before = None;
-    }
-
-    /// Gives up what was tried and is too old. Takes those captures out of `leased`.
-    pub fn expire(&self, leased: &mut Vec<LeasedCapture>, now: UnixMillis) -> Option<Settlement> {
-        let too_old = |capture: &LeasedCapture| {
-            let tried = EventType::ALL.iter().any(|event| {
-                capture.payload(*event).is_some() && capture.record.event(*event).attempt_count > 0
-            });
-            tried && now.since(capture.record.queue_time) > self.options.max_age
-        };
-        let expired: Vec<_> = leased.extract_if(.., |capture| too_old(capture)).collect();
-        let outcome = Outcome::DeadLetter {
-            reason: DeliveryReason::Expired,
-        };
-        (!expired.is_empty()).then(|| self.settle_all(expired, None, outcome, now))
-    }
-
-    /// Gives up all that is leased: its integration is gone.
-    #[must_use]
-    pub fn abandon(&self, leased: Vec<LeasedCapture>, now: UnixMillis) -> Settlement {
-        let outcome = Outcome::DeadLetter {
-            reason: DeliveryReason::IntegrationDeleted,
-        };
-        self.settle_all(leased, None, outcome, now)
-    }
-
-    /// Waits for credentials: the integration has none for this lane's region.
-    #[must_use]
-    pub fn park(&mut self, leased: Vec<LeasedCapture>, now: UnixMillis) -> Settlement {
-        let outcome = self.wait(
-            DeliveryReason::RegionNotConfigured,
-            now,
-            self.options.unauthorized_retry,
-        );
-        self.settle_all(leased, None, outcome, now)
     }
 
     /// What the answer to a request with all of `sent` changes.
@@ -195,7 +232,7 @@ impl Lane {
 
     fn wait(&mut self, reason: DeliveryReason, now: UnixMillis, wait: Duration) -> Outcome {
         let next_attempt = now.plus(wait);
-        self.not_before = Some(next_attempt);
+        self.not_before = Some((next_attempt, wait));
         Outcome::Retry {
             reason,
             next_attempt,

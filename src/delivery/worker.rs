@@ -5,15 +5,15 @@ use std::{sync::Arc, time::Duration};
 use tokio_util::sync::CancellationToken;
 
 use super::{
-    DeliveryParts, Lane, Plan,
+    Credentials, DeliveryParts, Lane, Plan, Step,
     breaker::{Admission, Sign},
     dispatcher::{Bell, Shared},
-    verdict::judge,
+    verdict::{Verdict, judge},
 };
 use crate::{
     event::EventType,
-    integration::Integration,
     outbox::{LaneKey, LeasedCapture, Settlement},
+    secret::WriteKey,
     segment::Answer,
     time::UnixMillis,
 };
@@ -94,7 +94,7 @@ impl Worker {
             () = self.stop.cancelled() => return Turn::Idle,
             both = async { (breaker.admit().await, shared.permits.acquire().await) } => both,
         };
-        let mut leased = match self.parts.outbox.lease(&self.key, budget).await {
+        let leased = match self.parts.outbox.lease(&self.key, budget).await {
             Ok(leased) if leased.is_empty() => return Turn::Idle,
             Ok(leased) => leased,
             Err(error) => {
@@ -102,34 +102,40 @@ impl Worker {
                 return Turn::Wait(OUTBOX_RETRY);
             }
         };
-        let now = UnixMillis::now();
-        if let Some(expired) = self.lane.expire(&mut leased, now) {
-            tracing::warn!(lane = %self.key, captures = expired.captures.len(), "given up: too old");
-            self.make_durable(expired).await;
-            return Turn::Worked;
-        }
-        let id = &self.key.integration_id;
-        let settlement = match self.parts.registry.get(id) {
-            None => self.lane.abandon(leased, now),
-            Some(integration) if integration.write_key(self.key.region).is_none() => {
-                self.tried_with = Some(integration.revision.etag.clone());
-                self.lane.park(leased, now)
+        let integration = self.parts.registry.get(&self.key.integration_id);
+        self.tried_with = integration
+            .as_ref()
+            .map(|found| found.revision.etag.clone());
+        let write_key = integration
+            .as_ref()
+            .map(|found| found.write_key(self.key.region));
+        let (credentials, write_key) = match write_key {
+            None => (Credentials::IntegrationGone, None),
+            Some(None) => (Credentials::NoneForRegion, None),
+            Some(key) => (Credentials::Ready, key),
+        };
+        let settlement = match (
+            self.lane.next_step(leased, credentials, UnixMillis::now()),
+            write_key,
+        ) {
+            (Step::Settle(settlement), _) => {
+                tracing::warn!(lane = %self.key, captures = settlement.captures.len(), ?credentials, "settled unsent");
+                settlement
             }
-            Some(integration) => {
-                let events = leased.iter().map(LeasedCapture::event_count).sum();
-                if let Err(wait) = self.parts.rates.take(id, events) {
-                    self.tried_with = Some(integration.revision.etag.clone());
-                    return Turn::Wait(wait);
+            (Step::Send(leased), Some(write_key)) => match self.send(write_key, leased).await {
+                Ok((settlement, answer)) => {
+                    self.note(&admission, &answer);
+                    settlement
                 }
-                let Some(answer) = self.send(&integration, &leased).await else {
-                    return Turn::Idle;
-                };
-                self.note(&admission, &answer);
-                self.lane
-                    .settle(leased, &answer, UnixMillis::now(), fastrand::f64())
-            }
+                Err(wait) => return Turn::Wait(wait),
+            },
+            // Nothing is sent without a write key.
+            (Step::Send(_), None) => return Turn::Idle,
         };
         drop((admission, permit));
+        if credentials == Credentials::IntegrationGone {
+            self.parts.rates.forget(&self.key.integration_id);
+        }
         self.make_durable(settlement).await;
         Turn::Worked
     }
@@ -147,20 +153,25 @@ impl Worker {
         }
     }
 
-    /// `None` where the integration has no write key for this lane's region.
+    /// Sends what was leased, if the rate allows.
+    ///
+    /// # Errors
+    /// How long to wait until it does.
     async fn send(
         &mut self,
-        integration: &Integration,
-        leased: &[LeasedCapture],
-    ) -> Option<Answer> {
-        self.tried_with = Some(integration.revision.etag.clone());
-        let write_key = integration.write_key(self.key.region)?;
+        write_key: &WriteKey,
+        leased: Vec<LeasedCapture>,
+    ) -> Result<(Settlement, Answer), Duration> {
+        let (id, region) = (&self.key.integration_id, self.key.region);
+        let count = leased.iter().map(LeasedCapture::event_count).sum();
+        self.parts
+            .rates
+            .take(id, region, count, UnixMillis::now())?;
         let events: Vec<&[u8]> = leased
             .iter()
             .flat_map(|capture| EventType::ALL.map(|event| capture.payload(event)))
             .flatten()
             .collect();
-        let region = self.key.region;
         let retries = self.lane.failures();
         let answer = self
             .parts
@@ -169,11 +180,18 @@ impl Worker {
             .await;
         let error = answer.error();
         if error.is_empty() {
-            tracing::debug!(lane = %self.key, events = events.len(), latency = ?answer.latency, "delivered");
+            tracing::debug!(lane = %self.key, events = count, latency = ?answer.latency, "delivered");
         } else {
-            tracing::warn!(lane = %self.key, events = events.len(), error, "not delivered");
+            tracing::warn!(lane = %self.key, events = count, error, "not delivered");
         }
-        Some(answer)
+        let now = UnixMillis::now();
+        if let Verdict::Pause(wait) = judge(&answer) {
+            self.parts.rates.pause(id, region, now, wait);
+        }
+        Ok((
+            self.lane.settle(leased, &answer, now, fastrand::f64()),
+            answer,
+        ))
     }
 
     /// What Segment has answered must not be forgotten: tries until the outbox

@@ -54,6 +54,7 @@ fn leased(sequence: i64) -> LeasedCapture {
         },
         identify: Some(b"{}".to_vec()),
         track: Some(b"{}".to_vec()),
+        damaged: false,
     }
 }
 
@@ -68,14 +69,14 @@ fn answer(status: u16, retry_after: Option<u64>) -> Answer {
     }
 }
 
-fn max_events(lane: &Lane, now: UnixMillis) -> usize {
+fn max_events(lane: &mut Lane, now: UnixMillis) -> usize {
     match lane.plan(now) {
         Plan::Send(budget) => budget.max_events,
         Plan::WaitUntil(moment) => panic!("waits until {moment:?}"),
     }
 }
 
-fn waits(lane: &Lane, now: UnixMillis) -> Duration {
+fn waits(lane: &mut Lane, now: UnixMillis) -> Duration {
     match lane.plan(now) {
         Plan::Send(_) => Duration::ZERO,
         Plan::WaitUntil(moment) => moment.since(now),
@@ -109,15 +110,18 @@ fn waits_grow_with_failures_and_end_with_a_success() {
     let mut lane = lane();
     for expected in [500, 1_000, 2_000, 4_000] {
         let _ = lane.settle(vec![leased(1)], &answer(503, None), NOW, 1.0);
-        assert_eq!(waits(&lane, NOW), Duration::from_millis(expected));
+        assert_eq!(waits(&mut lane, NOW), Duration::from_millis(expected));
         assert_eq!(
-            waits(&lane, NOW.plus(Duration::from_millis(expected))),
+            waits(&mut lane, NOW.plus(Duration::from_millis(expected))),
             Duration::ZERO
         );
     }
     assert_eq!(lane.failures(), 4);
     let _ = lane.settle(vec![leased(1)], &answer(200, None), NOW, 1.0);
-    assert_eq!((lane.failures(), waits(&lane, NOW)), (0, Duration::ZERO));
+    assert_eq!(
+        (waits(&mut lane, NOW), lane.failures()),
+        (Duration::ZERO, 0)
+    );
 }
 
 #[test]
@@ -125,7 +129,7 @@ fn a_pause_that_segment_asks_for_is_not_a_failure() {
     let mut lane = lane();
     let settled = lane.settle(vec![leased(1)], &answer(429, Some(7)), NOW, 1.0);
     assert_eq!(lane.failures(), 0);
-    assert_eq!(waits(&lane, NOW), Duration::from_secs(7));
+    assert_eq!(waits(&mut lane, NOW), Duration::from_secs(7));
     assert_eq!(
         settled.captures[0].record.identify.state,
         State::Retrying {
@@ -143,23 +147,38 @@ fn a_refused_key_parks_the_lane_until_the_integration_changes() {
         settled.captures[0].record.track.state.reason(),
         DeliveryReason::Unauthorized
     );
-    assert_eq!(waits(&lane, NOW), Duration::from_secs(300));
+    assert_eq!(waits(&mut lane, NOW), Duration::from_secs(300));
     lane.resume();
-    assert_eq!(waits(&lane, NOW), Duration::ZERO);
+    assert_eq!(waits(&mut lane, NOW), Duration::ZERO);
+}
+
+fn settled(step: Step) -> Settlement {
+    match step {
+        Step::Settle(settlement) => settlement,
+        Step::Send(leased) => panic!("{} captures are sent", leased.len()),
+    }
+}
+
+fn sent(step: Step) -> Vec<i64> {
+    match step {
+        Step::Settle(settlement) => panic!("{settlement:?}"),
+        Step::Send(leased) => leased.iter().map(|capture| capture.sequence).collect(),
+    }
 }
 
 #[test]
 fn an_event_is_given_up_when_it_is_too_old_but_never_untried() {
-    let lane = lane();
-    let later = NOW.plus(Duration::from_secs(3_601));
+    let mut lane = lane();
+    let age = Duration::from_secs(3_600);
+    let later = NOW.plus(age + Duration::from_millis(1));
     let mut tried = leased(1);
     tried.record.identify.attempt_count = 1;
-    let mut batch = vec![tried, leased(2)];
-    assert!(
-        lane.expire(&mut batch, NOW.plus(Duration::from_secs(3_600)))
-            .is_none()
+    let batch = || vec![tried.clone(), leased(2)];
+    assert_eq!(
+        sent(lane.next_step(batch(), Credentials::Ready, NOW.plus(age))),
+        [1, 2]
     );
-    let expired = lane.expire(&mut batch, later).expect("one is too old");
+    let expired = settled(lane.next_step(batch(), Credentials::Ready, later));
     assert_eq!(expired.captures.len(), 1);
     assert_eq!(
         expired.captures[0].record.track.state,
@@ -168,8 +187,55 @@ fn an_event_is_given_up_when_it_is_too_old_but_never_untried() {
             at: later
         }
     );
-    assert_eq!(batch.len(), 1);
-    assert_eq!(batch[0].sequence, 2);
+    assert_eq!(
+        sent(lane.next_step(vec![leased(2)], Credentials::Ready, later)),
+        [2]
+    );
+}
+
+#[test]
+fn what_is_damaged_is_never_sent_and_holds_nobody_up() {
+    let mut lane = lane();
+    let mut damaged = leased(1);
+    damaged.damaged = true;
+    let step = lane.next_step(vec![damaged, leased(2)], Credentials::Ready, NOW);
+    let aside = settled(step);
+    assert_eq!(aside.captures.len(), 1);
+    assert_eq!(
+        aside.captures[0].record.identify.state.reason(),
+        DeliveryReason::Damaged
+    );
+    assert_eq!(waits(&mut lane, NOW), Duration::ZERO);
+}
+
+#[test]
+fn without_credentials_events_wait_and_without_integration_they_are_dead_letters() {
+    let mut lane = lane();
+    let gone = settled(lane.next_step(vec![leased(1)], Credentials::IntegrationGone, NOW));
+    assert_eq!(
+        gone.captures[0].record.track.state,
+        State::DeadLettered {
+            reason: DeliveryReason::IntegrationDeleted,
+            at: NOW
+        }
+    );
+    let parked = settled(lane.next_step(vec![leased(1)], Credentials::NoneForRegion, NOW));
+    let state = parked.captures[0].record.track.state;
+    assert_eq!(state.reason(), DeliveryReason::RegionNotConfigured);
+    assert!(!state.is_final());
+    assert_eq!(waits(&mut lane, NOW), Duration::from_secs(300));
+}
+
+#[test]
+fn a_clock_that_is_put_back_makes_no_wait_longer() {
+    let mut lane = lane();
+    let _ = lane.settle(vec![leased(1)], &answer(503, None), NOW, 1.0);
+    let put_back = UnixMillis(NOW.0 - 3_600_000);
+    assert_eq!(waits(&mut lane, put_back), Duration::from_millis(500));
+    assert_eq!(
+        waits(&mut lane, put_back.plus(Duration::from_millis(500))),
+        Duration::ZERO
+    );
 }
 
 /// Sends `count` captures through a lane to a Segment that answers 400 to every
@@ -181,7 +247,7 @@ fn drive(count: i64, poisoned: &[(i64, EventType)]) -> (Vec<CaptureRecord>, usiz
     let mut done = Vec::new();
     let mut requests = 0;
     while !queue.is_empty() {
-        let budget = max_events(&lane, NOW);
+        let budget = max_events(&mut lane, NOW);
         let mut batch = Vec::new();
         let mut events = 0;
         for capture in &queue {

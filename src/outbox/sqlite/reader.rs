@@ -13,7 +13,7 @@ use crate::{
         LeasedCapture, OutboxError, Selection, StoredIntegration, record,
     },
     region::Region,
-    status::CaptureRecord,
+    status::{CaptureRecord, EventStatus, State},
     time::UnixMillis,
 };
 
@@ -137,7 +137,7 @@ fn lease(
     budget: LeaseBudget,
 ) -> Result<Vec<LeasedCapture>, OutboxError> {
     const SQL: &str = "
-        SELECT q.sequence, q.identify, q.track, c.capture_id, c.status
+        SELECT q.sequence, q.identify, q.identify_crc, q.track, q.track_crc, c.capture_id, c.status
         FROM queue q JOIN capture c ON c.sequence = q.sequence
         WHERE q.lane = (SELECT id FROM lane
                         WHERE integration_id = ?1 AND region = ?2 AND shard = ?3)
@@ -174,17 +174,46 @@ fn lease(
 }
 
 fn leased_capture(lane: &LaneKey, row: &Row<'_>) -> Result<LeasedCapture, OutboxError> {
-    let status = row.get_ref(4).map_err(unavailable)?;
-    let status = status
-        .as_blob()
-        .map_err(|error| OutboxError::Unavailable(error.to_string()))?;
-    let capture_id = row.get(3).map_err(unavailable)?;
+    let column = |error: rusqlite::Error| unavailable(error);
+    let sequence = row.get(0).map_err(column)?;
+    let identify: Option<Vec<u8>> = row.get(1).map_err(column)?;
+    let track: Option<Vec<u8>> = row.get(3).map_err(column)?;
+    let crcs: [Option<u32>; 2] = [row.get(2).map_err(column)?, row.get(4).map_err(column)?];
+    let capture_id: String = row.get(5).map_err(column)?;
+    let status: Vec<u8> = row.get(6).map_err(column)?;
+    let sound = [&identify, &track]
+        .into_iter()
+        .zip(crcs)
+        .all(|(payload, crc)| payload.as_deref().map(crc32) == crc);
+    let decoded = record_of(lane.integration_id.clone(), capture_id.clone(), &status);
+    let damaged = !sound || decoded.is_err();
+    if damaged {
+        tracing::error!(%lane, sequence, "a stored capture is damaged; it is not sent");
+    }
+    let unreadable = || CaptureRecord {
+        integration_id: lane.integration_id.clone(),
+        capture_id,
+        region: lane.region,
+        mapping_version: 0,
+        accept_time: UnixMillis::default(),
+        queue_time: UnixMillis::default(),
+        identify: EventStatus::new(State::Queued),
+        track: EventStatus::new(State::Queued),
+        attempts: Vec::new(),
+    };
+    let record = decoded.unwrap_or_else(|_| unreadable());
     Ok(LeasedCapture {
-        sequence: row.get(0).map_err(unavailable)?,
-        record: record_of(lane.integration_id.clone(), capture_id, status)?,
-        identify: row.get(1).map_err(unavailable)?,
-        track: row.get(2).map_err(unavailable)?,
+        sequence,
+        record,
+        identify,
+        track,
+        damaged,
     })
+}
+
+/// The checksum of a stored payload.
+pub(super) fn crc32(payload: &[u8]) -> u32 {
+    crc32fast::hash(payload)
 }
 
 fn find(

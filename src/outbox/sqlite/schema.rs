@@ -47,7 +47,9 @@ CREATE TABLE queue (
   lane INTEGER NOT NULL,
   replay INTEGER NOT NULL,           -- 1 for dead letters that go again, behind the others
   identify BLOB,                     -- JSON; NULL once it does not wait any more
-  track BLOB
+  identify_crc INTEGER,              -- CRC-32 of it
+  track BLOB,
+  track_crc INTEGER
 ) STRICT;
 CREATE INDEX queue_by_lane ON queue (lane, replay);
 
@@ -59,6 +61,7 @@ CREATE TABLE dead_letter (
   reason INTEGER NOT NULL,           -- jebbit.segmentrelay.v1.DeliveryReason
   millis INTEGER NOT NULL,
   payload BLOB NOT NULL,
+  payload_crc INTEGER NOT NULL,
   UNIQUE (sequence, event)
 ) STRICT;
 CREATE INDEX dead_letter_by_lane ON dead_letter (lane);

@@ -12,7 +12,7 @@ use crate::{
     outbox::{
         Change, Content, LaneKey, NewCapture, OutboxError, SettledCapture, Settlement,
         StoredIntegration, Submitted, record,
-        sqlite::reader::{record_of, unavailable},
+        sqlite::reader::{crc32, record_of, unavailable},
     },
     status::{CaptureRecord, EventStatus, State},
     time::UnixMillis,
@@ -74,7 +74,8 @@ impl Work<'_> {
               (sequence, integration_id, capture_id, digest, accept_millis, open, status)
             VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7)";
         const QUEUE: &str = "
-            INSERT INTO queue (sequence, lane, replay, identify, track) VALUES (?1, ?2, 0, ?3, ?4)";
+            INSERT INTO queue (sequence, lane, replay, identify, identify_crc, track, track_crc)
+            VALUES (?1, ?2, 0, ?3, ?4, ?5, ?6)";
         let state = match &capture.content {
             Content::Send { .. } => State::Queued,
             Content::Skip { reason } => State::Skipped { reason: *reason },
@@ -108,7 +109,15 @@ impl Work<'_> {
                 shard,
             };
             let lane = self.counters.lane_id(self.transaction, &key)?;
-            let row = params![sequence, lane, events.identify, events.track];
+            let crcs = [crc32(&events.identify), crc32(&events.track)];
+            let row = params![
+                sequence,
+                lane,
+                events.identify,
+                crcs[0],
+                events.track,
+                crcs[1]
+            ];
             self.transaction.prepare_cached(QUEUE)?.execute(row)?;
             let bytes = events.identify.len() + events.track.len();
             self.counters.add(lane, 2, bytes as u64);
@@ -162,7 +171,9 @@ impl Work<'_> {
         // Merged with what is stored: the capture's other event may have been
         // replayed while this attempt was under way.
         let (id, capture_id) = (&settled.record.integration_id, &settled.record.capture_id);
-        let mut record = record_of(id.clone(), capture_id.clone(), &status)?;
+        // A damaged record is replaced by what the lane made of it.
+        let mut record = record_of(id.clone(), capture_id.clone(), &status)
+            .unwrap_or_else(|_| settled.record.clone());
         record.attempts.clone_from(&settled.record.attempts);
         for event in &settled.changed {
             *record.event_mut(*event) = settled.record.event(*event).clone();
@@ -222,8 +233,10 @@ impl Work<'_> {
         state: State,
     ) -> rusqlite::Result<()> {
         const SQL: &str = "
-            INSERT INTO dead_letter (sequence, lane, event, reason, millis, payload)
-            SELECT ?1, ?2, ?3, ?4, ?5, iif(?3 = 1, identify, track) FROM queue WHERE sequence = ?1";
+            INSERT INTO dead_letter (sequence, lane, event, reason, millis, payload, payload_crc)
+            SELECT ?1, ?2, ?3, ?4, ?5, iif(?3 = 1, identify, track),
+                   iif(?3 = 1, identify_crc, track_crc)
+            FROM queue WHERE sequence = ?1";
         let State::DeadLettered { reason, at } = state else {
             return Ok(());
         };

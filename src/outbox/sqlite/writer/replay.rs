@@ -66,12 +66,16 @@ impl Work<'_> {
     fn requeue(&self, id: i64, row: &Row) -> rusqlite::Result<()> {
         // Where the capture's other event waits, both go together again.
         const QUEUE: &str = "
-            INSERT INTO queue (sequence, lane, replay, identify, track)
-            SELECT sequence, lane, 1, iif(event = 1, payload, NULL), iif(event = 2, payload, NULL)
+            INSERT INTO queue (sequence, lane, replay, identify, identify_crc, track, track_crc)
+            SELECT sequence, lane, 1,
+              iif(event = 1, payload, NULL), iif(event = 1, payload_crc, NULL),
+              iif(event = 2, payload, NULL), iif(event = 2, payload_crc, NULL)
             FROM dead_letter WHERE id = ?1
             ON CONFLICT (sequence) DO UPDATE SET
               identify = coalesce(excluded.identify, identify),
-              track = coalesce(excluded.track, track)";
+              identify_crc = coalesce(excluded.identify_crc, identify_crc),
+              track = coalesce(excluded.track, track),
+              track_crc = coalesce(excluded.track_crc, track_crc)";
         const GONE: &str = "DELETE FROM dead_letter WHERE id = ?1";
         const STATUS: &str = "UPDATE capture SET status = ?2, open = 1 WHERE sequence = ?1";
         self.transaction
