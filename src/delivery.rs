@@ -15,6 +15,8 @@ mod breaker;
 mod dispatcher;
 mod lane;
 mod rate;
+#[cfg(test)]
+mod simulation;
 mod verdict;
 mod vitals;
 mod worker;

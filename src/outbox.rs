@@ -10,6 +10,8 @@
 //! - Whoever waits on [`Signals`] is woken after the change is durable.
 
 mod dead_letters;
+#[cfg(test)]
+pub(crate) mod model;
 mod record;
 mod signals;
 mod sqlite;

@@ -1,3 +1,5 @@
+mod model;
+
 use std::sync::Arc;
 
 use super::*;
@@ -389,4 +391,46 @@ async fn waiting_callers_and_watchers_hear_of_what_is_durable() {
         outbox.find(&id("acme"), "a").await,
         Err(OutboxError::Closed)
     ));
+}
+
+#[tokio::test]
+async fn a_payload_that_the_disk_has_changed_is_found_by_its_checksum() {
+    let directory = tempfile::tempdir().expect("a directory");
+    let outbox = open(directory.path());
+    for capture in ["a", "b", "c"] {
+        submit_one(&outbox, "acme", capture).await;
+    }
+    let damage = |sql: &str| {
+        let connection = rusqlite::Connection::open(directory.path().join("relay.db"));
+        connection
+            .expect("opens")
+            .execute(sql, [])
+            .expect("damaged");
+    };
+    damage("UPDATE queue SET track = x'7b7d' WHERE sequence = 1");
+    damage("UPDATE capture SET status = x'ffff' WHERE sequence = 2");
+    let leased = lease(&outbox, "acme", 100).await;
+    let found: Vec<_> = leased
+        .iter()
+        .map(|c| (c.record.capture_id.as_str(), c.damaged))
+        .collect();
+    assert_eq!(found, [("a", true), ("b", true), ("c", false)]);
+    // Set aside, they hold nobody up, and their payloads are kept.
+    let reason = DeliveryReason::Damaged;
+    settle(&outbox, leased[..2].to_vec(), |_, _| Outcome::DeadLetter {
+        reason,
+    })
+    .await;
+    assert_eq!(ids(&lease(&outbox, "acme", 100).await), ["c"]);
+    let found = outbox
+        .find(&id("acme"), "b")
+        .await
+        .expect("read")
+        .expect("remembered");
+    assert_eq!(
+        found.identify.state,
+        State::DeadLettered { reason, at: NOW }
+    );
+    outbox.close().await;
+    assert_eq!(count(directory.path(), "dead_letter"), 4);
 }

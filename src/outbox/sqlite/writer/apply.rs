@@ -193,7 +193,9 @@ impl Work<'_> {
         const STATUS: &str = "UPDATE capture SET status = ?2, open = ?3 WHERE sequence = ?1";
         const DONE: &str = "DELETE FROM queue WHERE sequence = ?1";
         const PARTLY: &str = "
-            UPDATE queue SET identify = iif(?2, NULL, identify), track = iif(?3, NULL, track)
+            UPDATE queue SET
+              identify = iif(?2, NULL, identify), identify_crc = iif(?2, NULL, identify_crc),
+              track = iif(?3, NULL, track), track_crc = iif(?3, NULL, track_crc)
             WHERE sequence = ?1";
         let sequence = settled.sequence;
         let mut left = false;
