@@ -25,6 +25,8 @@ use crate::{
 
 /// How often the outbox forgets what is old.
 const MAINTENANCE_INTERVAL: Duration = Duration::from_secs(10);
+/// How often it does while there is much to forget or to give back.
+const BUSY_MAINTENANCE_INTERVAL: Duration = Duration::from_millis(200);
 /// How often an outbox that could not be written is tried again.
 const PROBE_INTERVAL: Duration = Duration::from_secs(1);
 /// Size of all headers of a call, in bytes.
@@ -250,19 +252,19 @@ fn reflection() -> Result<tonic_reflection::server::Builder<'static>, RunError> 
 
 /// Forgets what is old, and finds out soon whether a failing disk works again.
 async fn maintain(outbox: Arc<SqliteOutbox>) {
-    let writable = outbox.signals().writable();
+    let mut writable = outbox.signals().writable();
     loop {
-        let works = *writable.borrow();
-        tokio::time::sleep(if works {
-            MAINTENANCE_INTERVAL
-        } else {
-            PROBE_INTERVAL
-        })
-        .await;
         match outbox.maintain().await {
-            Ok(()) => {}
+            Ok(true) => tokio::time::sleep(BUSY_MAINTENANCE_INTERVAL).await,
+            Ok(false) => {
+                let fails = writable.wait_for(|writable| !writable);
+                let _ = tokio::time::timeout(MAINTENANCE_INTERVAL, fails).await;
+            }
             Err(OutboxError::Closed) => return,
-            Err(error) => tracing::warn!(%error, "maintenance of the outbox failed"),
+            Err(error) => {
+                tracing::warn!(%error, "maintenance of the outbox failed");
+                tokio::time::sleep(PROBE_INTERVAL).await;
+            }
         }
     }
 }

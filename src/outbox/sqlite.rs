@@ -165,10 +165,11 @@ impl SqliteOutbox {
 
     /// Forgets captures that are older than configured, and gives free space
     /// back to the disk: a bounded piece of work, to be called now and then.
+    /// Returns whether there is more to do.
     ///
     /// # Errors
     /// [`OutboxError`]; it may work at the next call.
-    pub async fn maintain(&self) -> Result<(), OutboxError> {
+    pub async fn maintain(&self) -> Result<bool, OutboxError> {
         self.write(|reply| WriteCommand::Maintain { reply }).await
     }
 

@@ -131,22 +131,37 @@ pub(super) fn record_of(
         .map_err(|error| OutboxError::Unavailable(format!("a damaged record: {error}")))
 }
 
+/// The number of a lane.
+pub(super) const LANE_SQL: &str =
+    "SELECT id FROM lane WHERE integration_id = ?1 AND region = ?2 AND shard = ?3";
+
+/// The waiting captures of a lane in order. The order of the join and the index
+/// are said outright: left to itself, SQLite sorts the whole backlog for each lease.
+pub(super) const LEASE_SQL: &str = "
+    SELECT q.sequence, q.identify, q.identify_crc, q.track, q.track_crc, c.capture_id, c.status
+    FROM queue q INDEXED BY queue_by_lane CROSS JOIN capture c
+    WHERE q.lane = ?1 AND c.sequence = q.sequence
+    ORDER BY q.replay, q.sequence";
+
 fn lease(
     connection: &Connection,
     lane: &LaneKey,
     budget: LeaseBudget,
 ) -> Result<Vec<LeasedCapture>, OutboxError> {
-    const SQL: &str = "
-        SELECT q.sequence, q.identify, q.identify_crc, q.track, q.track_crc, c.capture_id, c.status
-        FROM queue q JOIN capture c ON c.sequence = q.sequence
-        WHERE q.lane = (SELECT id FROM lane
-                        WHERE integration_id = ?1 AND region = ?2 AND shard = ?3)
-        ORDER BY q.sequence";
-    let mut statement = connection.prepare_cached(SQL).map_err(unavailable)?;
-    let region = region_number(lane.region);
-    let mut rows = statement
-        .query(params![lane.integration_id.as_str(), region, lane.shard])
+    let key = params![
+        lane.integration_id.as_str(),
+        region_number(lane.region),
+        lane.shard
+    ];
+    let number: Option<i64> = connection
+        .prepare_cached(LANE_SQL)
+        .and_then(|mut statement| statement.query_row(key, |row| row.get(0)).optional())
         .map_err(unavailable)?;
+    let Some(number) = number else {
+        return Ok(Vec::new());
+    };
+    let mut statement = connection.prepare_cached(LEASE_SQL).map_err(unavailable)?;
+    let mut rows = statement.query(params![number]).map_err(unavailable)?;
     let mut leased = Vec::new();
     let (mut events, mut bytes) = (0, 0);
     while let Some(row) = rows.next().map_err(unavailable)? {

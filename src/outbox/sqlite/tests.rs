@@ -434,3 +434,35 @@ async fn a_payload_that_the_disk_has_changed_is_found_by_its_checksum() {
     outbox.close().await;
     assert_eq!(count(directory.path(), "dead_letter"), 4);
 }
+
+#[tokio::test]
+async fn a_lease_reads_only_what_it_takes_however_much_waits() {
+    let directory = tempfile::tempdir().expect("a directory");
+    let outbox = open(directory.path());
+    let connection = schema::open_for_reading(&directory.path().join("relay.db")).expect("opens");
+    let plan = |sql: &str| -> Vec<String> {
+        let mut statement = connection
+            .prepare(&format!("EXPLAIN QUERY PLAN {sql}"))
+            .expect("SQL");
+        let columns = statement.parameter_count();
+        let values = vec![1_i64; columns];
+        let rows = statement.query_map(rusqlite::params_from_iter(values), |row| row.get(3));
+        rows.expect("a plan")
+            .map(|row| row.expect("a line"))
+            .collect()
+    };
+    let lease = plan(reader::LEASE_SQL);
+    assert_eq!(
+        lease,
+        [
+            "SEARCH q USING INDEX queue_by_lane (lane=?)",
+            "SEARCH c USING INTEGER PRIMARY KEY (rowid=?)",
+        ]
+    );
+    assert!(
+        !plan(reader::LANE_SQL)
+            .iter()
+            .any(|line| line.contains("SCAN"))
+    );
+    outbox.close().await;
+}

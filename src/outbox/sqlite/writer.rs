@@ -52,7 +52,7 @@ pub(super) enum WriteCommand {
         reply: Reply<u64>,
     },
     Maintain {
-        reply: Reply<()>,
+        reply: Reply<bool>,
     },
     Close,
 }
@@ -73,6 +73,7 @@ enum Owed {
     Submitted(Reply<Vec<Submitted>>, Vec<Submitted>),
     Replayed(Reply<Result<u64, Quota>>, Result<u64, Quota>),
     Discarded(Reply<u64>, u64),
+    Maintained(Reply<bool>, bool),
     Done(Reply<()>),
 }
 
@@ -161,6 +162,9 @@ impl Writer {
                 }
                 Owed::Discarded(reply, discarded) => {
                     let _ = reply.send(result.clone().map(|()| discarded));
+                }
+                Owed::Maintained(reply, more) => {
+                    let _ = reply.send(result.clone().map(|()| more));
                 }
                 Owed::Done(reply) => {
                     let _ = reply.send(result.clone());
@@ -279,8 +283,12 @@ impl Work<'_> {
                 Ok(())
             }
             WriteCommand::Maintain { reply } => {
-                owed.push(Owed::Done(reply));
-                self.maintain(UnixMillis::now()).map_err(unavailable)
+                owed.push(Owed::Maintained(reply, false));
+                let more = self.maintain(UnixMillis::now()).map_err(unavailable)?;
+                if let Some(Owed::Maintained(_, answer)) = owed.last_mut() {
+                    *answer = more;
+                }
+                Ok(())
             }
             WriteCommand::Close => Ok(()),
         }
@@ -292,6 +300,9 @@ fn refuse(command: WriteCommand, error: &OutboxError) {
         WriteCommand::Submit { reply, .. } => {
             let _ = reply.send(Err(error.clone()));
         }
+        WriteCommand::Maintain { reply } => {
+            let _ = reply.send(Err(error.clone()));
+        }
         WriteCommand::Replay { reply, .. } => {
             let _ = reply.send(Err(error.clone()));
         }
@@ -300,8 +311,7 @@ fn refuse(command: WriteCommand, error: &OutboxError) {
         }
         WriteCommand::Settle { reply, .. }
         | WriteCommand::PutIntegration { reply, .. }
-        | WriteCommand::DeleteIntegration { reply, .. }
-        | WriteCommand::Maintain { reply } => {
+        | WriteCommand::DeleteIntegration { reply, .. } => {
             let _ = reply.send(Err(error.clone()));
         }
         WriteCommand::Close => {}

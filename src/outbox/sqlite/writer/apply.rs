@@ -20,6 +20,8 @@ use crate::{
 
 /// Rows that one call of maintenance deletes at the most.
 const MAINTAIN_ROWS: i64 = 2_000;
+/// Free pages that are kept for what comes next: 32 MiB.
+const KEPT_PAGES: i64 = 4_096;
 /// Pages that one call of maintenance gives back at the most.
 const MAINTAIN_PAGES: i64 = 2_000;
 
@@ -285,7 +287,7 @@ impl Work<'_> {
     /// Forgets what is old enough, oldest first, and gives free pages back. Goes
     /// on where the last call ended, so that old captures that are still open
     /// don't stand in the way of those behind them.
-    pub(super) fn maintain(&mut self, now: UnixMillis) -> rusqlite::Result<()> {
+    pub(super) fn maintain(&mut self, now: UnixMillis) -> rusqlite::Result<bool> {
         const OLDEST: &str = "
             SELECT sequence, open, accept_millis FROM capture
             WHERE sequence > ?1 ORDER BY sequence LIMIT ?2";
@@ -307,11 +309,25 @@ impl Work<'_> {
             }
         }
         *self.maintained_to = reached;
+        let more_to_forget = reached > 0;
+        Ok(self.give_pages_back()? || more_to_forget)
+    }
+
+    /// Gives free pages back to the disk, but for some that will soon be used.
+    /// Returns whether there are more.
+    fn give_pages_back(&self) -> rusqlite::Result<bool> {
+        let free: i64 = self
+            .transaction
+            .query_row("PRAGMA freelist_count", [], |row| row.get(0))?;
+        let spare = free - KEPT_PAGES;
+        if spare <= 0 {
+            return Ok(false);
+        }
         // One step of this pragma frees one page.
-        let vacuum = format!("PRAGMA incremental_vacuum({MAINTAIN_PAGES})");
+        let vacuum = format!("PRAGMA incremental_vacuum({})", spare.min(MAINTAIN_PAGES));
         let mut vacuum = self.transaction.prepare(&vacuum)?;
         let mut steps = vacuum.query([])?;
         while steps.next()?.is_some() {}
-        Ok(())
+        Ok(spare > MAINTAIN_PAGES)
     }
 }
