@@ -9,6 +9,8 @@
 //! - A refused submission leaves nothing behind.
 //! - Whoever waits on [`Signals`] is woken after the change is durable.
 
+#[cfg(test)]
+pub(crate) mod conformance;
 mod dead_letters;
 #[cfg(test)]
 pub(crate) mod model;

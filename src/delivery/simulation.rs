@@ -132,7 +132,7 @@ impl Simulation {
             let number = self.next_capture;
             let user = u16::try_from(number * 7_919 % 8).expect("small");
             let id = IntegrationId::new(["acme", "other"][usize::from(user % 2)]).expect("valid");
-            let region = if number % 5 == 0 {
+            let region = if number.is_multiple_of(5) {
                 Region::Eu
             } else {
                 Region::NonEu

@@ -281,3 +281,90 @@ async fn bodies_are_compressed_where_it_is_configured() {
     assert_eq!(stats.gzip_requests, stats.requests);
     world.stop().await;
 }
+
+#[tokio::test]
+async fn connections_are_kept_alive_and_renewed_at_their_maximum_age() {
+    let world = World::with("[segment]\nmax_connection_age_ms = 1000\n").await;
+    world.create(acme()).await;
+    for number in 0..20 {
+        world.deliver(numbered(number)).await;
+    }
+    let kept = world.sandbox.stats().connections_opened;
+    assert!(
+        kept <= 4,
+        "{kept} connections for 20 requests one after the other"
+    );
+    let renewed = async {
+        let mut number = 20;
+        while world.sandbox.stats().connections_opened == kept {
+            world.deliver(numbered(number)).await;
+            number += 1;
+        }
+    };
+    tokio::time::timeout(crate::harness::PATIENCE, renewed)
+        .await
+        .expect("renewed");
+    world.stop().await;
+}
+
+#[tokio::test]
+async fn an_integration_sends_no_faster_than_its_rate() {
+    let world = World::with(
+        "[delivery]\nmax_events_per_second = 100\nburst_events = 20\nretry_base_ms = 10\n",
+    )
+    .await;
+    world.create(acme()).await;
+    let request = segment_relay::proto::CaptureBatchRequest {
+        integration_id: "acme".into(),
+        captures: (0..40).map(numbered).collect(),
+        wait_for: segment_relay::proto::WaitFor::Accepted.into(),
+    };
+    let start = std::time::Instant::now();
+    world
+        .relay()
+        .capture_batch(request)
+        .await
+        .expect("accepted");
+    world.arrived(80).await;
+    // 20 at once, the other 60 at 100 a second.
+    assert!(
+        start.elapsed() >= std::time::Duration::from_millis(590),
+        "{:?}",
+        start.elapsed()
+    );
+    assert!(world.sandbox.stats().largest_batch_events <= 20);
+    world.stop().await;
+}
+
+#[tokio::test]
+async fn a_pause_that_segment_asks_for_holds_all_lanes_of_the_source_back() {
+    let world = World::start().await;
+    world.create(acme()).await;
+    world.misbehave(Rule {
+        status: Some(429),
+        retry_after: Some("1".into()),
+        count: Some(1),
+        ..Rule::default()
+    });
+    let start = std::time::Instant::now();
+    world.accept(numbered(0)).await;
+    let refused = |stats: &segment_relay::sandbox::Stats| stats.requests > 0;
+    world
+        .sandbox
+        .wait_for(refused, crate::harness::PATIENCE)
+        .await
+        .expect("an attempt");
+    // Twenty people fall into all four lanes.
+    for number in 1..20 {
+        world.accept(numbered(number)).await;
+    }
+    world.arrived(2).await;
+    assert!(
+        start.elapsed() >= std::time::Duration::from_secs(1),
+        "{:?}",
+        start.elapsed()
+    );
+    world.arrived(40).await;
+    assert_eq!(world.sandbox.stats().statuses.get(&429), Some(&1));
+    world.stop().await;
+}

@@ -1,8 +1,8 @@
 //! What stands beside the relay's own services, and what is not there yet.
 
 use segment_relay::proto::{
-    CaptureRequest, EraseSubjectRequest, WatchDeliveriesRequest,
-    privacy_service_client::PrivacyServiceClient,
+    CaptureBatchRequest, CaptureRequest, EraseSubjectRequest, WaitFor, WatchDeliveriesRequest,
+    privacy_service_client::PrivacyServiceClient, segment_relay_client::SegmentRelayClient,
 };
 use tokio_stream::StreamExt;
 use tonic::Code;
@@ -176,5 +176,48 @@ async fn messages_beyond_the_bound_and_too_many_watchers_are_refused() {
         Code::ResourceExhausted
     );
     drop(first);
+    world.stop().await;
+}
+
+#[tokio::test]
+async fn a_slow_watcher_slows_nobody_and_is_told_how_many_updates_it_missed() {
+    let fast = "[delivery]\nmax_events_per_second = 1000000\nburst_events = 1000000\n";
+    let world = World::with(fast).await;
+    world.create(acme()).await;
+    // A client that takes little before it reads.
+    let narrow = tonic::transport::Endpoint::from_shared(format!("http://{}", world.address))
+        .expect("a URL")
+        .initial_stream_window_size(16 * 1024)
+        .connect()
+        .await
+        .expect("connects");
+    let watch = WatchDeliveriesRequest::default();
+    let mut updates = SegmentRelayClient::new(narrow)
+        .watch_deliveries(watch)
+        .await
+        .expect("watches")
+        .into_inner();
+    // Four changes for each capture: more than the feed and all windows can hold.
+    for turn in 0..5 {
+        let captures = (turn * 1_000..(turn + 1) * 1_000).map(numbered).collect();
+        let request = CaptureBatchRequest {
+            integration_id: "acme".into(),
+            captures,
+            wait_for: WaitFor::Delivered.into(),
+        };
+        world
+            .relay()
+            .capture_batch(request)
+            .await
+            .expect("nobody waits for the watcher");
+    }
+    let (mut seen, mut missed) = (0, 0);
+    while seen + missed < 20_000 {
+        let update = updates.next().await.expect("an update").expect("no error");
+        missed += update.missed_count;
+        seen += u64::from(update.event.is_some());
+    }
+    assert_eq!(seen + missed, 20_000);
+    assert!(missed > 0 && seen > 0, "{missed} missed, {seen} seen");
     world.stop().await;
 }

@@ -81,7 +81,7 @@ fn the_default_file_names_every_setting_of_delivery_outbox_and_log() {
     assert_eq!(
         config.delivery,
         Delivery {
-            max_requests_in_flight: 32,
+            max_requests_in_flight: 64,
             max_batch_bytes: 491_520,
             max_batch_events: 2500,
             max_events_per_second: 1_000,

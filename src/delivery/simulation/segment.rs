@@ -266,6 +266,6 @@ impl Segment {
     /// Some events are refused whenever they come.
     pub(super) fn is_poison(&self, arrival: &Arrival) -> bool {
         let number: u64 = arrival.capture.parse().unwrap_or(0);
-        number % 23 == 7 && (arrival.event == EventType::Track || number % 2 == 0)
+        number % 23 == 7 && (arrival.event == EventType::Track || number.is_multiple_of(2))
     }
 }

@@ -1,28 +1,40 @@
 mod model;
 
-use std::sync::Arc;
-
 use super::*;
 use crate::{
     event::{EventPair, EventType},
-    outbox::{Content, Quota, SettledCapture, Submitted},
+    outbox::{
+        Content,
+        conformance::{
+            self, LIMITS, NOW, Rig, id, ids, lease, new_capture, settle, submit, submit_one,
+        },
+    },
     proto::DeliveryReason,
     region::Region,
-    status::{Attempt, Outcome, State},
-    time::UnixMillis,
+    status::{Outcome, State},
 };
 
-const NOW: UnixMillis = UnixMillis(1_800_000_000_000);
+/// An outbox in a directory of its own.
+struct Directory(tempfile::TempDir);
+
+impl Directory {
+    fn new() -> Self {
+        Self(tempfile::tempdir().expect("a directory"))
+    }
+}
+
+impl Rig for Directory {
+    fn open(&self) -> BoxFuture<'_, Arc<dyn Outbox>> {
+        Box::pin(async { Arc::new(open(self.0.path())) as Arc<dyn Outbox> })
+    }
+}
+
+conformance::suite!(Directory::new());
 
 fn options(directory: &Path) -> SqliteOptions {
     SqliteOptions {
         directory: directory.to_owned(),
-        limits: Limits {
-            max_events: 1_000,
-            max_bytes: 1_000_000,
-            max_integration_events: 100,
-            max_integration_bytes: 100_000,
-        },
+        limits: LIMITS,
         group_commit_max: 64,
         remember: Duration::from_secs(3_600),
     }
@@ -32,265 +44,12 @@ fn open(directory: &Path) -> SqliteOutbox {
     SqliteOutbox::open(&options(directory)).expect("opens")
 }
 
-fn id(name: &str) -> IntegrationId {
-    IntegrationId::new(name).expect("valid")
-}
-
-fn lane(name: &str) -> LaneKey {
-    LaneKey {
-        integration_id: id(name),
-        region: Region::NonEu,
-        shard: 1,
-    }
-}
-
-fn new_capture(name: &str, capture_id: &str, content: u8) -> NewCapture {
-    let payload = |event: &str| format!("{{\"{event}\":\"{capture_id}\"}}").into_bytes();
-    NewCapture {
-        integration_id: id(name),
-        capture_id: capture_id.to_owned(),
-        digest: [content; 16],
-        region: Region::NonEu,
-        mapping_version: 1,
-        accept_time: NOW,
-        content: Content::Send {
-            shard: 1,
-            events: EventPair {
-                identify: payload("identify"),
-                track: payload("track"),
-            },
-        },
-    }
-}
-
-async fn submit(outbox: &SqliteOutbox, captures: Vec<NewCapture>) -> Vec<Submitted> {
-    let receipt = outbox.submit(captures).await.expect("queued");
-    receipt.wait().await.expect("durable")
-}
-
-async fn submit_one(outbox: &SqliteOutbox, name: &str, capture_id: &str) -> Submitted {
-    submit(outbox, vec![new_capture(name, capture_id, 0)])
-        .await
-        .remove(0)
-}
-
-async fn lease(outbox: &SqliteOutbox, name: &str, max_events: usize) -> Vec<LeasedCapture> {
-    let budget = LeaseBudget {
-        max_events,
-        max_bytes: 10_000,
-    };
-    outbox.lease(&lane(name), budget).await.expect("leased")
-}
-
-fn ids(leased: &[LeasedCapture]) -> Vec<&str> {
-    leased
-        .iter()
-        .map(|capture| capture.record.capture_id.as_str())
-        .collect()
-}
-
-/// Settles events of one lease: those that `outcome` names.
-async fn settle(
-    outbox: &SqliteOutbox,
-    leased: Vec<LeasedCapture>,
-    outcome: impl Fn(&str, EventType) -> Outcome,
-) {
-    let lane = lane(leased[0].record.integration_id.as_str());
-    let mut captures = Vec::new();
-    for capture in leased {
-        let mut record = capture.record.clone();
-        record.note_attempt(Attempt {
-            identify: capture.identify.is_some(),
-            track: capture.track.is_some(),
-            time: NOW,
-            http_status: 200,
-            latency: Duration::from_millis(4),
-            reason: DeliveryReason::Unspecified,
-            error: String::new(),
-        });
-        let carried = |event: &EventType| capture.payload(*event).is_some();
-        let changed: Vec<_> = EventType::ALL.into_iter().filter(carried).collect();
-        for event in &changed {
-            let outcome = outcome(&capture.record.capture_id, *event);
-            record.event_mut(*event).advance(outcome, NOW);
-        }
-        captures.push(SettledCapture {
-            sequence: capture.sequence,
-            record,
-            changed,
-        });
-    }
-    let settlement = Arc::new(Settlement { lane, captures });
-    outbox.settle(settlement).await.expect("settled");
-}
-
 fn count(directory: &Path, table: &str) -> i64 {
     let connection = rusqlite::Connection::open(directory.join("relay.db")).expect("opens");
     let sql = format!("SELECT count(*) FROM {table}");
     connection
         .query_row(&sql, [], |row| row.get(0))
         .expect("counted")
-}
-
-#[tokio::test]
-async fn captures_come_back_in_order_also_after_a_restart_and_go_when_delivered() {
-    let directory = tempfile::tempdir().expect("a directory");
-    let outbox = open(directory.path());
-    for capture in ["c", "a", "b"] {
-        assert!(matches!(
-            submit_one(&outbox, "acme", capture).await,
-            Submitted::Accepted(_)
-        ));
-    }
-    outbox.close().await;
-
-    let outbox = open(directory.path());
-    assert_eq!(outbox.waiting_lanes().await, Ok(vec![lane("acme")]));
-    let leased = lease(&outbox, "acme", 4).await;
-    assert_eq!(ids(&leased), ["c", "a"]);
-    assert_eq!(
-        leased[0].identify.as_deref(),
-        Some(&b"{\"identify\":\"c\"}"[..])
-    );
-    settle(&outbox, leased, |_, _| Outcome::Delivered).await;
-    assert_eq!(ids(&lease(&outbox, "acme", 4).await), ["b"]);
-    assert_eq!(outbox.backlog(&id("acme")).await.expect("read").events, 2);
-    assert_eq!(
-        outbox.backlog(&id("acme")).await.expect("read").oldest,
-        Some(NOW)
-    );
-    let found = outbox
-        .find(&id("acme"), "c")
-        .await
-        .expect("read")
-        .expect("remembered");
-    assert_eq!(found.track.state, State::Delivered { at: NOW });
-    assert_eq!(found.attempts.len(), 1);
-    outbox.close().await;
-    assert_eq!(count(directory.path(), "queue"), 1);
-}
-
-#[tokio::test]
-async fn a_capture_id_is_taken_once_also_by_callers_at_the_same_time() {
-    let directory = tempfile::tempdir().expect("a directory");
-    let outbox = open(directory.path());
-    let calls = (0..20).map(|index| submit(&outbox, vec![new_capture("acme", "c", index % 2)]));
-    let answers: Vec<_> = futures_util::future::join_all(calls)
-        .await
-        .into_iter()
-        .flatten()
-        .collect();
-    let of = |wanted: fn(&Submitted) -> bool| answers.iter().filter(|a| wanted(a)).count();
-    assert_eq!(of(|a| matches!(a, Submitted::Accepted(_))), 1);
-    assert_eq!(of(|a| matches!(a, Submitted::Duplicate(_))), 9);
-    assert_eq!(of(|a| matches!(a, Submitted::Conflict)), 10);
-    // Another integration has ids of its own.
-    assert!(matches!(
-        submit_one(&outbox, "other", "c").await,
-        Submitted::Accepted(_)
-    ));
-    outbox.close().await;
-}
-
-#[tokio::test]
-async fn a_pair_is_split_only_where_one_event_is_asked_for() {
-    let directory = tempfile::tempdir().expect("a directory");
-    let outbox = open(directory.path());
-    submit(
-        &outbox,
-        vec![new_capture("acme", "a", 0), new_capture("acme", "b", 0)],
-    )
-    .await;
-    assert_eq!(ids(&lease(&outbox, "acme", 3).await), ["a"]);
-    let single = lease(&outbox, "acme", 1).await;
-    assert!(single[0].identify.is_some() && single[0].track.is_none());
-    settle(&outbox, single, |_, _| Outcome::Delivered).await;
-    let rest = lease(&outbox, "acme", 1).await;
-    assert_eq!(ids(&rest), ["a"]);
-    assert!(rest[0].identify.is_none() && rest[0].track.is_some());
-    outbox.close().await;
-}
-
-#[tokio::test]
-async fn a_lease_keeps_to_its_bytes_but_always_makes_progress() {
-    let directory = tempfile::tempdir().expect("a directory");
-    let outbox = open(directory.path());
-    submit(
-        &outbox,
-        vec![new_capture("acme", "a", 0), new_capture("acme", "b", 0)],
-    )
-    .await;
-    for (max_bytes, expected) in [(1, 1), (62, 2), (61, 1)] {
-        let budget = LeaseBudget {
-            max_events: 100,
-            max_bytes,
-        };
-        // {"identify":"a"} and {"track":"a"} with their commas have 31 bytes.
-        let leased = outbox.lease(&lane("acme"), budget).await.expect("leased");
-        assert_eq!(leased.len(), expected, "{max_bytes}");
-    }
-    outbox.close().await;
-}
-
-#[tokio::test]
-async fn dead_letters_keep_their_payload_and_delivered_events_do_not() {
-    let directory = tempfile::tempdir().expect("a directory");
-    let outbox = open(directory.path());
-    submit_one(&outbox, "acme", "a").await;
-    let leased = lease(&outbox, "acme", 10).await;
-    settle(&outbox, leased.clone(), |_, event| match event {
-        EventType::Identify => Outcome::Delivered,
-        EventType::Track => Outcome::DeadLetter {
-            reason: DeliveryReason::PayloadRejected,
-        },
-    })
-    .await;
-    // A late answer to the same lease changes nothing.
-    settle(&outbox, leased, |_, _| Outcome::Delivered).await;
-    let found = outbox
-        .find(&id("acme"), "a")
-        .await
-        .expect("read")
-        .expect("remembered");
-    assert!(matches!(found.track.state, State::DeadLettered { .. }));
-    assert_eq!(found.identify.attempt_count, 1);
-    assert_eq!(outbox.backlog(&id("acme")).await, Ok(Backlog::default()));
-    outbox.close().await;
-    assert_eq!(
-        (
-            count(directory.path(), "queue"),
-            count(directory.path(), "dead_letter")
-        ),
-        (0, 1)
-    );
-}
-
-#[tokio::test]
-async fn bounds_refuse_whole_captures_and_a_delivery_makes_room() {
-    let directory = tempfile::tempdir().expect("a directory");
-    let outbox = open(directory.path());
-    let many = (0..51)
-        .map(|index| new_capture("acme", &index.to_string(), 0))
-        .collect();
-    let answers = submit(&outbox, many).await;
-    assert!(
-        answers[..50]
-            .iter()
-            .all(|a| matches!(a, Submitted::Accepted(_)))
-    );
-    assert_eq!(answers[50], Submitted::Full(Quota::IntegrationEvents));
-    assert_eq!(outbox.find(&id("acme"), "50").await, Ok(None));
-    assert!(matches!(
-        submit_one(&outbox, "other", "x").await,
-        Submitted::Accepted(_)
-    ));
-    let leased = lease(&outbox, "acme", 2).await;
-    settle(&outbox, leased, |_, _| Outcome::Delivered).await;
-    assert!(matches!(
-        submit_one(&outbox, "acme", "50").await,
-        Submitted::Accepted(_)
-    ));
-    outbox.close().await;
 }
 
 #[tokio::test]
@@ -355,42 +114,6 @@ async fn a_second_relay_an_unknown_version_and_a_foreign_file_are_refused() {
     .expect("written");
     let text = SqliteOutbox::open(&options(directory.path()));
     assert!(matches!(text, Err(OpenError::Foreign(_))), "{text:?}");
-}
-
-#[tokio::test]
-async fn waiting_callers_and_watchers_hear_of_what_is_durable() {
-    let directory = tempfile::tempdir().expect("a directory");
-    let outbox = open(directory.path());
-    let mut watcher = outbox.signals().watch();
-    submit_one(&outbox, "acme", "a").await;
-    assert!(outbox.signals().ready_lanes().await.contains(&lane("acme")));
-    let expectation = outbox.signals().expect(&id("acme"), "a");
-    let change = expectation.next_change();
-    let leased = lease(&outbox, "acme", 10).await;
-    settle(&outbox, leased, |_, _| Outcome::Delivered).await;
-    change.await;
-    let mut seen = Vec::new();
-    while let Ok(change) = watcher.try_recv() {
-        seen.push((
-            change.event,
-            change.record.event(change.event).state.to_proto(),
-        ));
-    }
-    use crate::proto::DeliveryState::{Delivered, Queued};
-    assert_eq!(
-        seen,
-        [
-            (EventType::Identify, Queued),
-            (EventType::Track, Queued),
-            (EventType::Identify, Delivered),
-            (EventType::Track, Delivered),
-        ]
-    );
-    outbox.close().await;
-    assert!(matches!(
-        outbox.find(&id("acme"), "a").await,
-        Err(OutboxError::Closed)
-    ));
 }
 
 #[tokio::test]

@@ -5,7 +5,7 @@ use std::collections::BTreeSet;
 use proptest::prelude::*;
 
 use super::*;
-use crate::outbox::{DeadLetterFilter, Selection, model::Model};
+use crate::outbox::{DeadLetterFilter, Selection, SettledCapture, model::Model};
 
 /// One step of a random history.
 #[derive(Clone, Debug)]

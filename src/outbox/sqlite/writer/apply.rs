@@ -20,8 +20,9 @@ use crate::{
 
 /// Rows that one call of maintenance deletes at the most.
 const MAINTAIN_ROWS: i64 = 2_000;
-/// Free pages that are kept for what comes next: 32 MiB.
+/// Free pages that are kept for what comes next: 32 MiB, or this part of the file.
 const KEPT_PAGES: i64 = 4_096;
+const KEPT_SHARE: i64 = 4;
 /// Pages that one call of maintenance gives back at the most.
 const MAINTAIN_PAGES: i64 = 2_000;
 
@@ -313,13 +314,16 @@ impl Work<'_> {
         Ok(self.give_pages_back()? || more_to_forget)
     }
 
-    /// Gives free pages back to the disk, but for some that will soon be used.
+    /// Gives free pages back to the disk where they are many: after a backlog. What
+    /// comes and goes all the time uses them again, and moving pages costs.
     /// Returns whether there are more.
     fn give_pages_back(&self) -> rusqlite::Result<bool> {
-        let free: i64 = self
-            .transaction
-            .query_row("PRAGMA freelist_count", [], |row| row.get(0))?;
-        let spare = free - KEPT_PAGES;
+        let number = |pragma: &str| -> rusqlite::Result<i64> {
+            self.transaction.query_row(pragma, [], |row| row.get(0))
+        };
+        let free = number("PRAGMA freelist_count")?;
+        let kept = KEPT_PAGES.max(number("PRAGMA page_count")? / KEPT_SHARE);
+        let spare = free - kept;
         if spare <= 0 {
             return Ok(false);
         }

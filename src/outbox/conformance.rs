@@ -1,0 +1,432 @@
+//! What every outbox has to do, as one suite for all implementations:
+//! `conformance::suite!(rig)` in an implementation's tests runs it.
+
+use std::{sync::Arc, time::Duration};
+
+use super::{
+    Backlog, BoxFuture, Content, DeadLetterFilter, LaneKey, LeaseBudget, LeasedCapture, Limits,
+    NewCapture, Outbox, OutboxError, Quota, Selection, SettledCapture, Settlement, Submitted,
+};
+use crate::{
+    event::{EventPair, EventType},
+    integration::IntegrationId,
+    proto::DeliveryReason,
+    region::Region,
+    status::{Attempt, Outcome, State},
+    time::UnixMillis,
+};
+
+/// Bounds with which the suite opens an outbox.
+pub(crate) const LIMITS: Limits = Limits {
+    max_events: 1_000,
+    max_bytes: 1_000_000,
+    max_integration_events: 100,
+    max_integration_bytes: 100_000,
+};
+
+/// One outbox that can be closed and opened again.
+pub(crate) trait Rig {
+    /// Opens it with [`LIMITS`]; what was stored before is still there.
+    fn open(&self) -> BoxFuture<'_, Arc<dyn Outbox>>;
+}
+
+/// All tests of the suite against a new rig each.
+macro_rules! suite {
+    ($rig:expr) => {
+        $crate::outbox::conformance::suite!($rig;
+            captures_come_back_in_order_also_after_a_restart_and_go_when_delivered
+            a_capture_id_is_taken_once_also_by_callers_at_the_same_time
+            a_pair_is_split_only_where_one_event_is_asked_for
+            a_lease_keeps_to_its_bytes_but_always_makes_progress
+            dead_letters_keep_their_payload_and_delivered_events_do_not
+            bounds_refuse_whole_captures_and_a_delivery_makes_room
+            waiting_callers_and_watchers_hear_of_what_is_durable
+            dead_letters_are_listed_replayed_behind_live_captures_and_discarded
+            integrations_are_kept
+        );
+    };
+    ($rig:expr; $($name:ident)*) => {
+        $(
+            #[tokio::test]
+            async fn $name() {
+                $crate::outbox::conformance::$name(&$rig).await;
+            }
+        )*
+    };
+}
+pub(crate) use suite;
+
+pub(crate) const NOW: UnixMillis = UnixMillis(1_800_000_000_000);
+
+pub(crate) fn id(name: &str) -> IntegrationId {
+    IntegrationId::new(name).expect("valid")
+}
+
+pub(crate) fn lane(name: &str) -> LaneKey {
+    LaneKey {
+        integration_id: id(name),
+        region: Region::NonEu,
+        shard: 1,
+    }
+}
+
+pub(crate) fn new_capture(name: &str, capture_id: &str, content: u8) -> NewCapture {
+    let payload = |event: &str| format!("{{\"{event}\":\"{capture_id}\"}}").into_bytes();
+    NewCapture {
+        integration_id: id(name),
+        capture_id: capture_id.to_owned(),
+        digest: [content; 16],
+        region: Region::NonEu,
+        mapping_version: 1,
+        accept_time: NOW,
+        content: Content::Send {
+            shard: 1,
+            events: EventPair {
+                identify: payload("identify"),
+                track: payload("track"),
+            },
+        },
+    }
+}
+
+pub(crate) async fn submit(outbox: &dyn Outbox, captures: Vec<NewCapture>) -> Vec<Submitted> {
+    let receipt = outbox.submit(captures).await.expect("queued");
+    receipt.wait().await.expect("durable")
+}
+
+pub(crate) async fn submit_one(outbox: &dyn Outbox, name: &str, capture_id: &str) -> Submitted {
+    submit(outbox, vec![new_capture(name, capture_id, 0)])
+        .await
+        .remove(0)
+}
+
+pub(crate) async fn lease(
+    outbox: &dyn Outbox,
+    name: &str,
+    max_events: usize,
+) -> Vec<LeasedCapture> {
+    let budget = LeaseBudget {
+        max_events,
+        max_bytes: 10_000,
+    };
+    outbox.lease(&lane(name), budget).await.expect("leased")
+}
+
+pub(crate) fn ids(leased: &[LeasedCapture]) -> Vec<&str> {
+    leased
+        .iter()
+        .map(|capture| capture.record.capture_id.as_str())
+        .collect()
+}
+
+/// Settles events of one lease: those that `outcome` names.
+pub(crate) async fn settle(
+    outbox: &dyn Outbox,
+    leased: Vec<LeasedCapture>,
+    outcome: impl Fn(&str, EventType) -> Outcome,
+) {
+    let lane = lane(leased[0].record.integration_id.as_str());
+    let mut captures = Vec::new();
+    for capture in leased {
+        let mut record = capture.record.clone();
+        record.note_attempt(Attempt {
+            identify: capture.identify.is_some(),
+            track: capture.track.is_some(),
+            time: NOW,
+            http_status: 200,
+            latency: Duration::from_millis(4),
+            reason: DeliveryReason::Unspecified,
+            error: String::new(),
+        });
+        let carried = |event: &EventType| capture.payload(*event).is_some();
+        let changed: Vec<_> = EventType::ALL.into_iter().filter(carried).collect();
+        for event in &changed {
+            let outcome = outcome(&capture.record.capture_id, *event);
+            record.event_mut(*event).advance(outcome, NOW);
+        }
+        captures.push(SettledCapture {
+            sequence: capture.sequence,
+            record,
+            changed,
+        });
+    }
+    let settlement = Arc::new(Settlement { lane, captures });
+    outbox.settle(settlement).await.expect("settled");
+}
+
+pub(crate) async fn captures_come_back_in_order_also_after_a_restart_and_go_when_delivered(
+    rig: &impl Rig,
+) {
+    let outbox = rig.open().await;
+    let outbox = outbox.as_ref();
+    for capture in ["c", "a", "b"] {
+        assert!(matches!(
+            submit_one(outbox, "acme", capture).await,
+            Submitted::Accepted(_)
+        ));
+    }
+    outbox.close().await;
+
+    let outbox = rig.open().await;
+    let outbox = outbox.as_ref();
+    assert_eq!(outbox.waiting_lanes().await, Ok(vec![lane("acme")]));
+    let leased = lease(outbox, "acme", 4).await;
+    assert_eq!(ids(&leased), ["c", "a"]);
+    assert_eq!(
+        leased[0].identify.as_deref(),
+        Some(&b"{\"identify\":\"c\"}"[..])
+    );
+    settle(outbox, leased, |_, _| Outcome::Delivered).await;
+    assert_eq!(ids(&lease(outbox, "acme", 4).await), ["b"]);
+    assert_eq!(outbox.backlog(&id("acme")).await.expect("read").events, 2);
+    assert_eq!(
+        outbox.backlog(&id("acme")).await.expect("read").oldest,
+        Some(NOW)
+    );
+    let found = outbox
+        .find(&id("acme"), "c")
+        .await
+        .expect("read")
+        .expect("remembered");
+    assert_eq!(found.track.state, State::Delivered { at: NOW });
+    assert_eq!(found.attempts.len(), 1);
+    outbox.close().await;
+}
+
+pub(crate) async fn a_capture_id_is_taken_once_also_by_callers_at_the_same_time(rig: &impl Rig) {
+    let outbox = rig.open().await;
+    let outbox = outbox.as_ref();
+    let calls = (0..20).map(|index| submit(outbox, vec![new_capture("acme", "c", index % 2)]));
+    let answers: Vec<_> = futures_util::future::join_all(calls)
+        .await
+        .into_iter()
+        .flatten()
+        .collect();
+    let of = |wanted: fn(&Submitted) -> bool| answers.iter().filter(|a| wanted(a)).count();
+    assert_eq!(of(|a| matches!(a, Submitted::Accepted(_))), 1);
+    assert_eq!(of(|a| matches!(a, Submitted::Duplicate(_))), 9);
+    assert_eq!(of(|a| matches!(a, Submitted::Conflict)), 10);
+    // Another integration has ids of its own.
+    assert!(matches!(
+        submit_one(outbox, "other", "c").await,
+        Submitted::Accepted(_)
+    ));
+    outbox.close().await;
+}
+
+pub(crate) async fn a_pair_is_split_only_where_one_event_is_asked_for(rig: &impl Rig) {
+    let outbox = rig.open().await;
+    let outbox = outbox.as_ref();
+    submit(
+        outbox,
+        vec![new_capture("acme", "a", 0), new_capture("acme", "b", 0)],
+    )
+    .await;
+    assert_eq!(ids(&lease(outbox, "acme", 3).await), ["a"]);
+    let single = lease(outbox, "acme", 1).await;
+    assert!(single[0].identify.is_some() && single[0].track.is_none());
+    settle(outbox, single, |_, _| Outcome::Delivered).await;
+    let rest = lease(outbox, "acme", 1).await;
+    assert_eq!(ids(&rest), ["a"]);
+    assert!(rest[0].identify.is_none() && rest[0].track.is_some());
+    outbox.close().await;
+}
+
+pub(crate) async fn a_lease_keeps_to_its_bytes_but_always_makes_progress(rig: &impl Rig) {
+    let outbox = rig.open().await;
+    let outbox = outbox.as_ref();
+    submit(
+        outbox,
+        vec![new_capture("acme", "a", 0), new_capture("acme", "b", 0)],
+    )
+    .await;
+    for (max_bytes, expected) in [(1, 1), (62, 2), (61, 1)] {
+        let budget = LeaseBudget {
+            max_events: 100,
+            max_bytes,
+        };
+        // {"identify":"a"} and {"track":"a"} with their commas have 31 bytes.
+        let leased = outbox.lease(&lane("acme"), budget).await.expect("leased");
+        assert_eq!(leased.len(), expected, "{max_bytes}");
+    }
+    outbox.close().await;
+}
+
+pub(crate) async fn dead_letters_keep_their_payload_and_delivered_events_do_not(rig: &impl Rig) {
+    let outbox = rig.open().await;
+    let outbox = outbox.as_ref();
+    submit_one(outbox, "acme", "a").await;
+    let leased = lease(outbox, "acme", 10).await;
+    settle(outbox, leased.clone(), |_, event| match event {
+        EventType::Identify => Outcome::Delivered,
+        EventType::Track => Outcome::DeadLetter {
+            reason: DeliveryReason::PayloadRejected,
+        },
+    })
+    .await;
+    // A late answer to the same lease changes nothing.
+    settle(outbox, leased, |_, _| Outcome::Delivered).await;
+    let found = outbox
+        .find(&id("acme"), "a")
+        .await
+        .expect("read")
+        .expect("remembered");
+    assert!(matches!(found.track.state, State::DeadLettered { .. }));
+    assert_eq!(found.identify.attempt_count, 1);
+    assert_eq!(outbox.backlog(&id("acme")).await, Ok(Backlog::default()));
+    outbox.close().await;
+}
+
+pub(crate) async fn bounds_refuse_whole_captures_and_a_delivery_makes_room(rig: &impl Rig) {
+    let outbox = rig.open().await;
+    let outbox = outbox.as_ref();
+    let many = (0..51)
+        .map(|index| new_capture("acme", &index.to_string(), 0))
+        .collect();
+    let answers = submit(outbox, many).await;
+    assert!(
+        answers[..50]
+            .iter()
+            .all(|a| matches!(a, Submitted::Accepted(_)))
+    );
+    assert_eq!(answers[50], Submitted::Full(Quota::IntegrationEvents));
+    assert_eq!(outbox.find(&id("acme"), "50").await, Ok(None));
+    assert!(matches!(
+        submit_one(outbox, "other", "x").await,
+        Submitted::Accepted(_)
+    ));
+    let leased = lease(outbox, "acme", 2).await;
+    settle(outbox, leased, |_, _| Outcome::Delivered).await;
+    assert!(matches!(
+        submit_one(outbox, "acme", "50").await,
+        Submitted::Accepted(_)
+    ));
+    outbox.close().await;
+}
+
+pub(crate) async fn waiting_callers_and_watchers_hear_of_what_is_durable(rig: &impl Rig) {
+    let outbox = rig.open().await;
+    let outbox = outbox.as_ref();
+    let mut watcher = outbox.signals().watch();
+    submit_one(outbox, "acme", "a").await;
+    assert!(outbox.signals().ready_lanes().await.contains(&lane("acme")));
+    let expectation = outbox.signals().expect(&id("acme"), "a");
+    let change = expectation.next_change();
+    let leased = lease(outbox, "acme", 10).await;
+    settle(outbox, leased, |_, _| Outcome::Delivered).await;
+    change.await;
+    let mut seen = Vec::new();
+    while let Ok(change) = watcher.try_recv() {
+        seen.push((
+            change.event,
+            change.record.event(change.event).state.to_proto(),
+        ));
+    }
+    use crate::proto::DeliveryState::{Delivered, Queued};
+    assert_eq!(
+        seen,
+        [
+            (EventType::Identify, Queued),
+            (EventType::Track, Queued),
+            (EventType::Identify, Delivered),
+            (EventType::Track, Delivered),
+        ]
+    );
+    outbox.close().await;
+    assert!(matches!(
+        outbox.find(&id("acme"), "a").await,
+        Err(OutboxError::Closed)
+    ));
+}
+
+pub(crate) async fn dead_letters_are_listed_replayed_behind_live_captures_and_discarded(
+    rig: &impl Rig,
+) {
+    let outbox = rig.open().await;
+    let outbox = outbox.as_ref();
+    let all = || Selection::Filter(DeadLetterFilter::default());
+    submit_one(outbox, "acme", "a").await;
+    submit_one(outbox, "acme", "b").await;
+    let reason = DeliveryReason::RequestRejected;
+    let leased = lease(outbox, "acme", 10).await;
+    settle(outbox, leased, |_, _| Outcome::DeadLetter { reason }).await;
+    let letters = outbox
+        .dead_letters(DeadLetterFilter::default(), 0, 10)
+        .await
+        .expect("listed");
+    let names: Vec<_> = letters
+        .iter()
+        .map(|l| (l.record.capture_id.as_str(), l.event.name()))
+        .collect();
+    assert_eq!(
+        names,
+        [
+            ("a", "identify"),
+            ("a", "track"),
+            ("b", "identify"),
+            ("b", "track")
+        ]
+    );
+    let after = outbox
+        .dead_letters(DeadLetterFilter::default(), letters[1].id, 1)
+        .await;
+    assert_eq!(after.expect("listed"), letters[2..3]);
+    let other = DeadLetterFilter {
+        reason: Some(DeliveryReason::Expired),
+        ..Default::default()
+    };
+    assert_eq!(outbox.dead_letters(other, 0, 10).await, Ok(Vec::new()));
+    let count = outbox
+        .count_dead_letters(all(), UnixMillis(NOW.0 + 1))
+        .await
+        .expect("counted");
+    assert_eq!((count.events, count.older), (4, 4));
+
+    submit_one(outbox, "acme", "live").await;
+    let first = Selection::Ids(vec![letters[0].id, letters[1].id]);
+    assert_eq!(outbox.replay(first, NOW).await, Ok(Ok(2)));
+    let leased = lease(outbox, "acme", 10).await;
+    assert_eq!(ids(&leased), ["live", "a"]);
+    assert_eq!(leased[1].record.identify.state, State::Queued);
+    assert_eq!(
+        leased[1].identify.as_deref(),
+        Some(&b"{\"identify\":\"a\"}"[..])
+    );
+    assert_eq!(outbox.discard(all()).await, Ok(2));
+    assert_eq!(outbox.discard(all()).await, Ok(0));
+    assert_eq!(
+        outbox
+            .dead_letters(DeadLetterFilter::default(), 0, 10)
+            .await,
+        Ok(Vec::new())
+    );
+    outbox.close().await;
+}
+
+pub(crate) async fn integrations_are_kept(rig: &impl Rig) {
+    let spec = |id: &str, name: &str| crate::proto::Integration {
+        integration_id: id.into(),
+        display_name: name.into(),
+        ..Default::default()
+    };
+    let outbox = rig.open().await;
+    outbox
+        .put_integration(spec("b", "one"))
+        .await
+        .expect("stored");
+    outbox
+        .put_integration(spec("a", "two"))
+        .await
+        .expect("stored");
+    outbox
+        .put_integration(spec("b", "three"))
+        .await
+        .expect("stored");
+    outbox.close().await;
+    let outbox = rig.open().await;
+    let expected = vec![spec("a", "two"), spec("b", "three")];
+    assert_eq!(outbox.integrations().await, Ok(expected));
+    outbox.delete_integration(&id("a")).await.expect("deleted");
+    assert_eq!(outbox.integrations().await, Ok(vec![spec("b", "three")]));
+    outbox.close().await;
+}
