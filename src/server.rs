@@ -7,7 +7,7 @@
 
 use std::{num::NonZeroU32, sync::Arc, time::Duration};
 
-use tokio::{net::TcpListener, sync::watch};
+use tokio::{net::TcpListener, sync::watch, time::Instant};
 use tokio_stream::wrappers::TcpListenerStream;
 use tokio_util::sync::CancellationToken;
 use tonic_health::server::HealthReporter;
@@ -23,6 +23,8 @@ use crate::{
     time::UnixMillis,
 };
 
+/// This part of the drain's time-out is kept for requests to Segment.
+const SHARE_FOR_DELIVERY: u32 = 4;
 /// How often the outbox forgets what is old.
 const MAINTENANCE_INTERVAL: Duration = Duration::from_secs(10);
 /// How often it does while there is much to forget or to give back.
@@ -130,9 +132,8 @@ impl Relay {
         let maintenance = tokio::spawn(maintain(Arc::clone(&self.outbox)));
         let (health, health_service) = tonic_health::server::health_reporter();
         let writable = self.outbox.signals().writable();
-        let reports = report_health(health, writable, shutdown.clone());
         let closing = CancellationToken::new();
-        let drain = self.drain_on(shutdown, closing.clone());
+        let drain = self.drain_on(shutdown.clone(), closing.clone());
         let mut router = self
             .server()
             .add_routes(self.services.routes())
@@ -141,16 +142,17 @@ impl Relay {
             router = router.add_service(reflection()?.build_v1()?);
             router = router.add_service(reflection()?.build_v1alpha()?);
         }
-        let reports = tokio::spawn(reports);
+        set_health(&health, true).await;
+        let reports = tokio::spawn(report_health(health, writable, shutdown.clone()));
         let serve = router.serve_with_incoming_shutdown(
             TcpListenerStream::new(listener),
             closing.clone().cancelled_owned(),
         );
         let drain_timeout = self.config.server.drain_timeout;
-        let served = serve_until_drained(serve, drain, drain_timeout).await;
+        let (served, deadline) = serve_until_drained(serve, drain, drain_timeout).await;
         maintenance.abort();
         reports.abort();
-        let stopped = tokio::time::timeout(drain_timeout, async {
+        let stopped = tokio::time::timeout_at(deadline, async {
             self.services.gate.drained().await;
             delivery.stop().await;
         });
@@ -193,24 +195,28 @@ impl Relay {
     }
 }
 
-/// Calls in hand may end until the time-out, counted from the drain's start.
+/// Serves until the drain, and then until the calls in hand have ended, but keeps
+/// a share of the time-out for the requests to Segment. Returns the drain's deadline.
 async fn serve_until_drained(
     serve: impl Future<Output = Result<(), tonic::transport::Error>>,
     drain: impl Future<Output = ()>,
     timeout: Duration,
-) -> Result<(), RunError> {
+) -> (Result<(), RunError>, Instant) {
     tokio::pin!(serve);
     tokio::select! {
-        served = &mut serve => return Ok(served?),
+        served = &mut serve => return (served.map_err(Into::into), Instant::now() + timeout),
         () = drain => {}
     }
-    match tokio::time::timeout(timeout, serve).await {
-        Ok(served) => Ok(served?),
+    let deadline = Instant::now() + timeout;
+    let served = match tokio::time::timeout_at(deadline - timeout / SHARE_FOR_DELIVERY, serve).await
+    {
+        Ok(served) => served.map_err(Into::into),
         Err(_) => {
             tracing::warn!("calls were still under way at the end of the drain; they are cut off");
             Ok(())
         }
-    }
+    };
+    (served, deadline)
 }
 
 /// Health follows the outbox, until the drain: then it is NOT_SERVING for good.

@@ -7,6 +7,9 @@ use sha2::{Digest, Sha256};
 
 use crate::{integration::Normalization, violation::Violations};
 
+/// Longest address (RFC 5321, 4.5.3.1.3, without the angle brackets), in bytes.
+const MAX_ADDRESS_BYTES: usize = 254;
+
 /// A person with a valid address. Prints without the address.
 pub struct Subject<'a> {
     /// The address as it was collected, without surrounding white space.
@@ -47,8 +50,8 @@ pub(super) fn check<'a>(
         .with_required_tld()
         .without_domain_literal()
         .without_display_text();
-    let controls = email.chars().any(char::is_control);
-    if controls || EmailAddress::parse_with_options(email, options).is_err() {
+    let unfit = email.len() > MAX_ADDRESS_BYTES || email.chars().any(char::is_control);
+    if unfit || EmailAddress::parse_with_options(email, options).is_err() {
         found.add(
             "capture.email",
             "INVALID_EMAIL",

@@ -387,6 +387,7 @@ fn addresses_that_are_none_are_refused_and_no_address_is_no_subject() {
         "a@b.com\u{0}",
         "a@b.com,c@d.com",
         &format!("{}@b.com", "l".repeat(65)),
+        &format!("l@{}.com", "d.".repeat(125)),
     ] {
         let capture = proto::Capture {
             email: bad.into(),

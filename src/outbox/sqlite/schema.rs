@@ -73,6 +73,10 @@ pub(super) fn open_for_writing(directory: &Path, database: &Path) -> Result<Conn
         path: directory.to_owned(),
         source,
     };
+    create_private(database).map_err(|source| OpenError::Directory {
+        path: directory.to_owned(),
+        source,
+    })?;
     let mut connection = Connection::open(database).map_err(failed)?;
     let number = |connection: &Connection, name: &str| {
         connection.query_row(&format!("PRAGMA {name}"), [], |row| row.get::<_, i64>(0))
@@ -103,6 +107,16 @@ pub(super) fn open_for_writing(directory: &Path, database: &Path) -> Result<Conn
     }
     prepare(&mut connection, is_new).map_err(failed)?;
     Ok(connection)
+}
+
+/// Write keys and addresses are in there, so it is for the relay's user alone;
+/// SQLite gives its log the same rights.
+fn create_private(database: &Path) -> std::io::Result<()> {
+    let mut options = std::fs::File::options();
+    options.create(true).truncate(false).write(true);
+    #[cfg(unix)]
+    std::os::unix::fs::OpenOptionsExt::mode(&mut options, 0o600);
+    options.open(database).map(drop)
 }
 
 fn prepare(connection: &mut Connection, is_new: bool) -> rusqlite::Result<()> {

@@ -116,6 +116,24 @@ async fn a_second_relay_an_unknown_version_and_a_foreign_file_are_refused() {
     assert!(matches!(text, Err(OpenError::Foreign(_))), "{text:?}");
 }
 
+#[cfg(unix)]
+#[tokio::test]
+async fn the_files_are_for_their_owner_alone_also_in_an_open_directory() {
+    use std::os::unix::fs::PermissionsExt;
+    let directory = tempfile::tempdir().expect("a directory");
+    let open_to_all = std::fs::Permissions::from_mode(0o755);
+    std::fs::set_permissions(directory.path(), open_to_all).expect("set");
+    let outbox = open(directory.path());
+    submit_one(&outbox, "acme", "a").await;
+    for file in ["relay.db", "relay.db-wal", "relay.db-shm"] {
+        let mode = std::fs::metadata(directory.path().join(file))
+            .expect("a file")
+            .permissions();
+        assert_eq!(mode.mode() & 0o077, 0, "{file}");
+    }
+    outbox.close().await;
+}
+
 #[tokio::test]
 async fn a_payload_that_the_disk_has_changed_is_found_by_its_checksum() {
     let directory = tempfile::tempdir().expect("a directory");
