@@ -1,7 +1,7 @@
 //! Endurance of the outbox: submits, leases and settles captures as fast as it
 //! goes, then looks at what an empty outbox costs.
 //!
-//! `cargo bench --bench outbox -- [captures] [captures in a call] [directory]`
+//! `cargo bench --bench outbox -- [captures] [captures in a call] [waiting at the most] [directory]`
 
 #![allow(
     clippy::unwrap_used,
@@ -164,9 +164,9 @@ async fn main() {
             .and_then(|arg| arg.parse().ok())
             .unwrap_or(default)
     };
-    let (captures, in_a_call) = (number(1, 200_000), number(2, 64));
+    let (captures, in_a_call, backlog) = (number(1, 200_000), number(2, 64), number(3, 20_000));
     let temporary = tempfile::tempdir().unwrap();
-    let directory = arguments.get(3).map_or(temporary.path(), Path::new);
+    let directory = arguments.get(4).map_or(temporary.path(), Path::new);
     let outbox = Arc::new(open(directory));
 
     let (submit, work, idle) = probe(&outbox, u64::MAX / 2).await;
@@ -174,6 +174,11 @@ async fn main() {
 
     let start = Instant::now();
     let submitting = Arc::clone(&outbox);
+    // A permit for each capture that may wait.
+    let room = Arc::new(tokio::sync::Semaphore::new(
+        usize::try_from(backlog).unwrap(),
+    ));
+    let rooms = Arc::clone(&room);
     let submitted = tokio::spawn(async move {
         let mut receipts = std::collections::VecDeque::new();
         let mut next = 0;
@@ -182,6 +187,11 @@ async fn main() {
                 .map(capture)
                 .collect();
             next += in_a_call;
+            rooms
+                .acquire_many(u32::try_from(in_a_call).unwrap())
+                .await
+                .unwrap()
+                .forget();
             receipts.push_back(submitting.submit(batch).await.unwrap());
             if receipts.len() > 16 {
                 receipts.pop_front().unwrap().wait().await.unwrap();
@@ -196,7 +206,10 @@ async fn main() {
     while drained < captures {
         match drain_once(&outbox).await {
             0 => tokio::task::yield_now().await,
-            count => drained += count as u64,
+            count => {
+                drained += count as u64;
+                room.add_permits(count);
+            }
         }
         if maintained.elapsed() > Duration::from_millis(200) {
             maintained = Instant::now();

@@ -11,9 +11,11 @@
 //!   which a single integration can't open: nobody's trouble holds others up.
 
 mod backoff;
+mod bell;
 mod breaker;
 mod dispatcher;
 mod lane;
+mod parts;
 mod rate;
 #[cfg(test)]
 mod simulation;
@@ -22,8 +24,9 @@ mod vitals;
 mod worker;
 
 pub use backoff::Backoff;
-pub use dispatcher::{Delivery, DeliveryParts};
+pub use dispatcher::Delivery;
 pub use lane::{Credentials, Lane, LaneOptions, Plan, Step};
+pub use parts::DeliveryParts;
 pub use rate::RateLimits;
 pub use verdict::{Verdict, judge};
 pub use vitals::{Vitals, VitalsBoard};

@@ -1,5 +1,6 @@
 //! The gRPC services: decode, hand to the one who does it, encode.
 
+mod accept;
 mod convert;
 mod dead_letters;
 mod error;

@@ -2,38 +2,21 @@
 
 use std::{
     collections::{HashMap, HashSet},
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    sync::Arc,
 };
 
-use tokio::sync::{Notify, Semaphore};
+use tokio::sync::Semaphore;
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
-use super::{LaneOptions, RateLimits, VitalsBoard, breaker::Breaker, worker};
-use crate::{
-    outbox::{LaneKey, Outbox, OutboxError},
-    region::PerRegion,
-    registry::Registry,
-    segment::SegmentClient,
+use super::{
+    bell::Bell,
+    parts::{DeliveryParts, Shared},
+    worker::Worker,
 };
-
-/// What delivery works with.
-#[derive(Clone)]
-pub struct DeliveryParts {
-    /// Where events come from.
-    pub outbox: Arc<dyn Outbox>,
-    /// Where they go.
-    pub segment: Arc<SegmentClient>,
-    /// Whose they are.
-    pub registry: Arc<Registry>,
-    /// How it went.
-    pub vitals: Arc<VitalsBoard>,
-    /// How fast each integration may send.
-    pub rates: Arc<RateLimits>,
-    /// Bounds of each lane.
-    pub lanes: LaneOptions,
-    /// Requests in flight at the most, of all lanes.
-    pub max_requests_in_flight: usize,
-}
+use crate::{
+    outbox::{LaneKey, OutboxError},
+    region::PerRegion,
+};
 
 /// Delivery under way.
 pub struct Delivery {
@@ -73,12 +56,6 @@ impl Delivery {
     }
 }
 
-/// What lanes share beside the parts.
-pub(super) struct Shared {
-    pub(super) permits: Semaphore,
-    pub(super) breakers: PerRegion<Breaker>,
-}
-
 struct Dispatcher {
     parts: Arc<DeliveryParts>,
     shared: Arc<Shared>,
@@ -109,7 +86,7 @@ impl Dispatcher {
             self.lanes.retain(|_, bell| !bell.has_left());
             let bell = Arc::new(Bell::default());
             self.lanes.insert(key.clone(), Arc::clone(&bell));
-            let worker = worker::Worker::new(
+            let worker = Worker::new(
                 key,
                 Arc::clone(&self.parts),
                 Arc::clone(&self.shared),
@@ -118,83 +95,5 @@ impl Dispatcher {
             );
             self.tasks.spawn(worker.run());
         }
-    }
-}
-
-/// Calls one worker. A worker that leaves while it is called is not missed:
-/// both happen under one lock.
-#[derive(Debug, Default)]
-pub(super) struct Bell {
-    state: Mutex<BellState>,
-    rung: Notify,
-}
-
-#[derive(Debug, Default, PartialEq, Eq)]
-enum BellState {
-    #[default]
-    Quiet,
-    Rung,
-    Left,
-}
-
-impl Bell {
-    /// Calls the worker. Returns whether it is still there.
-    fn ring(&self) -> bool {
-        let mut state = self.lock();
-        if *state == BellState::Left {
-            return false;
-        }
-        *state = BellState::Rung;
-        drop(state);
-        self.rung.notify_one();
-        true
-    }
-
-    fn has_left(&self) -> bool {
-        *self.lock() == BellState::Left
-    }
-
-    /// Waits to be called.
-    pub(super) async fn heard(&self) {
-        loop {
-            {
-                let mut state = self.lock();
-                if *state == BellState::Rung {
-                    *state = BellState::Quiet;
-                    return;
-                }
-            }
-            self.rung.notified().await;
-        }
-    }
-
-    /// Goes home, unless somebody calls. Returns whether it may.
-    pub(super) fn leave(&self) -> bool {
-        let mut state = self.lock();
-        let quiet = *state != BellState::Rung;
-        if quiet {
-            *state = BellState::Left;
-        }
-        quiet
-    }
-
-    fn lock(&self) -> MutexGuard<'_, BellState> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[tokio::test]
-    async fn a_bell_is_heard_also_if_it_rang_before_and_keeps_a_worker_from_leaving() {
-        let bell = Bell::default();
-        assert!(bell.ring());
-        assert!(!bell.leave());
-        bell.heard().await;
-        assert!(bell.leave());
-        assert!(bell.has_left());
-        assert!(!bell.ring());
     }
 }

@@ -5,9 +5,10 @@ use std::{sync::Arc, time::Duration};
 use tokio_util::sync::CancellationToken;
 
 use super::{
-    Credentials, DeliveryParts, Lane, Plan, Step,
+    Credentials, Lane, Plan, Step,
+    bell::Bell,
     breaker::{Admission, Sign},
-    dispatcher::{Bell, Shared},
+    parts::{DeliveryParts, Shared},
     verdict::{Verdict, judge},
 };
 use crate::{

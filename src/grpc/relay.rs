@@ -1,24 +1,24 @@
 //! SegmentRelay: captures in, status out.
 
-use std::{
-    sync::Arc,
-    time::{Duration, Instant},
-};
+use std::time::{Duration, Instant};
 
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status, Streaming, metadata::MetadataMap};
 
-use super::{RelayError, Services, convert, stream, watch};
+use super::{
+    RelayError, Services,
+    accept::{Accepted, accepted, capture_result, echo_id, required},
+    convert, stream, watch,
+};
 use crate::{
     event::{self, EventType, message_id},
-    intake,
     integration::Integration,
     mapping::{self, CaptureFault, MAX_CAPTURE_ID_CHARS},
     outbox::{NewCapture, Submitted},
     proto::{
         Capture, CaptureBatchRequest, CaptureBatchResponse, CaptureRequest, CaptureResponse,
-        CaptureResult, CaptureStreamRequest, CaptureStreamResponse, GetCaptureRequest,
-        GetCaptureResponse, PreviewCaptureRequest, PreviewCaptureResponse, PreviewedEvent, WaitFor,
+        CaptureStreamRequest, CaptureStreamResponse, GetCaptureRequest, GetCaptureResponse,
+        PreviewCaptureRequest, PreviewCaptureResponse, PreviewedEvent, WaitFor,
         WatchDeliveriesRequest, WatchDeliveriesResponse, segment_relay_server::SegmentRelay,
     },
     status::CaptureRecord,
@@ -158,33 +158,6 @@ impl SegmentRelay for Relay {
     }
 }
 
-/// What became of one capture of a request: its record, and whether it is a duplicate.
-pub(super) type Accepted = Result<(CaptureRecord, bool), RelayError>;
-
-impl Services {
-    /// The integration of a request.
-    pub(super) fn integration(&self, id: &str) -> Result<Arc<Integration>, RelayError> {
-        if id.is_empty() {
-            return Err(RelayError::invalid(
-                "integration_id",
-                "REQUIRED",
-                "name the integration",
-            ));
-        }
-        Ok(self.registry.find(id)?)
-    }
-
-    /// Validates a capture and builds its events.
-    pub(super) fn prepare(
-        &self,
-        integration: &Integration,
-        capture: Option<Capture>,
-    ) -> Result<NewCapture, RelayError> {
-        let capture = required(capture)?;
-        Ok(intake::prepare(integration, capture, UnixMillis::now())?)
-    }
-}
-
 impl Relay {
     async fn submit(&self, captures: Vec<NewCapture>) -> Result<Vec<Submitted>, RelayError> {
         let receipt = self.0.outbox.submit(captures).await?;
@@ -274,40 +247,6 @@ impl Relay {
         }
         Ok(record)
     }
-}
-
-/// The outbox's answer as the contract has it.
-pub(super) fn accepted(submitted: Submitted) -> Accepted {
-    match submitted {
-        Submitted::Accepted(record) => Ok((record, false)),
-        Submitted::Duplicate(record) => Ok((record, true)),
-        Submitted::Conflict => Err(RelayError::CaptureIdReused),
-        Submitted::Full(quota) => Err(RelayError::Full(quota)),
-    }
-}
-
-/// One result of a batch or a stream.
-pub(super) fn capture_result(id: &str, answer: &Accepted) -> CaptureResult {
-    match answer {
-        Ok((record, duplicate)) => convert::capture_result(record, *duplicate),
-        Err(error) => CaptureResult {
-            capture_id: id.to_owned(),
-            error: Some(error.to_capture_error()),
-            ..CaptureResult::default()
-        },
-    }
-}
-
-/// The id that a refused capture is answered with, of bounded length.
-pub(super) fn echo_id(capture: &Capture) -> String {
-    mapping::capture_id(capture)
-        .chars()
-        .take(MAX_CAPTURE_ID_CHARS)
-        .collect()
-}
-
-fn required(capture: Option<Capture>) -> Result<Capture, RelayError> {
-    capture.ok_or_else(|| RelayError::invalid("capture", "REQUIRED", "give the capture"))
 }
 
 fn wait_for(value: i32) -> Result<WaitFor, RelayError> {

@@ -9,7 +9,7 @@ use tonic::{Status, Streaming};
 
 use super::{
     RelayError, Services,
-    relay::{accepted, capture_result, echo_id},
+    accept::{accepted, capture_result, echo_id},
 };
 use crate::{
     outbox::{NewCapture, Receipt},

@@ -17,6 +17,7 @@
 //! holds locked: a second one on the same directory is refused.
 
 mod reader;
+mod row;
 mod schema;
 mod selection;
 mod writer;

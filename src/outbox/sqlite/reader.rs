@@ -3,14 +3,17 @@
 use rusqlite::{Connection, OptionalExtension, Row, params};
 use tokio::sync::{mpsc, oneshot};
 
-use super::selection;
+use super::{
+    row::{crc32, record_of, region_number, unavailable},
+    selection,
+};
 
 use crate::{
     event::EventType,
     integration::IntegrationId,
     outbox::{
         Backlog, DeadLetter, DeadLetterCount, DeadLetterFilter, LaneKey, LeaseBudget,
-        LeasedCapture, OutboxError, Selection, StoredIntegration, record,
+        LeasedCapture, OutboxError, Selection, StoredIntegration,
     },
     region::Region,
     status::{CaptureRecord, EventStatus, State},
@@ -108,29 +111,6 @@ pub(super) fn run(connection: &Connection, mut commands: mpsc::Receiver<ReadComm
     }
 }
 
-/// The number under which a region is stored.
-pub(super) fn region_number(region: Region) -> i64 {
-    match region {
-        Region::NonEu => 1,
-        Region::Eu => 2,
-    }
-}
-
-/// What SQLite said, as the outbox's error.
-pub(super) fn unavailable(error: rusqlite::Error) -> OutboxError {
-    OutboxError::Unavailable(error.to_string())
-}
-
-/// The record of a capture from the columns `status`, `capture_id`.
-pub(super) fn record_of(
-    integration_id: IntegrationId,
-    capture_id: String,
-    status: &[u8],
-) -> Result<CaptureRecord, OutboxError> {
-    record::decode(integration_id, capture_id, status)
-        .map_err(|error| OutboxError::Unavailable(format!("a damaged record: {error}")))
-}
-
 /// The number of a lane.
 pub(super) const LANE_SQL: &str =
     "SELECT id FROM lane WHERE integration_id = ?1 AND region = ?2 AND shard = ?3";
@@ -224,11 +204,6 @@ fn leased_capture(lane: &LaneKey, row: &Row<'_>) -> Result<LeasedCapture, Outbox
         track,
         damaged,
     })
-}
-
-/// The checksum of a stored payload.
-pub(super) fn crc32(payload: &[u8]) -> u32 {
-    crc32fast::hash(payload)
 }
 
 fn find(

@@ -2,7 +2,7 @@
 
 use rusqlite::{Connection, Params, Row, params, types::Value};
 
-use super::reader::{record_of, unavailable};
+use super::row::{record_of, unavailable};
 use crate::{
     event::EventType,
     integration::IntegrationId,

@@ -9,7 +9,7 @@ use std::sync::Arc;
 use rusqlite::{Connection, Transaction, TransactionBehavior};
 use tokio::sync::{mpsc, oneshot};
 
-use super::{SqliteOptions, reader::unavailable};
+use super::{SqliteOptions, row::unavailable};
 use crate::{
     integration::IntegrationId,
     outbox::{

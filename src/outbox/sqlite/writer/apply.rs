@@ -12,7 +12,7 @@ use crate::{
     outbox::{
         Change, Content, LaneKey, NewCapture, OutboxError, SettledCapture, Settlement,
         StoredIntegration, Submitted, record,
-        sqlite::reader::{crc32, record_of, unavailable},
+        sqlite::row::{crc32, record_of, unavailable},
     },
     status::{CaptureRecord, EventStatus, State},
     time::UnixMillis,

@@ -7,7 +7,7 @@ use rusqlite::{Connection, Transaction, params};
 
 use crate::{
     integration::IntegrationId,
-    outbox::{LaneKey, Limits, Quota, sqlite::reader::region_number},
+    outbox::{LaneKey, Limits, Quota, sqlite::row::region_number},
 };
 
 #[derive(Clone, Copy, Debug, Default)]

@@ -9,7 +9,7 @@ use crate::{
     outbox::{
         LaneKey, OutboxError, Quota, Selection, record,
         sqlite::{
-            reader::{record_of, unavailable},
+            row::{record_of, unavailable},
             selection::{event_of, first_ids},
         },
     },

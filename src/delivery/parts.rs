@@ -1,0 +1,33 @@
+//! What delivery works with.
+
+use std::sync::Arc;
+
+use tokio::sync::Semaphore;
+
+use super::{LaneOptions, RateLimits, VitalsBoard, breaker::Breaker};
+use crate::{outbox::Outbox, region::PerRegion, registry::Registry, segment::SegmentClient};
+
+/// What delivery works with.
+#[derive(Clone)]
+pub struct DeliveryParts {
+    /// Where events come from.
+    pub outbox: Arc<dyn Outbox>,
+    /// Where they go.
+    pub segment: Arc<SegmentClient>,
+    /// Whose they are.
+    pub registry: Arc<Registry>,
+    /// How it went.
+    pub vitals: Arc<VitalsBoard>,
+    /// How fast each integration may send.
+    pub rates: Arc<RateLimits>,
+    /// Bounds of each lane.
+    pub lanes: LaneOptions,
+    /// Requests in flight at the most, of all lanes.
+    pub max_requests_in_flight: usize,
+}
+
+/// What lanes share beside the parts.
+pub(super) struct Shared {
+    pub(super) permits: Semaphore,
+    pub(super) breakers: PerRegion<Breaker>,
+}

@@ -1,0 +1,76 @@
+//! What the capturing rpcs have in common: from a request's capture to what is
+//! stored, and from the outbox's answer to a result.
+
+use std::sync::Arc;
+
+use super::{RelayError, Services, convert};
+use crate::{
+    intake,
+    integration::Integration,
+    mapping::{self, MAX_CAPTURE_ID_CHARS},
+    outbox::{NewCapture, Submitted},
+    proto::{Capture, CaptureResult},
+    status::CaptureRecord,
+    time::UnixMillis,
+};
+
+/// What became of one capture of a request: its record, and whether it is a duplicate.
+pub(super) type Accepted = Result<(CaptureRecord, bool), RelayError>;
+
+impl Services {
+    /// The integration of a request.
+    pub(super) fn integration(&self, id: &str) -> Result<Arc<Integration>, RelayError> {
+        if id.is_empty() {
+            return Err(RelayError::invalid(
+                "integration_id",
+                "REQUIRED",
+                "name the integration",
+            ));
+        }
+        Ok(self.registry.find(id)?)
+    }
+
+    /// Validates a capture and builds its events.
+    pub(super) fn prepare(
+        &self,
+        integration: &Integration,
+        capture: Option<Capture>,
+    ) -> Result<NewCapture, RelayError> {
+        let capture = required(capture)?;
+        Ok(intake::prepare(integration, capture, UnixMillis::now())?)
+    }
+}
+
+/// The outbox's answer as the contract has it.
+pub(super) fn accepted(submitted: Submitted) -> Accepted {
+    match submitted {
+        Submitted::Accepted(record) => Ok((record, false)),
+        Submitted::Duplicate(record) => Ok((record, true)),
+        Submitted::Conflict => Err(RelayError::CaptureIdReused),
+        Submitted::Full(quota) => Err(RelayError::Full(quota)),
+    }
+}
+
+/// One result of a batch or a stream.
+pub(super) fn capture_result(id: &str, answer: &Accepted) -> CaptureResult {
+    match answer {
+        Ok((record, duplicate)) => convert::capture_result(record, *duplicate),
+        Err(error) => CaptureResult {
+            capture_id: id.to_owned(),
+            error: Some(error.to_capture_error()),
+            ..CaptureResult::default()
+        },
+    }
+}
+
+/// The id that a refused capture is answered with, of bounded length.
+pub(super) fn echo_id(capture: &Capture) -> String {
+    mapping::capture_id(capture)
+        .chars()
+        .take(MAX_CAPTURE_ID_CHARS)
+        .collect()
+}
+
+pub(super) fn required(capture: Option<Capture>) -> Result<Capture, RelayError> {
+    capture.ok_or_else(|| RelayError::invalid("capture", "REQUIRED", "give the capture"))
+}

@@ -1,0 +1,110 @@
+use super::*;
+use crate::{integration::IntegrationId, region::Region};
+
+fn violation(index: usize) -> Violation {
+    Violation {
+        field: format!("capture.attributes[\"{index}\"]"),
+        reason: "WRONG_TYPE",
+        description: "d".repeat(200),
+    }
+}
+
+#[test]
+fn every_error_has_the_code_and_the_details_of_the_contract() {
+    let id = || IntegrationId::new("acme").expect("valid");
+    let fault = RelayError::Capture;
+    for (error, code, reason) in [
+        (
+            RelayError::InvalidRequest(vec![violation(0)]),
+            Code::InvalidArgument,
+            "INVALID_REQUEST",
+        ),
+        (
+            fault(CaptureFault::Invalid(vec![violation(0)])),
+            Code::InvalidArgument,
+            "INVALID_CAPTURE",
+        ),
+        (
+            fault(CaptureFault::RegionNotConfigured(Region::Eu)),
+            Code::FailedPrecondition,
+            "REGION_NOT_CONFIGURED",
+        ),
+        (
+            fault(CaptureFault::RegionAmbiguous),
+            Code::FailedPrecondition,
+            "REGION_AMBIGUOUS",
+        ),
+        (
+            RelayError::CaptureIdReused,
+            Code::AlreadyExists,
+            "CAPTURE_ID_REUSED",
+        ),
+        (
+            RelayError::CaptureNotFound("c".into()),
+            Code::NotFound,
+            "CAPTURE_NOT_FOUND",
+        ),
+        (
+            RegistryError::NotFound("x".into()).into(),
+            Code::NotFound,
+            "INTEGRATION_NOT_FOUND",
+        ),
+        (
+            RegistryError::StaleEtag(id()).into(),
+            Code::Aborted,
+            "STALE_ETAG",
+        ),
+        (
+            RelayError::Full(Quota::IntegrationBytes),
+            Code::ResourceExhausted,
+            "INTEGRATION_BACKLOG_FULL",
+        ),
+        (RelayError::Draining, Code::Unavailable, "DRAINING"),
+        (
+            OutboxError::Closed.into(),
+            Code::Unavailable,
+            "OUTBOX_UNAVAILABLE",
+        ),
+    ] {
+        let status = error.to_status();
+        let details = status.get_error_details();
+        assert_eq!(status.code(), code, "{error:?}");
+        let info = details.error_info().expect("an ErrorInfo");
+        assert_eq!(info.reason, reason);
+        assert_eq!(
+            details.bad_request().is_some(),
+            code == Code::InvalidArgument
+        );
+        assert_eq!(details.resource_info().is_some(), code == Code::NotFound);
+        let again = matches!(code, Code::Unavailable | Code::ResourceExhausted);
+        assert_eq!(details.retry_info().is_some(), again);
+        assert_eq!(
+            details.quota_failure().is_some(),
+            code == Code::ResourceExhausted
+        );
+    }
+}
+
+#[test]
+fn many_violations_fit_into_a_header_and_the_rest_is_counted() {
+    let found: Vec<_> = (0..100).map(violation).collect();
+    let status = RelayError::InvalidRequest(found.clone()).to_status();
+    assert!(status.details().len() < 6_000, "{}", status.details().len());
+    let details = status.get_error_details();
+    let listed = &details.bad_request().expect("violations").field_violations;
+    let last = listed.last().expect("at least one");
+    assert_eq!(last.reason, "MORE_VIOLATIONS");
+    let counted = format!("{} more", 100 - (listed.len() - 1));
+    assert!(
+        last.description.starts_with(&counted),
+        "{}",
+        last.description
+    );
+    assert_eq!(
+        RelayError::InvalidRequest(found)
+            .to_capture_error()
+            .violations
+            .len(),
+        100
+    );
+}
