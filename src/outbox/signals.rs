@@ -99,6 +99,11 @@ impl Signals {
         self.writable.subscribe()
     }
 
+    /// Whether the last attempt to write went well.
+    pub(super) fn is_writable(&self) -> bool {
+        *self.writable.borrow()
+    }
+
     /// Notes whether writing goes well.
     pub(super) fn set_writable(&self, writable: bool) {
         self.writable

@@ -10,11 +10,15 @@
 
 mod batch;
 mod capture;
+mod chaos;
 mod command;
+mod crash;
 mod dead_letters;
 mod delivery;
 mod drain;
+mod faults;
 mod harness;
 mod integrations;
+mod process;
 mod services;
 mod stream;

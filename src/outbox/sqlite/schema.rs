@@ -16,6 +16,11 @@ const CACHE_KIB: i64 = 16 * 1024;
 const WAL_LIMIT_BYTES: i64 = 64 * 1024 * 1024;
 
 const LAYOUT: &str = "
+CREATE TABLE probe (                 -- written to find out whether the disk works again
+  id INTEGER PRIMARY KEY,
+  millis INTEGER NOT NULL
+) STRICT;
+
 CREATE TABLE integration (
   id TEXT PRIMARY KEY,
   spec BLOB NOT NULL                 -- jebbit.segmentrelay.v1.Integration

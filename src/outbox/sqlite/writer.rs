@@ -141,8 +141,12 @@ impl Writer {
         let mut owed = Vec::new();
         let mut news = News::default();
         let mut commands = group;
+        let before = self.connection.total_changes();
         let result = self.apply_all(&mut commands, &mut owed, &mut news);
-        self.signals.set_writable(result.is_ok());
+        // A transaction that wrote nothing says nothing about the disk.
+        if result.is_err() || self.connection.total_changes() > before {
+            self.signals.set_writable(result.is_ok());
+        }
         if let Err(error) = &result {
             tracing::error!(%error, "the outbox cannot be written; nothing was acknowledged");
             // Those that were not reached drop their replies with the iterator.

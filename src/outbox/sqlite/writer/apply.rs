@@ -292,6 +292,14 @@ impl Work<'_> {
         const OLDEST: &str = "
             SELECT sequence, open, accept_millis FROM capture
             WHERE sequence > ?1 ORDER BY sequence LIMIT ?2";
+        if !self.signals.is_writable() {
+            const PROBE: &str = "
+                INSERT INTO probe (id, millis) VALUES (1, ?1)
+                ON CONFLICT (id) DO UPDATE SET millis = excluded.millis";
+            self.transaction
+                .prepare_cached(PROBE)?
+                .execute(params![now.0])?;
+        }
         let before = now.0.saturating_sub(self.remember_millis);
         let mut forget = self
             .transaction

@@ -1,0 +1,103 @@
+//! The relay as a process of its own, and a sandbox that outlives it.
+
+use std::{
+    io::{BufRead, BufReader},
+    path::Path,
+    process::{Child, Command, Stdio},
+    sync::Arc,
+};
+
+use segment_relay::sandbox::{self, Sandbox, SandboxOptions};
+use tokio::net::TcpListener;
+use tokio_util::sync::CancellationToken;
+use tonic::transport::Channel;
+
+/// A sandbox that keeps everything, with the URLs of its two endpoints.
+pub(crate) async fn lasting_sandbox() -> (Arc<Sandbox>, [String; 2]) {
+    let options = SandboxOptions {
+        keep_entries: 1_000_000,
+        ..SandboxOptions::default()
+    };
+    let sandbox = Arc::new(Sandbox::new(options));
+    let (non_eu, eu) = (listener().await, listener().await);
+    let urls = [&non_eu, &eu]
+        .map(|one| format!("http://{}/v1/batch", one.local_addr().expect("an address")));
+    let listeners = vec![(sandbox::Region::NonEu, non_eu), (sandbox::Region::Eu, eu)];
+    tokio::spawn(sandbox::run(
+        listeners,
+        Arc::clone(&sandbox),
+        CancellationToken::new(),
+    ));
+    (sandbox, urls)
+}
+
+async fn listener() -> TcpListener {
+    TcpListener::bind("127.0.0.1:0").await.expect("a free port")
+}
+
+/// `segment-relay serve`, killed when it is dropped.
+pub(crate) struct Process {
+    pub(crate) child: Child,
+    pub(crate) channel: Channel,
+}
+
+impl Process {
+    pub(crate) async fn start(outbox: &Path, urls: &[String; 2]) -> Self {
+        Self::start_with(outbox, urls, &[]).await
+    }
+
+    /// Starts it with more variables in its environment.
+    pub(crate) async fn start_with(
+        outbox: &Path,
+        urls: &[String; 2],
+        environment: &[(&str, &Path)],
+    ) -> Self {
+        let mut child = Command::new(env!("CARGO_BIN_EXE_segment-relay"))
+            .arg("serve")
+            .env("SEGMENT_RELAY__SERVER__LISTEN", "127.0.0.1:0")
+            .env("SEGMENT_RELAY__OUTBOX__PATH", outbox)
+            .env("SEGMENT_RELAY__SEGMENT__ENDPOINTS__NON_EU", &urls[0])
+            .env("SEGMENT_RELAY__SEGMENT__ENDPOINTS__EU", &urls[1])
+            .env("SEGMENT_RELAY__DELIVERY__MAX_EVENTS_PER_SECOND", "1000000")
+            .env("SEGMENT_RELAY__DELIVERY__BURST_EVENTS", "1000000")
+            .env("SEGMENT_RELAY__DELIVERY__RETRY_BASE_MS", "10")
+            .env("SEGMENT_RELAY__DELIVERY__RETRY_MAX_MS", "50")
+            .envs(environment.iter().copied())
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::null())
+            .spawn()
+            .expect("starts");
+        let out = child.stdout.take().expect("piped");
+        let line = tokio::task::spawn_blocking(move || {
+            let mut line = String::new();
+            BufReader::new(out).read_line(&mut line).expect("a line");
+            line
+        });
+        let line = line.await.expect("read");
+        let address = line
+            .trim()
+            .rsplit(' ')
+            .next()
+            .expect("an address")
+            .to_owned();
+        let channel = Channel::from_shared(format!("http://{address}")).expect("a URL");
+        Self {
+            child,
+            channel: channel.connect().await.expect("connects"),
+        }
+    }
+
+    /// SIGKILL: no drain, no flush.
+    pub(crate) fn kill(&mut self) {
+        self.child.kill().expect("killed");
+        self.child.wait().expect("ended");
+    }
+}
+
+impl Drop for Process {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
