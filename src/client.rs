@@ -3,6 +3,7 @@
 
 pub mod args;
 mod call;
+mod dead_letters;
 mod failure;
 mod input;
 pub mod json;

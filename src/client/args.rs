@@ -4,6 +4,7 @@ use std::path::PathBuf;
 
 use clap::{Args, Subcommand, ValueEnum};
 
+use super::dead_letters::DeadLettersCommand;
 use crate::proto::{DataRegion, DeliveryState, EventType, WaitFor};
 
 /// Commands that call a running relay.
@@ -72,6 +73,9 @@ pub enum ClientCommand {
         #[arg(long, value_enum)]
         r#type: Vec<TypeArg>,
     },
+    /// List, replay or discard events that were refused for good or given up
+    #[command(subcommand)]
+    DeadLetters(DeadLettersCommand),
     /// Exit with 0 if the relay serves, else with 1: a probe for containers
     #[command(after_help = "Example:\n  segment-relay health --address 127.0.0.1:50051")]
     Health {

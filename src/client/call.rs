@@ -14,6 +14,7 @@ use tonic_health::pb::{
 
 use super::{
     args::{CaptureArgs, ClientCommand, Connection, StateArg, TypeArg, Wait},
+    dead_letters,
     failure::ClientError,
     input,
     json::to_json,
@@ -60,6 +61,7 @@ pub async fn run(command: ClientCommand, out: &mut impl Write) -> Result<u8, Cli
             let request = watch_request(integration, &state, &r#type);
             watch(&connection, request, out).await
         }
+        ClientCommand::DeadLetters(command) => dead_letters::run(command, out).await,
         ClientCommand::Health {
             address,
             timeout,
@@ -68,7 +70,7 @@ pub async fn run(command: ClientCommand, out: &mut impl Write) -> Result<u8, Cli
     }
 }
 
-async fn connect(address: &str, timeout: Duration) -> Result<Channel, ClientError> {
+pub(super) async fn connect(address: &str, timeout: Duration) -> Result<Channel, ClientError> {
     let url = if address.contains("://") {
         address.to_owned()
     } else {
@@ -194,7 +196,7 @@ fn print_result(out: &mut impl Write, result: &CaptureResult) -> Result<(), Clie
     Ok(write!(out, "{}", render::event_table(&result.events))?)
 }
 
-fn write_json(
+pub(super) fn write_json(
     out: &mut impl Write,
     json: Result<String, super::json::JsonError>,
 ) -> Result<(), ClientError> {

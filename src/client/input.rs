@@ -70,7 +70,7 @@ fn split(flag: &str, pair: &str) -> Result<(String, String), String> {
     Ok((key.to_owned(), value.to_owned()))
 }
 
-fn timestamp(flag: &str, text: &str) -> Result<prost_types::Timestamp, String> {
+pub(super) fn timestamp(flag: &str, text: &str) -> Result<prost_types::Timestamp, String> {
     let wrong =
         || format!("{flag}: write a moment as RFC 3339 has it, such as 2021-03-12T00:00:00Z");
     let time: jiff::Timestamp = text.parse().map_err(|_| wrong())?;

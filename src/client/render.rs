@@ -5,7 +5,7 @@ use std::fmt::Write;
 
 use crate::{
     proto::{
-        DeliveryAttempt, DeliveryReason, EventDelivery, EventType, FieldViolation,
+        DeadLetter, DeliveryAttempt, DeliveryReason, EventDelivery, EventType, FieldViolation,
         WatchDeliveriesResponse,
     },
     time::UnixMillis,
@@ -139,6 +139,44 @@ pub fn attempt_table(attempts: &[DeliveryAttempt]) -> String {
         })
         .collect();
     table(["TIME", "EVENT", "HTTP", "LATENCY", "ERROR"], &rows)
+}
+
+/// One line for each dead letter.
+#[must_use]
+pub fn dead_letter_table(letters: &[DeadLetter]) -> String {
+    let row = |letter: &DeadLetter| {
+        let event = letter.event.clone().unwrap_or_default();
+        let region = letter
+            .data_region()
+            .as_str_name()
+            .trim_start_matches("DATA_REGION_");
+        [
+            plain(&letter.dead_letter_id),
+            time(letter.dead_letter_time.as_ref()),
+            plain(&letter.integration_id),
+            plain(&letter.capture_id),
+            event_type(&event),
+            region.to_owned(),
+            http(event.last_http_status),
+            letter.payload_bytes.to_string(),
+            note(&event),
+        ]
+    };
+    let rows: Vec<_> = letters.iter().map(row).collect();
+    table(
+        [
+            "ID",
+            "TIME",
+            "INTEGRATION",
+            "CAPTURE",
+            "EVENT",
+            "REGION",
+            "HTTP",
+            "BYTES",
+            "REASON",
+        ],
+        &rows,
+    )
 }
 
 /// One line for an update of the live feed, or for a notice.

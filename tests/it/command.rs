@@ -16,11 +16,11 @@ fn run(arguments: &[&str]) -> Output {
     segment_relay().args(arguments).output().expect("runs")
 }
 
-fn stdout(output: &Output) -> String {
+pub(crate) fn stdout(output: &Output) -> String {
     String::from_utf8_lossy(&output.stdout).into_owned()
 }
 
-fn stderr(output: &Output) -> String {
+pub(crate) fn stderr(output: &Output) -> String {
     String::from_utf8_lossy(&output.stderr).into_owned()
 }
 
@@ -167,15 +167,21 @@ fn health_probes_and_sigterm_ends_the_relay_with_zero() {
 }
 
 /// A sandbox and a relay with the integration "acme", as processes.
-struct Processes {
+pub(crate) struct Processes {
     sandbox: Child,
     relay: Child,
     address: String,
+    pub(crate) sandbox_address: String,
     _directory: tempfile::TempDir,
 }
 
 impl Processes {
     fn start() -> Self {
+        Self::with(&[])
+    }
+
+    /// The same with more arguments for the sandbox.
+    pub(crate) fn with(sandbox_arguments: &[&str]) -> Self {
         let directory = tempfile::tempdir().expect("a directory");
         let mut sandbox = segment_relay()
             .args([
@@ -186,6 +192,7 @@ impl Processes {
                 "127.0.0.1:0",
                 "--quiet",
             ])
+            .args(sandbox_arguments)
             .stdout(Stdio::piped())
             .spawn()
             .expect("starts");
@@ -226,11 +233,12 @@ impl Processes {
             sandbox,
             relay,
             address,
+            sandbox_address: urls[0].trim_start_matches("http://").to_owned(),
             _directory: directory,
         }
     }
 
-    fn run(&self, arguments: &[&str]) -> Output {
+    pub(crate) fn run(&self, arguments: &[&str]) -> Output {
         let mut command = segment_relay();
         command
             .args(arguments)

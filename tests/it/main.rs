@@ -14,6 +14,7 @@ mod chaos;
 mod command;
 mod crash;
 mod dead_letters;
+mod dead_letters_command;
 mod delivery;
 mod drain;
 mod faults;
