@@ -32,6 +32,8 @@ use crate::{
 };
 
 pub use dead_letters::{DeadLetter, DeadLetterCount, DeadLetterFilter, Selection};
+#[doc(hidden)]
+pub use record::{check_stored_record, sample_records};
 pub use signals::{Change, Signals};
 pub use sqlite::{OpenError, SqliteOptions, SqliteOutbox};
 

@@ -111,6 +111,68 @@ pub(super) fn decode(
     })
 }
 
+/// For fuzzing: whatever is decoded encodes to the same record again.
+#[doc(hidden)]
+pub fn check_stored_record(bytes: &[u8]) {
+    let Some(id) = IntegrationId::new("fuzz") else {
+        return;
+    };
+    if let Ok(record) = decode(id.clone(), String::new(), bytes) {
+        assert_eq!(decode(id, String::new(), &encode(&record)), Ok(record));
+    }
+}
+
+/// For fuzzing: encoded records of each kind, with their names.
+#[doc(hidden)]
+#[must_use]
+pub fn sample_records() -> Vec<(&'static str, Vec<u8>)> {
+    let event = |state| EventStatus {
+        attempt_count: 2,
+        ..EventStatus::new(state)
+    };
+    let (at, reason) = (UnixMillis(1_800_000_000_000), DeliveryReason::Timeout);
+    let attempt = Attempt {
+        identify: true,
+        track: false,
+        time: at,
+        http_status: 503,
+        latency: Duration::from_millis(12),
+        reason,
+        error: "HTTP 503 Service Unavailable".to_owned(),
+    };
+    let states = [
+        ("queued", State::Queued),
+        (
+            "retrying",
+            State::Retrying {
+                reason,
+                next_attempt: at,
+            },
+        ),
+        ("delivered", State::Delivered { at }),
+        ("skipped", State::Skipped { reason }),
+        ("dead", State::DeadLettered { reason, at }),
+    ];
+    let Some(integration_id) = IntegrationId::new("fuzz") else {
+        return Vec::new();
+    };
+    let sample = |state| CaptureRecord {
+        integration_id: integration_id.clone(),
+        capture_id: String::new(),
+        region: Region::Eu,
+        mapping_version: 3,
+        accept_time: at,
+        queue_time: at,
+        identify: event(state),
+        track: event(State::Queued),
+        attempts: vec![attempt.clone()],
+    };
+    states
+        .into_iter()
+        .map(|(name, state)| (name, encode(&sample(state))))
+        .collect()
+}
+
 fn encode_event(event: &EventStatus) -> StoredEvent {
     StoredEvent {
         state: event.state.to_proto().into(),

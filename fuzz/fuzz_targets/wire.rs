@@ -1,0 +1,20 @@
+//! Whatever comes over the wire is decoded or refused, and what is decoded encodes
+//! to the same message again.
+#![no_main]
+
+use libfuzzer_sys::fuzz_target;
+use prost::Message;
+use segment_relay::proto::{CaptureBatchRequest, CaptureRequest, UpdateIntegrationRequest};
+
+fn round_trip<M: Message + Default>(bytes: &[u8]) {
+    let Ok(message) = M::decode(bytes) else { return };
+    let encoded = message.encode_to_vec();
+    let again = M::decode(encoded.as_slice()).expect("what was encoded is decoded");
+    assert_eq!(again.encode_to_vec(), encoded, "one message, one encoding");
+}
+
+fuzz_target!(|bytes: &[u8]| {
+    round_trip::<CaptureRequest>(bytes);
+    round_trip::<CaptureBatchRequest>(bytes);
+    round_trip::<UpdateIntegrationRequest>(bytes);
+});
