@@ -111,7 +111,8 @@ pub struct SqliteOutbox {
 
 #[derive(Debug)]
 struct OpenFiles {
-    threads: Vec<JoinHandle<()>>,
+    writer: JoinHandle<()>,
+    reader: JoinHandle<()>,
     _lock: File,
 }
 
@@ -143,24 +144,22 @@ impl SqliteOutbox {
                     source,
                 })
         };
-        let threads = vec![
-            spawn(
+        let files = OpenFiles {
+            writer: spawn(
                 "outbox-writer",
                 Box::new(move || writer.run(write_receiver)),
             )?,
-            spawn(
+            reader: spawn(
                 "outbox-reader",
-                Box::new(move || reader::run(&read, read_receiver)),
+                Box::new(move || reader::run(read, read_receiver)),
             )?,
-        ];
+            _lock: lock,
+        };
         Ok(Self {
             writer: write_sender,
             reader: read_sender,
             signals,
-            open: Mutex::new(Some(OpenFiles {
-                threads,
-                _lock: lock,
-            })),
+            open: Mutex::new(Some(files)),
         })
     }
 
@@ -352,25 +351,33 @@ impl Outbox for SqliteOutbox {
 
     fn close(&self) -> BoxFuture<'_, ()> {
         Box::pin(async move {
-            // The threads end after what is in their queues.
-            let _ = self.writer.send(WriteCommand::Close).await;
-            let _ = self.reader.send(ReadCommand::Close).await;
             let open = self
                 .open
                 .lock()
                 .unwrap_or_else(PoisonError::into_inner)
                 .take();
-            if let Some(open) = open {
-                let joined = tokio::task::spawn_blocking(move || {
-                    for thread in open.threads {
-                        if thread.join().is_err() {
-                            tracing::error!("a thread of the outbox panicked");
-                        }
-                    }
-                });
-                let _ = joined.await;
-            }
+            let Some(OpenFiles {
+                writer,
+                reader,
+                _lock,
+            }) = open
+            else {
+                return;
+            };
+            // Each thread ends after what is in its queue. The reader first: the
+            // last to close merges the log into the database, which a reader can't.
+            let _ = self.reader.send(ReadCommand::Close).await;
+            join(reader).await;
+            let _ = self.writer.send(WriteCommand::Close).await;
+            join(writer).await;
         })
+    }
+}
+
+async fn join(thread: JoinHandle<()>) {
+    let joined = tokio::task::spawn_blocking(move || thread.join()).await;
+    if !matches!(joined, Ok(Ok(()))) {
+        tracing::error!("a thread of the outbox panicked");
     }
 }
 

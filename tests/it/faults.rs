@@ -157,3 +157,8 @@ async fn a_full_disk_refuses_captures_and_heals_by_itself() {
 async fn a_failing_sync_acknowledges_nothing_and_heals_by_itself() {
     a_fault_is_survived("sync").await;
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_disk_that_turns_read_only_refuses_captures_and_heals_by_itself() {
+    a_fault_is_survived("readonly").await;
+}

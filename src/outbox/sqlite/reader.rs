@@ -60,7 +60,8 @@ pub(super) enum ReadCommand {
 }
 
 /// Answers until it is closed. Each answer sees all commits before it.
-pub(super) fn run(connection: &Connection, mut commands: mpsc::Receiver<ReadCommand>) {
+pub(super) fn run(connection: Connection, mut commands: mpsc::Receiver<ReadCommand>) {
+    let connection = &connection;
     // Whoever asked may have gone; then nobody needs the answer.
     while let Some(command) = commands.blocking_recv() {
         match command {

@@ -207,3 +207,72 @@ async fn a_lease_reads_only_what_it_takes_however_much_waits() {
     );
     outbox.close().await;
 }
+
+#[test]
+fn a_path_that_can_be_no_directory_is_a_clear_error() {
+    let directory = tempfile::tempdir().expect("a directory");
+    let file = directory.path().join("file");
+    std::fs::write(&file, "in the way").expect("written");
+    let error = SqliteOutbox::open(&options(&file)).expect_err("refused");
+    assert!(matches!(error, OpenError::Directory { .. }));
+    assert!(error.to_string().starts_with("[outbox] path "), "{error}");
+}
+
+#[tokio::test]
+async fn a_delivered_backlog_gives_its_space_back_to_the_disk() {
+    const PAYLOAD: usize = 30_000;
+    const CAPTURES: usize = 1_500;
+    let directory = tempfile::tempdir().expect("a directory");
+    let plenty = SqliteOptions {
+        limits: Limits {
+            max_events: 1_000_000,
+            max_bytes: 1 << 40,
+            max_integration_events: 1_000_000,
+            max_integration_bytes: 1 << 40,
+        },
+        ..options(directory.path())
+    };
+    let outbox = SqliteOutbox::open(&plenty).expect("opens");
+    let size = || {
+        let files = std::fs::read_dir(directory.path()).expect("listed");
+        files
+            .map(|file| file.expect("a file").metadata().expect("known").len())
+            .sum::<u64>()
+    };
+    for first in (0..CAPTURES).step_by(50) {
+        let captures = (first..first + 50).map(|number| {
+            let payload = || vec![b'x'; PAYLOAD];
+            let events = EventPair {
+                identify: payload(),
+                track: payload(),
+            };
+            NewCapture {
+                content: Content::Send { shard: 1, events },
+                ..new_capture("acme", &number.to_string(), 0)
+            }
+        });
+        submit(&outbox, captures.collect()).await;
+    }
+    let full = size();
+    assert!(full > (CAPTURES * 2 * PAYLOAD) as u64);
+    loop {
+        let budget = LeaseBudget {
+            max_events: 100,
+            max_bytes: 10_000_000,
+        };
+        let lane = conformance::lane("acme");
+        let leased = outbox.lease(&lane, budget).await.expect("leased");
+        if leased.is_empty() {
+            break;
+        }
+        settle(&outbox, leased, |_, _| Outcome::Delivered).await;
+    }
+    while outbox.maintain().await.expect("maintained") {}
+    outbox.close().await;
+    // Some free pages are kept for what comes next.
+    assert!(
+        size() < 40 * 1024 * 1024,
+        "{} of {full} bytes are left",
+        size()
+    );
+}

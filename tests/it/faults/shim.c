@@ -27,7 +27,8 @@ static int fault(int fd, const char *kind) {
   ssize_t got = real_read(file, word, sizeof word - 1);
   close(file);
   if (got <= 0 || strncmp(word, kind, strlen(kind)) != 0) return 0;
-  return strcmp(kind, "sync") == 0 ? EIO : ENOSPC;
+  if (strcmp(kind, "sync") == 0) return EIO;
+  return strcmp(kind, "full") == 0 ? ENOSPC : EROFS;
 }
 
 #define FAIL_IF(kind)                \
@@ -56,6 +57,7 @@ int fdatasync(int fd) {
 ssize_t write(int fd, const void *bytes, size_t count) {
   static ssize_t (*real)(int, const void *, size_t);
   FAIL_IF("full");
+  FAIL_IF("readonly");
   if (real == NULL) real = dlsym(RTLD_NEXT, "write");
   return real(fd, bytes, count);
 }
@@ -63,6 +65,7 @@ ssize_t write(int fd, const void *bytes, size_t count) {
 ssize_t pwrite(int fd, const void *bytes, size_t count, off_t offset) {
   static ssize_t (*real)(int, const void *, size_t, off_t);
   FAIL_IF("full");
+  FAIL_IF("readonly");
   if (real == NULL) real = dlsym(RTLD_NEXT, "pwrite");
   return real(fd, bytes, count, offset);
 }
@@ -70,6 +73,7 @@ ssize_t pwrite(int fd, const void *bytes, size_t count, off_t offset) {
 ssize_t pwrite64(int fd, const void *bytes, size_t count, off64_t offset) {
   static ssize_t (*real)(int, const void *, size_t, off64_t);
   FAIL_IF("full");
+  FAIL_IF("readonly");
   if (real == NULL) real = dlsym(RTLD_NEXT, "pwrite64");
   return real(fd, bytes, count, offset);
 }
