@@ -1,5 +1,5 @@
 use segment_relay::{
-    proto::{DeliveryState, WaitFor},
+    proto::{DeliveryState, WaitFor, WatchDeliveriesRequest},
     sandbox::Rule,
 };
 use tokio_stream::StreamExt;
@@ -41,13 +41,15 @@ async fn a_call_that_waits_is_answered_with_the_state_so_far() {
         status: Some(503),
         ..Rule::default()
     });
+    let watch = WatchDeliveriesRequest {
+        states: vec![DeliveryState::Retrying.into()],
+        ..WatchDeliveriesRequest::default()
+    };
+    let updates = world.relay().watch_deliveries(watch).await;
+    let mut updates = updates.expect("watches").into_inner();
     let waiting = world.capture(numbered(1), WaitFor::Delivered);
     let drain = async {
-        world
-            .sandbox
-            .wait_for(|stats| stats.requests > 0, PATIENCE)
-            .await
-            .expect("an attempt");
+        updates.next().await.expect("an update").expect("no error");
         world.begin_drain();
     };
     let (answer, ()) = tokio::join!(waiting, drain);
