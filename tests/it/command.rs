@@ -24,6 +24,14 @@ pub(crate) fn stderr(output: &Output) -> String {
     String::from_utf8_lossy(&output.stderr).into_owned()
 }
 
+/// The first line that a process prints: it names its addresses.
+pub(crate) fn first_line(child: &mut Child) -> String {
+    let mut line = String::new();
+    let out = child.stdout.take().expect("piped");
+    BufReader::new(out).read_line(&mut line).expect("a line");
+    line
+}
+
 /// Starts the relay on a free port; returns it with its address.
 fn serve(outbox: &Path) -> (Child, String) {
     let mut child = segment_relay()
@@ -34,9 +42,7 @@ fn serve(outbox: &Path) -> (Child, String) {
         .stderr(Stdio::null())
         .spawn()
         .expect("starts");
-    let mut line = String::new();
-    let out = child.stdout.take().expect("piped");
-    BufReader::new(out).read_line(&mut line).expect("a line");
+    let line = first_line(&mut child);
     let address = line
         .trim()
         .rsplit(' ')
@@ -196,9 +202,7 @@ impl Processes {
             .stdout(Stdio::piped())
             .spawn()
             .expect("starts");
-        let mut line = String::new();
-        let out = sandbox.stdout.take().expect("piped");
-        BufReader::new(out).read_line(&mut line).expect("a line");
+        let line = first_line(&mut sandbox);
         let urls: Vec<_> = line
             .split(' ')
             .filter(|word| word.starts_with("http://"))
@@ -220,9 +224,7 @@ impl Processes {
             .stderr(Stdio::null())
             .spawn()
             .expect("starts");
-        let mut line = String::new();
-        let out = relay.stdout.take().expect("piped");
-        BufReader::new(out).read_line(&mut line).expect("a line");
+        let line = first_line(&mut relay);
         let address = line
             .trim()
             .rsplit(' ')

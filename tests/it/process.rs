@@ -1,7 +1,6 @@
 //! The relay as a process of its own, and a sandbox that outlives it.
 
 use std::{
-    io::{BufRead, BufReader},
     path::Path,
     process::{Child, Command, Stdio},
     sync::Arc,
@@ -11,6 +10,8 @@ use segment_relay::sandbox::{self, Sandbox, SandboxOptions};
 use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
 use tonic::transport::Channel;
+
+use crate::command::first_line;
 
 /// A sandbox that keeps everything, with the URLs of its two endpoints.
 pub(crate) async fn lasting_sandbox() -> (Arc<Sandbox>, [String; 2]) {
@@ -68,13 +69,9 @@ impl Process {
             .stderr(Stdio::null())
             .spawn()
             .expect("starts");
-        let out = child.stdout.take().expect("piped");
-        let line = tokio::task::spawn_blocking(move || {
-            let mut line = String::new();
-            BufReader::new(out).read_line(&mut line).expect("a line");
-            line
-        });
-        let line = line.await.expect("read");
+        let (line, child) = tokio::task::spawn_blocking(move || (first_line(&mut child), child))
+            .await
+            .expect("read");
         let address = line
             .trim()
             .rsplit(' ')
