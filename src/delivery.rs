@@ -6,8 +6,8 @@
 //! - What is decided after an answer is durable before the lane goes on.
 //! - Payloads are in memory only while their request is under way, so memory is
 //!   bounded by the requests in flight, not by the backlog or by the lanes.
-//! - Lanes share the permits for requests in flight, which are given in the order
-//!   in which lanes asked, their integration's rate, and their endpoint's breaker,
+//! - Lanes share the permits for requests in flight, which go round the
+//!   integrations, their integration's rate, and their endpoint's breaker,
 //!   which a single integration can't open: nobody's trouble holds others up.
 
 mod backoff;
@@ -19,6 +19,7 @@ mod parts;
 mod rate;
 #[cfg(test)]
 mod simulation;
+mod turns;
 mod verdict;
 mod vitals;
 mod worker;

@@ -5,12 +5,12 @@ use std::{
     sync::Arc,
 };
 
-use tokio::sync::Semaphore;
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 use super::{
     bell::Bell,
     parts::{DeliveryParts, Shared},
+    turns::Turns,
     worker::Worker,
 };
 use crate::{
@@ -33,11 +33,11 @@ impl Delivery {
         let waiting = parts.outbox.waiting_lanes().await?;
         parts.outbox.signals().wake_lanes(waiting);
         let (stop, tasks) = (CancellationToken::new(), TaskTracker::new());
-        let permits = Semaphore::new(parts.max_requests_in_flight);
+        let turns = Turns::new(parts.max_requests_in_flight);
         let dispatcher = Dispatcher {
             parts: Arc::new(parts),
             shared: Arc::new(Shared {
-                permits,
+                turns,
                 breakers: PerRegion::default(),
             }),
             lanes: HashMap::new(),

@@ -2,9 +2,7 @@
 
 use std::sync::Arc;
 
-use tokio::sync::Semaphore;
-
-use super::{LaneOptions, RateLimits, VitalsBoard, breaker::Breaker};
+use super::{LaneOptions, RateLimits, VitalsBoard, breaker::Breaker, turns::Turns};
 use crate::{outbox::Outbox, region::PerRegion, registry::Registry, segment::SegmentClient};
 
 /// What delivery works with.
@@ -28,6 +26,6 @@ pub struct DeliveryParts {
 
 /// What lanes share beside the parts.
 pub(super) struct Shared {
-    pub(super) permits: Semaphore,
+    pub(super) turns: Turns,
     pub(super) breakers: PerRegion<Breaker>,
 }

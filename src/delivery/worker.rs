@@ -93,7 +93,10 @@ impl Worker {
         let breaker = shared.breakers.get(self.key.region);
         let (admission, permit) = tokio::select! {
             () = self.stop.cancelled() => return Turn::Idle,
-            both = async { (breaker.admit().await, shared.permits.acquire().await) } => both,
+            both = async {
+                let admission = breaker.admit().await;
+                (admission, shared.turns.take(&self.key.integration_id).await)
+            } => both,
         };
         let leased = match self.parts.outbox.lease(&self.key, budget).await {
             Ok(leased) if leased.is_empty() => return Turn::Idle,
@@ -136,6 +139,7 @@ impl Worker {
         drop((admission, permit));
         if credentials == Credentials::IntegrationGone {
             self.parts.rates.forget(&self.key.integration_id);
+            self.shared.turns.forget(&self.key.integration_id);
         }
         self.make_durable(settlement).await;
         Turn::Worked
