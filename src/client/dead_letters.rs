@@ -2,7 +2,7 @@
 
 use std::{io::Write, time::Duration};
 
-use clap::{Args, Subcommand};
+use clap::{Args, Subcommand, builder::NonEmptyStringValueParser};
 use prost_types::Timestamp;
 use tonic::{Request, transport::Channel};
 
@@ -57,7 +57,8 @@ pub enum DeadLettersCommand {
 #[derive(Args, Debug, Default)]
 pub struct FilterArgs {
     /// Only of this integration
-    #[arg(long, value_name = "ID")]
+    // An empty one, perhaps of an unset variable, would mean all.
+    #[arg(long, value_name = "ID", value_parser = NonEmptyStringValueParser::new())]
     integration: Option<String>,
     /// Only with this reason: payload-rejected, request-rejected, expired,
     /// integration-deleted, damaged

@@ -101,4 +101,12 @@ mod tests {
             assert!(error.contains(told), "{error}");
         }
     }
+
+    #[test]
+    fn numbers_keep_their_last_digit() {
+        let text = r#"{"attributes":{"n":{"numberValue":31.245270191439438}}}"#;
+        let capture: Capture = from_json(text, "Capture").expect("a capture");
+        let number = capture.attributes["n"].kind.clone();
+        assert_eq!(number, Some(Kind::NumberValue(31.245_270_191_439_438)));
+    }
 }

@@ -81,6 +81,16 @@ fn a_change_has_to_name_what_it_means() {
     assert!(stderr(&nothing).contains("--all"), "{}", stderr(&nothing));
     let both = processes.run(&["dead-letters", "discard", "1", "--integration", "acme"]);
     assert_eq!(both.status.code(), Some(2));
+    let empty = [
+        "dead-letters",
+        "discard",
+        "--integration",
+        "",
+        "--reason",
+        "expired",
+        "--yes",
+    ];
+    assert_eq!(processes.run(&empty).status.code(), Some(2));
     let word = processes.run(&["dead-letters", "list", "--reason", "tired"]);
     assert_eq!(word.status.code(), Some(2));
 }
