@@ -2,6 +2,18 @@
 
 use std::{env, error::Error, fs, path::PathBuf};
 
+const PACKAGE: &str = ".jebbit.segmentrelay.v1";
+const REDACTED: [&str; 8] = [
+    "AttributeValue",
+    "AttributeValue.kind",
+    "Capture",
+    "Credential",
+    "EraseSubjectRequest",
+    "EraseSubjectRequest.subject",
+    "PreviewedEvent",
+    "StringList",
+];
+
 fn main() -> Result<(), Box<dyn Error>> {
     const PACKAGE_DIR: &str = "proto/jebbit/segmentrelay/v1";
     println!("cargo:rerun-if-changed=proto");
@@ -33,6 +45,8 @@ fn main() -> Result<(), Box<dyn Error>> {
     tonic_prost_build::configure()
         // Sorted maps: attributes get a stable order, and a capture one encoding.
         .btree_map(".")
+        // These hold secrets or what people said: src/proto/redacted.rs prints them.
+        .skip_debug(REDACTED.map(|name| format!("{PACKAGE}.{name}")))
         .compile_fds(described)?;
     Ok(())
 }

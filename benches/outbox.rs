@@ -1,7 +1,7 @@
 //! Endurance of the outbox: submits, leases and settles captures as fast as it
 //! goes, then looks at what an empty outbox costs.
 //!
-//! `cargo bench --bench outbox -- [captures] [captures in a call] [waiting at the most] [directory]`
+//! `cargo bench --bench outbox -- [captures] [captures in a call] [waiting at the most] [directory] [encrypted]`
 
 #![allow(
     clippy::unwrap_used,
@@ -12,7 +12,7 @@
 
 use std::{
     path::Path,
-    sync::Arc,
+    sync::{Arc, LazyLock},
     time::{Duration, Instant},
 };
 
@@ -26,6 +26,7 @@ use segment_relay::{
     region::Region,
     status::Outcome,
     time::UnixMillis,
+    vault::Vault,
 };
 
 const PAYLOAD_BYTES: usize = 700;
@@ -47,6 +48,7 @@ fn capture(number: u64) -> NewCapture {
         region: Region::NonEu,
         mapping_version: 1,
         accept_time: UnixMillis::now(),
+        user_id: Some(format!("{id:064x}")),
         content: Content::Send {
             shard: SHARD,
             events: EventPair {
@@ -121,7 +123,7 @@ fn resident_mib() -> u64 {
 }
 
 fn open(directory: &Path) -> SqliteOutbox {
-    SqliteOutbox::open(&SqliteOptions {
+    let options = SqliteOptions {
         directory: directory.to_owned(),
         limits: Limits {
             max_events: u64::MAX / 2,
@@ -131,8 +133,10 @@ fn open(directory: &Path) -> SqliteOutbox {
         },
         group_commit_max: 512,
         remember: Duration::from_secs(7 * 24 * 3_600),
-    })
-    .unwrap()
+        encrypt_payloads: std::env::args().any(|word| word == "encrypted"),
+    };
+    static VAULT: LazyLock<Arc<Vault>> = LazyLock::new(|| Arc::new(Vault::forgetful().unwrap()));
+    SqliteOutbox::open(&options, &VAULT).unwrap()
 }
 
 async fn probe(outbox: &SqliteOutbox, number: u64) -> (Duration, Duration, Duration) {

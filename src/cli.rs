@@ -1,6 +1,7 @@
 //! The `segment-relay` command: arguments in, exit code out.
 
 mod check;
+mod generate;
 mod sandbox;
 mod serve;
 mod signals;
@@ -17,6 +18,7 @@ use crate::{
     proto,
     server::RunError,
     time::UnixMillis,
+    vault::VaultError,
     violation::Violation,
 };
 
@@ -40,8 +42,18 @@ enum Command {
     Check(check::CheckArgs),
     /// Print the commented default configuration
     Config,
+    /// Make a bearer token, and the hash of it that [[callers]] takes
+    Token,
+    /// Make a secret that signs webhooks, for [notify]
+    Secret,
+    /// Make a key for what is stored, for [secrets]
+    #[command(
+        after_help = "To change the key, put the new one on a line before the others and \
+        restart the relay. It says in its log when the others are not needed any more."
+    )]
+    Key,
     #[command(flatten)]
-    Client(ClientCommand),
+    Client(Box<ClientCommand>),
 }
 
 /// Why a command failed.
@@ -62,6 +74,9 @@ enum Failure {
     /// The demo failed: exit code 1.
     #[error("demo: {0}")]
     Demo(#[from] DemoError),
+    /// The system gives no random bytes: exit code 1.
+    #[error(transparent)]
+    Vault(#[from] VaultError),
     /// A file or a socket failed: exit code 1.
     #[error(transparent)]
     Io(#[from] std::io::Error),
@@ -75,7 +90,7 @@ impl Failure {
         match self {
             Self::Usage(_) | Self::Config(_) => 2,
             Self::Client(error) => error.exit_code(),
-            Self::Run(_) | Self::Demo(_) | Self::Io(_) | Self::Other(_) => 1,
+            Self::Run(_) | Self::Demo(_) | Self::Vault(_) | Self::Io(_) | Self::Other(_) => 1,
         }
     }
 }
@@ -106,7 +121,10 @@ async fn run(command: Command) -> Result<u8, Failure> {
         }
         Command::Sandbox(args) => sandbox::run(args).await.map(|()| 0),
         Command::Check(args) => check::run(&args).map(|()| 0),
-        Command::Client(command) => Ok(client::run(command, &mut std::io::stdout()).await?),
+        Command::Client(command) => Ok(client::run(*command, &mut std::io::stdout()).await?),
+        Command::Token => generate::token().map(|()| 0),
+        Command::Secret => generate::webhook_secret().map(|()| 0),
+        Command::Key => generate::key().map(|()| 0),
         Command::Config => {
             std::io::stdout()
                 .lock()

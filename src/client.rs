@@ -3,7 +3,9 @@
 
 pub mod args;
 mod call;
+mod connect;
 mod dead_letters;
+mod erase;
 mod failure;
 mod input;
 pub mod json;

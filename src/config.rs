@@ -25,19 +25,24 @@ use std::{
 
 use crate::{proto, violation::Violation};
 
+mod callers;
 mod document;
 mod endpoint;
+mod entry;
 mod fault;
 mod integrations;
 mod reader;
 mod sections;
+mod security;
 #[cfg(test)]
 mod tests;
 mod value;
 
+pub use callers::KnownCaller;
 pub use endpoint::{Endpoint, EndpointError};
 pub use fault::{Fault, Faults, MAX_FAULTS, Place};
 pub use sections::{Delivery, Endpoints, Log, LogFormat, Outbox, Segment, Server};
+pub use security::{JwksSource, Jwt, Limits, Notify, Secrets, Tls};
 
 use document::Document;
 use reader::{Environment, Reader};
@@ -59,6 +64,19 @@ const MAX_KEY_FILE_BYTES: u64 = 4 * 1024;
 pub struct Config {
     /// The gRPC server.
     pub server: Server,
+    /// Its TLS; `None` without.
+    pub tls: Option<Tls>,
+    /// What callers and integrations may use.
+    pub limits: Limits,
+    /// The callers of the file. Without any, and without `jwt`, nobody is
+    /// authenticated and everybody may do everything.
+    pub callers: Vec<KnownCaller>,
+    /// Callers that an issuer of tokens vouches for.
+    pub jwt: Option<Jwt>,
+    /// Keys of what is stored.
+    pub secrets: Secrets,
+    /// Webhooks.
+    pub notify: Option<Notify>,
     /// The HTTP client towards Segment.
     pub segment: Segment,
     /// How waiting events are sent and tried again.
@@ -82,6 +100,12 @@ impl fmt::Debug for Config {
             .collect();
         f.debug_struct("Config")
             .field("server", &self.server)
+            .field("tls", &self.tls)
+            .field("limits", &self.limits)
+            .field("callers", &self.callers)
+            .field("jwt", &self.jwt)
+            .field("secrets", &self.secrets)
+            .field("notify", &self.notify)
             .field("segment", &self.segment)
             .field("delivery", &self.delivery)
             .field("outbox", &self.outbox)
@@ -101,6 +125,12 @@ pub struct Outside<'a> {
 }
 
 impl Config {
+    /// Whether callers have to prove who they are.
+    #[must_use]
+    pub fn authenticates(&self) -> bool {
+        !self.callers.is_empty() || self.jwt.is_some()
+    }
+
     /// Builds the configuration from the file's name and text, where there is
     /// one, and the variables of the environment.
     ///
@@ -164,29 +194,40 @@ impl Config {
         let file = file.map(|(name, text)| Document::parse(name, text, &mut faults));
 
         let mut reader = Reader::new(&environment, file.as_ref(), &defaults, faults);
+        // Each section on its own, so that all faults are found.
         let server = Server::take(&mut reader);
+        let tls = Tls::take(&mut reader);
+        let limits = Limits::take(&mut reader);
+        let callers = callers::take(&mut reader);
+        let jwt = Jwt::take(&mut reader);
+        let secrets = Secrets::take(&mut reader);
+        let notify = Notify::take(&mut reader);
         let segment = Segment::take(&mut reader);
         let delivery = Delivery::take(&mut reader);
         let outbox = Outbox::take(&mut reader);
         let log = Log::take(&mut reader);
         let integrations = integrations::take(&mut reader, outside);
         let faults = reader.finish();
-
-        match (server, segment, delivery, outbox, log) {
-            (Some(server), Some(segment), Some(delivery), Some(outbox), Some(log))
-                if faults.is_empty() =>
-            {
-                Ok(Self {
-                    server,
-                    segment,
-                    delivery,
-                    outbox,
-                    log,
-                    integrations,
-                })
-            }
-            _ => Err(faults),
+        let whole = || {
+            Some(Self {
+                server: server?,
+                tls: tls?,
+                limits: limits?,
+                callers,
+                jwt: jwt?,
+                secrets: secrets?,
+                notify: notify?,
+                segment: segment?,
+                delivery: delivery?,
+                outbox: outbox?,
+                log: log?,
+                integrations,
+            })
+        };
+        if !faults.is_empty() {
+            return Err(faults);
         }
+        whole().ok_or(faults)
     }
 }
 

@@ -4,6 +4,7 @@
 //! - A lane has at most one request in flight, so the events of one user keep
 //!   their order, also under retries.
 //! - What is decided after an answer is durable before the lane goes on.
+//! - Whoever takes events away from a lane holds it meanwhile ([`LaneHolds`]).
 //! - Payloads are in memory only while their request is under way, so memory is
 //!   bounded by the requests in flight, not by the backlog or by the lanes.
 //! - Lanes share the permits for requests in flight, which go round the
@@ -13,7 +14,9 @@
 mod backoff;
 mod bell;
 mod breaker;
+mod condition;
 mod dispatcher;
+mod holds;
 mod lane;
 mod parts;
 mod rate;
@@ -25,7 +28,9 @@ mod vitals;
 mod worker;
 
 pub use backoff::Backoff;
+pub use condition::{Condition, Conditions};
 pub use dispatcher::Delivery;
+pub use holds::LaneHolds;
 pub use lane::{Credentials, Lane, LaneOptions, Plan, Step};
 pub use parts::DeliveryParts;
 pub use rate::RateLimits;

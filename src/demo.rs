@@ -134,7 +134,11 @@ fn configuration(endpoints: &[String; 2], directory: &TempDir) -> Result<Config,
          [segment.endpoints]\nnon_eu = \"{non_eu}\"\neu = \"{eu}\"\n"
     );
     let outbox = directory.path().join("outbox").into_os_string();
-    let environment = [("SEGMENT_RELAY__OUTBOX__PATH", outbox)];
+    let key = directory.path().join("key").into_os_string();
+    let environment = [
+        ("SEGMENT_RELAY__OUTBOX__PATH", outbox),
+        ("SEGMENT_RELAY__SECRETS__KEY_FILE", key),
+    ];
     let outside = Outside {
         validate: &|_| Vec::new(),
         read_key_file: &|_| Err(std::io::ErrorKind::NotFound.into()),

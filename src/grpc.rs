@@ -1,21 +1,28 @@
 //! The gRPC services: decode, hand to the one who does it, encode.
 
 mod accept;
+mod access;
+mod body;
 mod convert;
 mod dead_letters;
 mod error;
 mod gate;
 mod integrations;
+mod peer;
 mod privacy;
 mod relay;
+mod rpcs;
 mod stream;
+mod usage;
 mod watch;
 
 use std::sync::Arc;
 
 use crate::{
+    audit::Audit,
     config,
-    delivery::VitalsBoard,
+    delivery::{Conditions, LaneHolds, VitalsBoard},
+    notify::Notices,
     outbox::Outbox,
     proto::{
         dead_letter_service_server::DeadLetterServiceServer,
@@ -26,8 +33,12 @@ use crate::{
     segment::SegmentClient,
 };
 
+pub use access::{AccessLayer, AccessService};
 pub use error::RelayError;
 pub use gate::Gate;
+pub use peer::{Activity, Peer};
+pub use rpcs::{Need, RPCS};
+pub use usage::{Throttle, Usage};
 
 /// Name of the main service, as health checks ask for it.
 pub const RELAY_SERVICE: &str = "jebbit.segmentrelay.v1.SegmentRelay";
@@ -58,8 +69,18 @@ pub struct Services {
     pub segment: Arc<SegmentClient>,
     /// How delivery goes.
     pub vitals: Arc<VitalsBoard>,
+    /// Whether sources work.
+    pub conditions: Arc<Conditions>,
+    /// Who works with which lane.
+    pub holds: Arc<LaneHolds>,
+    /// Who is told of changes.
+    pub notices: Notices,
     /// Lets calls in.
     pub gate: Arc<Gate>,
+    /// What callers and integrations use.
+    pub usage: Arc<Usage>,
+    /// Takes notes of changes.
+    pub audit: Audit,
     /// Bounds.
     pub limits: Arc<config::Server>,
 }
@@ -83,7 +104,8 @@ impl Services {
                     .max_decoding_message_size(max),
             )
             .add_service(
-                PrivacyServiceServer::new(privacy::Privacy).max_decoding_message_size(max),
+                PrivacyServiceServer::new(privacy::Privacy(self.clone()))
+                    .max_decoding_message_size(max),
             );
         routes.routes()
     }

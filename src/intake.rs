@@ -44,6 +44,7 @@ pub fn prepare(
         region: mapped.region,
         mapping_version: integration.revision.mapping_version,
         accept_time: received,
+        user_id: mapped.subject.map(|subject| subject.user_id),
         content,
     })
 }

@@ -23,7 +23,7 @@ use crate::{
 pub use field_mapping::{
     FieldMapping, Mappings, Privacy, RELAY_KEYS, ReservedTrait, ValueType, reserved_trait,
 };
-pub use update::{UPDATABLE_FIELDS, apply_update};
+pub use update::{UPDATABLE_FIELDS, apply_update, changed_fields};
 
 /// The event's name where the integration gives none.
 pub const DEFAULT_EVENT_NAME: &str = "Survey Completed";

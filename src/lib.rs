@@ -15,10 +15,14 @@
 //! | lease, batch, send, settle | [`delivery`] |
 //! | one HTTP request | [`segment`] |
 //!
-//! [`server`] puts them together from the [`config`]; [`cli`] is the command, with
-//! the thin [`client`]s, the [`sandbox`] and the [`demo`]. Below them all lie
-//! [`status`], [`region`], [`secret`], [`text`], [`time`] and [`violation`].
+//! [`server`] puts them together from the [`config`]; before every call stands
+//! [`auth`], and beside the path lie [`audit`] and [`notify`]. [`cli`] is the command,
+//! with the thin [`client`]s, the [`sandbox`] and the [`demo`]. Below them all lie
+//! [`notice`], [`permission`], [`status`], [`region`], [`secret`], [`text`], [`time`], [`vault`] and
+//! [`violation`].
 
+pub mod audit;
+pub mod auth;
 pub mod cli;
 pub mod client;
 pub mod config;
@@ -29,7 +33,10 @@ pub mod grpc;
 pub mod intake;
 pub mod integration;
 pub mod mapping;
+pub mod notice;
+pub mod notify;
 pub mod outbox;
+pub mod permission;
 pub mod proto;
 pub mod region;
 pub mod registry;
@@ -41,4 +48,5 @@ pub mod status;
 pub mod telemetry;
 pub mod text;
 pub mod time;
+pub mod vault;
 pub mod violation;

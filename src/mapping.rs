@@ -21,7 +21,7 @@ use crate::{
     violation::{Violation, Violations, entry_path},
 };
 
-pub use email::Subject;
+pub use email::{Subject, user_ids};
 pub use value::Value;
 
 /// Longest capture id, in characters.

@@ -15,6 +15,7 @@ mod dead_letters;
 #[cfg(test)]
 pub(crate) mod model;
 mod record;
+mod sealing;
 mod signals;
 mod sqlite;
 
@@ -25,6 +26,7 @@ use tokio::sync::oneshot;
 use crate::{
     event::{EventPair, EventType},
     integration::IntegrationId,
+    notice::Notice,
     proto::{self, DeliveryReason},
     region::Region,
     status::CaptureRecord,
@@ -35,7 +37,7 @@ pub use dead_letters::{DeadLetter, DeadLetterCount, DeadLetterFilter, Selection}
 #[doc(hidden)]
 pub use record::{check_stored_record, sample_records};
 pub use signals::{Change, Signals};
-pub use sqlite::{OpenError, SqliteOptions, SqliteOutbox};
+pub use sqlite::{KeyError, OpenError, SqliteOptions, SqliteOutbox};
 
 /// Lanes of one integration and region. Fixed, since an event has to stay in
 /// the lane of its user for as long as it waits. Four requests at once of 2,500
@@ -85,6 +87,8 @@ pub struct NewCapture {
     pub mapping_version: u64,
     /// When it arrived.
     pub accept_time: UnixMillis,
+    /// Whose data it is: lower-case hex SHA-256 of the address, if there is one.
+    pub user_id: Option<String>,
     /// What is to be sent.
     pub content: Content,
 }
@@ -167,8 +171,8 @@ pub struct LeaseBudget {
     pub max_bytes: usize,
 }
 
-/// A capture with events that wait, as a lane takes it.
-#[derive(Clone, Debug)]
+/// A capture with events that wait, as a lane takes it. Prints without them.
+#[derive(Clone)]
 pub struct LeasedCapture {
     /// Place in the order of acceptance.
     pub sequence: i64,
@@ -180,6 +184,17 @@ pub struct LeasedCapture {
     pub track: Option<Vec<u8>>,
     /// Whether what is stored does not match its checksum: it must not be sent.
     pub damaged: bool,
+}
+
+impl fmt::Debug for LeasedCapture {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("LeasedCapture")
+            .field("sequence", &self.sequence)
+            .field("record", &self.record)
+            .field("events", &self.event_count())
+            .field("damaged", &self.damaged)
+            .finish_non_exhaustive()
+    }
 }
 
 impl LeasedCapture {
@@ -242,6 +257,35 @@ impl Receipt {
     pub async fn wait(self) -> Result<Vec<Submitted>, OutboxError> {
         self.0.await.unwrap_or(Err(OutboxError::Closed))
     }
+}
+
+/// Whose data is looked for.
+#[derive(Clone, Debug)]
+pub struct SubjectQuery {
+    /// The person's user ids: an address has one for each way to normalise it.
+    pub user_ids: Vec<String>,
+    /// Only in this integration.
+    pub integration_id: Option<IntegrationId>,
+}
+
+/// Where a person's data is.
+#[derive(Clone, Debug, Default)]
+pub struct FoundSubject {
+    /// The captures, by their place in the order of acceptance.
+    pub captures: Vec<i64>,
+    /// The lanes in which some of their events wait.
+    pub lanes: Vec<LaneKey>,
+}
+
+/// A piece of an erasure.
+#[derive(Clone, Debug)]
+pub struct Erasure {
+    /// Whose data it is.
+    pub subject: SubjectQuery,
+    /// Some of what was found, at most 1,000.
+    pub captures: Vec<i64>,
+    /// The receipt so far. Without an id it is a new one.
+    pub receipt: proto::ErasureReceipt,
 }
 
 /// An integration as it is stored: its specification with the write keys.
@@ -309,6 +353,24 @@ pub trait Outbox: Send + Sync + 'static {
     /// returns how many. None are left when it returns 0.
     fn discard(&self, selection: Selection) -> BoxFuture<'_, Result<u64, OutboxError>>;
 
+    /// Where a person's data is: all that was accepted before this call, at most
+    /// 100,000 captures.
+    fn find_subject(
+        &self,
+        subject: SubjectQuery,
+    ) -> BoxFuture<'_, Result<FoundSubject, OutboxError>>;
+
+    /// Removes events, dead letters and history of captures, and notes how many in
+    /// the receipt, which it returns. No lane of theirs may have a lease.
+    fn erase(&self, erasure: Erasure) -> BoxFuture<'_, Result<proto::ErasureReceipt, OutboxError>>;
+
+    /// Receipts before an id, newest first.
+    fn erasure_receipts(
+        &self,
+        before: Option<i64>,
+        limit: usize,
+    ) -> BoxFuture<'_, Result<Vec<proto::ErasureReceipt>, OutboxError>>;
+
     /// All stored integrations.
     fn integrations(&self) -> BoxFuture<'_, Result<Vec<StoredIntegration>, OutboxError>>;
 
@@ -320,6 +382,15 @@ pub trait Outbox: Send + Sync + 'static {
 
     /// Removes an integration.
     fn delete_integration(&self, id: &IntegrationId) -> BoxFuture<'_, Result<(), OutboxError>>;
+
+    /// Stores a notice; of too many the oldest go.
+    fn put_notice(&self, notice: Notice) -> BoxFuture<'_, Result<(), OutboxError>>;
+
+    /// The oldest notices.
+    fn notices(&self, limit: usize) -> BoxFuture<'_, Result<Vec<Notice>, OutboxError>>;
+
+    /// Removes a notice.
+    fn delete_notice(&self, id: &str) -> BoxFuture<'_, Result<(), OutboxError>>;
 
     /// Tells of new work and of changes.
     fn signals(&self) -> &Signals;

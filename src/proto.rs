@@ -7,3 +7,5 @@ tonic::include_proto!("jebbit.segmentrelay.v1");
 /// The descriptors of the package and of all that it imports, encoded as a
 /// `google.protobuf.FileDescriptorSet`.
 pub const FILE_DESCRIPTOR_SET: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/descriptors.bin"));
+
+mod redacted;

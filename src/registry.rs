@@ -10,8 +10,10 @@ use std::{
 use tokio::sync::Mutex;
 
 use crate::{
-    integration::{Integration, IntegrationId, Revision, apply_update},
+    audit::{Audit, Entry},
+    integration::{Integration, IntegrationId, Revision, apply_update, changed_fields},
     outbox::{Outbox, OutboxError},
+    permission::Scope,
     proto,
     time::UnixMillis,
     violation::Violation,
@@ -48,6 +50,14 @@ pub enum RegistryError {
     Outbox(#[from] OutboxError),
 }
 
+/// An integration before and after an update.
+pub struct Updated {
+    /// As it was.
+    pub before: Arc<Integration>,
+    /// As it is.
+    pub now: Arc<Integration>,
+}
+
 /// The integrations that the relay knows.
 pub struct Registry {
     outbox: Arc<dyn Outbox>,
@@ -66,6 +76,7 @@ impl Registry {
     pub async fn load(
         outbox: Arc<dyn Outbox>,
         configured: &[proto::Integration],
+        audit: &Audit,
         now: UnixMillis,
     ) -> Result<Self, RegistryError> {
         let mut known = BTreeMap::new();
@@ -88,19 +99,19 @@ impl Registry {
                 .iter()
                 .any(|spec| spec.integration_id == id.as_str())
             {
-                registry.let_go(id).await?;
+                registry.let_go(id, audit).await?;
             }
         }
         for spec in configured {
-            registry.configure(spec, now).await?;
+            registry.configure(spec, audit, now).await?;
         }
         Ok(registry)
     }
 
-    async fn let_go(&self, id: &IntegrationId) -> Result<(), RegistryError> {
+    async fn let_go(&self, id: &IntegrationId, audit: &Audit) -> Result<(), RegistryError> {
         let waiting = self.outbox.backlog(id).await?.events;
         if waiting == 0 {
-            tracing::info!(integration = %id, "gone from the configuration file: removed");
+            note(audit, "integration.deleted", id, String::new());
             self.outbox.delete_integration(id).await?;
             self.change(|known| known.remove(id));
             return Ok(());
@@ -120,6 +131,7 @@ impl Registry {
     async fn configure(
         &self,
         spec: &proto::Integration,
+        audit: &Audit,
         now: UnixMillis,
     ) -> Result<(), RegistryError> {
         let before = IntegrationId::new(&spec.integration_id).and_then(|id| self.get(&id));
@@ -134,6 +146,10 @@ impl Registry {
             {
                 return Ok(());
             }
+            let changed = changed_fields(&before, &next).join(" ");
+            note(audit, "integration.updated", next.id(), changed);
+        } else {
+            note(audit, "integration.created", next.id(), String::new());
         }
         self.store(next).await?;
         Ok(())
@@ -159,20 +175,27 @@ impl Registry {
             .ok_or_else(|| RegistryError::NotFound(id.chars().take(64).collect()))
     }
 
-    /// At most `limit` integrations after `after`, in the order of their ids.
+    /// At most `limit` integrations of a scope after `after`, in the order of
+    /// their ids.
     #[must_use]
-    pub fn list(&self, after: Option<&IntegrationId>, limit: usize) -> Vec<Arc<Integration>> {
+    pub fn list(
+        &self,
+        after: Option<&IntegrationId>,
+        scope: &Scope,
+        limit: usize,
+    ) -> Vec<Arc<Integration>> {
         let from = after.map_or(Bound::Unbounded, Bound::Excluded);
         let known = self.known.read().unwrap_or_else(PoisonError::into_inner);
         known
             .range::<IntegrationId, _>((from, Bound::Unbounded))
+            .filter(|(id, _)| scope.holds(id))
             .take(limit)
             .map(|(_, integration)| Arc::clone(integration))
             .collect()
     }
 
     fn all(&self) -> Vec<Arc<Integration>> {
-        self.list(None, usize::MAX)
+        self.list(None, &Scope::All, usize::MAX)
     }
 
     /// Stores a new integration.
@@ -208,7 +231,7 @@ impl Registry {
         change: proto::Integration,
         mask: &[String],
         now: UnixMillis,
-    ) -> Result<Arc<Integration>, RegistryError> {
+    ) -> Result<Updated, RegistryError> {
         let _changing = self.changing.lock().await;
         let before = self.changeable(&change.integration_id, &change.etag)?;
         let spec = apply_update(before.to_spec_with_secrets(), change, mask)
@@ -217,7 +240,7 @@ impl Registry {
         next.revision = next_revision(&before, &next, now);
         let next = self.store(next).await?;
         self.wake_lanes_of(next.id()).await?;
-        Ok(next)
+        Ok(Updated { before, now: next })
     }
 
     /// Deletes an integration; returns how many events of it waited.
@@ -276,6 +299,16 @@ impl Registry {
     ) -> T {
         change(&mut self.known.write().unwrap_or_else(PoisonError::into_inner))
     }
+}
+
+/// Notes a change that the configuration file brings.
+fn note(audit: &Audit, action: &str, id: &IntegrationId, detail: String) {
+    audit.note(&Entry {
+        caller: "configuration",
+        action,
+        integration: id.as_str(),
+        detail,
+    });
 }
 
 fn make(spec: &proto::Integration, revision: Revision) -> Result<Integration, RegistryError> {

@@ -3,6 +3,9 @@
 use std::fmt;
 
 use base64::{Engine, engine::general_purpose::STANDARD};
+use hmac::{Hmac, KeyInit, Mac};
+use secrecy::{ExposeSecret, SecretSlice, SecretString};
+use sha2::Sha256;
 
 /// Longest write key, in characters.
 const MAX_WRITE_KEY_CHARS: usize = 256;
@@ -10,8 +13,17 @@ const MAX_WRITE_KEY_CHARS: usize = 256;
 const MIN_CHARS_FOR_HINT: usize = 12;
 
 /// A Segment write key: the secret that lets anyone write into a source.
-#[derive(Clone, PartialEq, Eq)]
-pub struct WriteKey(String);
+/// Its memory is wiped when it goes.
+#[derive(Clone)]
+pub struct WriteKey(SecretString);
+
+impl PartialEq for WriteKey {
+    fn eq(&self, other: &Self) -> bool {
+        self.expose() == other.expose()
+    }
+}
+
+impl Eq for WriteKey {}
 
 impl WriteKey {
     /// Takes a key of 1 to 256 printable ASCII characters without colon, which
@@ -28,35 +40,75 @@ impl WriteKey {
                  colon, quote or backslash; copy it from the source's Settings > API Keys",
             );
         }
-        Ok(Self(key))
+        Ok(Self(key.into()))
     }
 
     /// The key itself. Call it only where the key leaves for Segment or the store.
     #[must_use]
     pub fn expose(&self) -> &str {
-        &self.0
+        self.0.expose_secret()
     }
 
     /// Value of the `Authorization` header: Basic, the key as user name and an
     /// empty password.
     #[must_use]
     pub fn basic_authorization(&self) -> String {
-        format!("Basic {}", STANDARD.encode(format!("{}:", self.0)))
+        format!("Basic {}", STANDARD.encode(format!("{}:", self.expose())))
     }
 
     /// The last four characters of a key that is long enough to spare them.
     #[must_use]
     pub fn hint(&self) -> &str {
-        if self.0.len() < MIN_CHARS_FOR_HINT {
+        let key = self.expose();
+        if key.len() < MIN_CHARS_FOR_HINT {
             return "";
         }
-        self.0.get(self.0.len() - 4..).unwrap_or("")
+        key.get(key.len() - 4..).unwrap_or("")
     }
 }
 
 impl fmt::Debug for WriteKey {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str("WriteKey(redacted)")
+    }
+}
+
+/// What webhooks are signed with, by the rules of Standard Webhooks 1.0.
+#[derive(Clone)]
+pub struct WebhookSecret(SecretSlice<u8>);
+
+impl WebhookSecret {
+    /// How its text begins.
+    pub const PREFIX: &str = "whsec_";
+
+    /// Takes `whsec_` and 24 to 64 bytes in base64.
+    ///
+    /// # Errors
+    /// What it has to look like; never the secret itself.
+    pub fn new(text: &str) -> Result<Self, &'static str> {
+        text.strip_prefix(Self::PREFIX)
+            .and_then(|encoded| STANDARD.decode(encoded).ok())
+            .filter(|key| (24..=64).contains(&key.len()))
+            .map(|key| Self(key.into()))
+            .ok_or("whsec_ and 24 to 64 bytes in base64, as `segment-relay secret` prints it")
+    }
+
+    /// The value of `webhook-signature` for a message.
+    #[must_use]
+    pub fn sign(&self, id: &str, timestamp: i64, body: &[u8]) -> String {
+        // HMAC takes keys of any length.
+        let Ok(mut mac) = Hmac::<Sha256>::new_from_slice(self.0.expose_secret()) else {
+            return String::new();
+        };
+        mac.update(format!("{id}.{timestamp}.").as_bytes());
+        mac.update(body);
+        format!("v1,{}", STANDARD.encode(mac.finalize().into_bytes()))
+    }
+}
+
+impl fmt::Debug for WebhookSecret {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("WebhookSecret(redacted)")
     }
 }
 
@@ -92,6 +144,30 @@ mod tests {
             &"k".repeat(257),
         ] {
             assert!(WriteKey::new(key).is_err());
+        }
+    }
+
+    #[test]
+    fn webhooks_are_signed_as_the_specification_has_it() {
+        // The example of the Standard Webhooks specification's reference libraries.
+        let secret = WebhookSecret::new("whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw").expect("fine");
+        assert_eq!(
+            secret.sign(
+                "msg_p5jXN8AQM9LWM0D4loKWxJek",
+                1_614_265_330,
+                br#"{"test": 2432232314}"#
+            ),
+            "v1,g0hM9SsE+OTPJTGt/tmIKtSyZlE3uFJELVlNIOLJ1OE="
+        );
+        assert_eq!(format!("{secret:?}"), "WebhookSecret(redacted)");
+        for bad in [
+            "",
+            "whsec_",
+            "whsec_AAAA",
+            "MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw",
+            "whsec_%",
+        ] {
+            assert!(WebhookSecret::new(bad).is_err(), "{bad}");
         }
     }
 }

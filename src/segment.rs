@@ -9,6 +9,7 @@ mod retry_after;
 
 use std::{
     error::Error as _,
+    path::Path,
     sync::{Mutex, PoisonError},
     time::{Duration, Instant},
 };
@@ -91,12 +92,23 @@ impl Answer {
 
 /// Why the client can't be made.
 #[derive(Debug, thiserror::Error)]
-#[error(
-    "the HTTP client for Segment cannot be set up: {}; are this machine's CA certificates \
-     installed (package ca-certificates)?",
-    innermost(.0)
-)]
-pub struct SetupError(#[from] reqwest::Error);
+pub enum SetupError {
+    /// No trust roots.
+    #[error(
+        "the HTTP client for Segment cannot be set up: {}; are this machine's CA certificates \
+         installed (package ca-certificates)?",
+        innermost(.0)
+    )]
+    Client(#[from] reqwest::Error),
+    /// The file of CAs can't be read.
+    #[error("[segment] ca_file {path}: {rule}")]
+    CaFile {
+        /// Its path.
+        path: String,
+        /// What is wrong.
+        rule: String,
+    },
+}
 
 /// What an error comes down to; the outer ones repeat it, and the URL.
 fn innermost(error: &reqwest::Error) -> String {
@@ -267,11 +279,28 @@ fn build(endpoint: &Endpoint, options: &Options) -> Result<reqwest::Client, Setu
         .no_proxy();
     if endpoint.is_tls() {
         client = client.https_only(true);
+        if let Some(path) = &options.ca_file {
+            client = client.tls_certs_only(own_roots(path)?);
+        }
     } else {
         // Plain HTTP to loopback needs no trust roots, which a bare machine lacks.
         client = client.tls_certs_only([]);
     }
     Ok(client.build()?)
+}
+
+/// The CAs of a file.
+fn own_roots(path: &Path) -> Result<Vec<reqwest::Certificate>, SetupError> {
+    let failed = |rule: String| SetupError::CaFile {
+        path: path.display().to_string(),
+        rule,
+    };
+    let pem = std::fs::read(path).map_err(|error| failed(error.to_string()))?;
+    let roots = reqwest::Certificate::from_pem_bundle(&pem).unwrap_or_default();
+    if roots.is_empty() {
+        return Err(failed("has to hold certificates in PEM".to_owned()));
+    }
+    Ok(roots)
 }
 
 fn failure(error: &reqwest::Error) -> Reply {

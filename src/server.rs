@@ -5,23 +5,35 @@
 //! no new leases -> requests in flight are settled -> the outbox is closed. All
 //! of it within `[server] drain_timeout_ms`.
 
-use std::{num::NonZeroU32, sync::Arc, time::Duration};
+mod connections;
+mod parts;
+mod tls;
+mod transport;
+
+use std::{path::PathBuf, sync::Arc, time::Duration};
 
 use tokio::{net::TcpListener, sync::watch, time::Instant};
-use tokio_stream::wrappers::TcpListenerStream;
-use tokio_util::sync::CancellationToken;
+use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use tonic_health::server::HealthReporter;
 
 use crate::{
-    config::{self, Config},
-    delivery::{Backoff, Delivery, DeliveryParts, LaneOptions, RateLimits, VitalsBoard},
-    grpc::{Gate, RELAY_SERVICE, Services},
-    outbox::{Limits, OpenError, Outbox, OutboxError, SqliteOptions, SqliteOutbox},
+    audit::Audit,
+    auth::JwksError,
+    config::Config,
+    delivery::{Delivery, DeliveryParts},
+    grpc::{AccessLayer, RELAY_SERVICE, Services},
+    notify::{self, SenderOptions},
+    outbox::{OpenError, Outbox, OutboxError, SqliteOutbox},
     proto,
     registry::{Registry, RegistryError},
-    segment::{REQUEST_OVERHEAD_BYTES, SegmentClient, SetupError},
+    segment::{SegmentClient, SetupError},
     time::UnixMillis,
+    vault::{Vault, VaultError},
 };
+
+use connections::Connections;
+use tls::Tls;
+pub use tls::TlsError;
 
 /// This part of the drain's time-out is kept for requests to Segment.
 const SHARE_FOR_DELIVERY: u32 = 4;
@@ -31,11 +43,6 @@ const MAINTENANCE_INTERVAL: Duration = Duration::from_secs(10);
 const BUSY_MAINTENANCE_INTERVAL: Duration = Duration::from_millis(200);
 /// How often an outbox that could not be written is tried again.
 const PROBE_INTERVAL: Duration = Duration::from_secs(1);
-/// Size of all headers of a call, in bytes.
-const MAX_HEADER_BYTES: u32 = 16 * 1024;
-/// Streams that a client may open and reset before its connection is closed:
-/// against rapid reset (CVE-2023-44487).
-const MAX_PENDING_RESETS: usize = 64;
 
 /// Why the relay can't run.
 #[derive(Debug, thiserror::Error)]
@@ -52,9 +59,23 @@ pub enum RunError {
     /// The HTTP client can't be set up.
     #[error(transparent)]
     Segment(#[from] SetupError),
-    /// The gRPC server failed.
-    #[error("the gRPC server failed: {0}")]
-    Transport(#[from] tonic::transport::Error),
+    /// The keys of what is stored can't be had.
+    #[error(transparent)]
+    Vault(#[from] VaultError),
+    /// TLS of the server can't be set up.
+    #[error(transparent)]
+    Tls(#[from] TlsError),
+    /// The keys of the tokens' issuer can't be had.
+    #[error(transparent)]
+    Jwks(#[from] JwksError),
+    /// The audit file can't be opened.
+    #[error("[log] audit_file {path}: {source}")]
+    Audit {
+        /// Its path.
+        path: PathBuf,
+        /// What the system said.
+        source: std::io::Error,
+    },
     /// Reflection can't be set up.
     #[error("reflection: {0}")]
     Reflection(#[from] tonic_reflection::server::Error),
@@ -65,6 +86,8 @@ pub struct Relay {
     outbox: Arc<SqliteOutbox>,
     services: Services,
     delivery: DeliveryParts,
+    access: AccessLayer,
+    tls: Option<Arc<Tls>>,
     config: Arc<Config>,
     draining: CancellationToken,
 }
@@ -76,44 +99,47 @@ impl Relay {
     /// [`RunError`]; nothing has been sent then.
     pub async fn open(config: Config) -> Result<Self, RunError> {
         let config = Arc::new(config);
-        let outbox = Arc::new(SqliteOutbox::open(&outbox_options(&config.outbox))?);
+        let audit = match &config.log.audit_file {
+            None => Audit::new(),
+            Some(path) => Audit::to_file(path).map_err(|source| RunError::Audit {
+                path: path.clone(),
+                source,
+            })?,
+        };
+        let store_exists = config.outbox.path.join("relay.db").exists();
+        let vault = Arc::new(Vault::load(&config.secrets, store_exists)?);
+        let outbox = Arc::new(SqliteOutbox::open(
+            &parts::outbox_options(&config.outbox),
+            &vault,
+        )?);
         let dyn_outbox: Arc<dyn Outbox> = Arc::clone(&outbox) as Arc<dyn Outbox>;
         let registry = Registry::load(
             Arc::clone(&dyn_outbox),
             &config.integrations,
+            &audit,
             UnixMillis::now(),
         );
         let registry = Arc::new(registry.await?);
         let segment = Arc::new(SegmentClient::new(&config.segment)?);
-        let vitals = Arc::new(VitalsBoard::default());
         let draining = CancellationToken::new();
-        let limits = Arc::new(config.server.clone());
-        let gate = Gate::new(
-            limits.max_calls_in_flight,
-            limits.max_watchers,
-            draining.clone(),
+        let services = parts::services(&config, dyn_outbox, registry, segment, audit, &draining);
+        let delivery = parts::delivery_parts(&config, &services);
+        let access = AccessLayer::new(
+            Arc::new(parts::authenticator(&config).await?),
+            Arc::clone(&services.usage),
+            services.audit.clone(),
+            config.server.max_message_bytes,
         );
-        let services = Services {
-            outbox: Arc::clone(&dyn_outbox),
-            registry: Arc::clone(&registry),
-            segment: Arc::clone(&segment),
-            vitals: Arc::clone(&vitals),
-            gate: Arc::new(gate),
-            limits,
-        };
-        let delivery = DeliveryParts {
-            outbox: dyn_outbox,
-            segment,
-            registry,
-            vitals,
-            rates: Arc::new(rate_limits(&config.delivery)),
-            lanes: lane_options(&config.delivery),
-            max_requests_in_flight: config.delivery.max_requests_in_flight,
+        let tls = match &config.tls {
+            Some(options) => Some(Arc::new(Tls::new(options.clone())?)),
+            None => None,
         };
         Ok(Self {
             outbox,
             services,
             delivery,
+            access,
+            tls,
             config,
             draining,
         })
@@ -134,22 +160,25 @@ impl Relay {
         let writable = self.outbox.signals().writable();
         let closing = CancellationToken::new();
         let drain = self.drain_on(shutdown.clone(), closing.clone());
-        let mut router = self
-            .server()
-            .add_routes(self.services.routes())
-            .add_service(health_service);
+        let mut routes = self.services.routes();
+        routes = routes.add_service(health_service);
         if self.config.server.reflection {
-            router = router.add_service(reflection()?.build_v1()?);
-            router = router.add_service(reflection()?.build_v1alpha()?);
+            routes = routes.add_service(reflection()?.build_v1()?);
+            routes = routes.add_service(reflection()?.build_v1alpha()?);
         }
+        let background = self.background(&closing);
         set_health(&health, true).await;
         let reports = tokio::spawn(report_health(health, writable, shutdown.clone()));
-        let serve = router.serve_with_incoming_shutdown(
-            TcpListenerStream::new(listener),
-            closing.clone().cancelled_owned(),
-        );
-        let drain_timeout = self.config.server.drain_timeout;
-        let (served, deadline) = serve_until_drained(serve, drain, drain_timeout).await;
+        let connections = Connections {
+            options: Arc::clone(&self.services.limits),
+            tls: self.tls.clone(),
+            access: self.access.clone(),
+            routes,
+        };
+        let serve = connections.serve(listener, closing.clone());
+        let deadline = serve_until_drained(serve, drain, self.config.server.drain_timeout).await;
+        background.close();
+        background.wait().await;
         maintenance.abort();
         reports.abort();
         let stopped = tokio::time::timeout_at(deadline, async {
@@ -161,20 +190,27 @@ impl Relay {
         }
         self.outbox.close().await;
         tracing::info!("stopped");
-        served
+        Ok(())
     }
 
-    fn server(&self) -> tonic::transport::Server {
-        let limits = &self.config.server;
-        tonic::transport::Server::builder()
-            .max_concurrent_streams(limits.max_concurrent_streams)
-            .timeout(limits.request_timeout)
-            .http2_keepalive_interval(Some(limits.keepalive_interval))
-            .http2_keepalive_timeout(Some(limits.keepalive_timeout))
-            .max_connection_age(limits.max_connection_age)
-            .http2_max_header_list_size(MAX_HEADER_BYTES)
-            .http2_max_pending_accept_reset_streams(Some(MAX_PENDING_RESETS))
-            .tcp_nodelay(true)
+    /// What goes on beside calls and deliveries, until `stop`.
+    fn background(&self, stop: &CancellationToken) -> TaskTracker {
+        let tasks = TaskTracker::new();
+        let access = self.access.clone();
+        let refreshed = stop.clone();
+        tasks.spawn(async move { access.refresh_keys(refreshed).await });
+        if let Some(tls) = &self.tls {
+            tasks.spawn(Arc::clone(tls).follow(stop.clone()));
+        }
+        if let Some(notify) = &self.config.notify {
+            let options = SenderOptions {
+                notify: notify.clone(),
+                haste: 1,
+            };
+            let notices = self.services.notices.clone();
+            tasks.spawn(notify::run(notices, options, stop.clone()));
+        }
+        tasks
     }
 
     /// The steps of the drain up to the point where connections are closed.
@@ -198,25 +234,21 @@ impl Relay {
 /// Serves until the drain, and then until the calls in hand have ended, but keeps
 /// a share of the time-out for the requests to Segment. Returns the drain's deadline.
 async fn serve_until_drained(
-    serve: impl Future<Output = Result<(), tonic::transport::Error>>,
+    serve: impl Future<Output = ()>,
     drain: impl Future<Output = ()>,
     timeout: Duration,
-) -> (Result<(), RunError>, Instant) {
+) -> Instant {
     tokio::pin!(serve);
     tokio::select! {
-        served = &mut serve => return (served.map_err(Into::into), Instant::now() + timeout),
+        () = &mut serve => return Instant::now() + timeout,
         () = drain => {}
     }
     let deadline = Instant::now() + timeout;
-    let served = match tokio::time::timeout_at(deadline - timeout / SHARE_FOR_DELIVERY, serve).await
-    {
-        Ok(served) => served.map_err(Into::into),
-        Err(_) => {
-            tracing::warn!("calls were still under way at the end of the drain; they are cut off");
-            Ok(())
-        }
-    };
-    (served, deadline)
+    let share = deadline - timeout / SHARE_FOR_DELIVERY;
+    if tokio::time::timeout_at(share, serve).await.is_err() {
+        tracing::warn!("calls were still under way at the end of the drain; they are cut off");
+    }
+    deadline
 }
 
 /// Health follows the outbox, until the drain: then it is NOT_SERVING for good.
@@ -272,44 +304,5 @@ async fn maintain(outbox: Arc<SqliteOutbox>) {
                 tokio::time::sleep(PROBE_INTERVAL).await;
             }
         }
-    }
-}
-
-fn outbox_options(outbox: &config::Outbox) -> SqliteOptions {
-    SqliteOptions {
-        directory: outbox.path.clone(),
-        limits: Limits {
-            max_events: outbox.max_events,
-            max_bytes: outbox.max_bytes,
-            max_integration_events: outbox.max_integration_events,
-            max_integration_bytes: outbox.max_integration_bytes,
-        },
-        group_commit_max: outbox.group_commit_max,
-        remember: outbox.idempotency,
-    }
-}
-
-fn rate_limits(delivery: &config::Delivery) -> RateLimits {
-    // The configuration's bounds leave no room for 0.
-    let number = |number| NonZeroU32::new(number).unwrap_or(NonZeroU32::MIN);
-    RateLimits::new(
-        number(delivery.max_events_per_second),
-        number(delivery.burst_events),
-    )
-}
-
-fn lane_options(delivery: &config::Delivery) -> LaneOptions {
-    LaneOptions {
-        // A batch beyond the burst could never be paid for.
-        max_batch_events: delivery
-            .max_batch_events
-            .min(delivery.burst_events as usize),
-        max_batch_bytes: delivery.max_batch_bytes - REQUEST_OVERHEAD_BYTES,
-        backoff: Backoff {
-            base: delivery.retry_base,
-            max: delivery.retry_max,
-        },
-        unauthorized_retry: delivery.unauthorized_retry,
-        max_age: delivery.max_age,
     }
 }

@@ -19,8 +19,8 @@ pub(super) struct ServeArgs {
     #[arg(long, value_name = "FILE")]
     config: Option<PathBuf>,
 
-    /// Listen on other than loopback addresses although there is neither TLS nor
-    /// authentication: whoever reaches the port can do everything
+    /// Listen on other than loopback addresses although TLS or authentication is
+    /// missing: for networks that nobody else reaches
     #[arg(long)]
     insecure: bool,
 }
@@ -29,11 +29,11 @@ pub(super) struct ServeArgs {
 pub(super) async fn run(args: &ServeArgs) -> Result<(), Failure> {
     let config = Config::read(args.config.as_deref(), &spec_violations)?;
     let listen = config.server.listen;
-    if !listen.ip().is_loopback() && !args.insecure {
+    let exposed = exposure(&config);
+    if let Some(exposed) = exposed.filter(|_| !listen.ip().is_loopback() && !args.insecure) {
         return Err(Failure::Usage(format!(
-            "[server] listen = \"{listen}\" is not a loopback address, and this version has neither \
-             TLS nor authentication; listen on 127.0.0.1 behind a proxy that has them, or say \
-             --insecure"
+            "[server] listen = \"{listen}\" is not a loopback address, and {exposed}; or listen on \
+             127.0.0.1 behind a proxy, or say --insecure"
         )));
     }
     telemetry::start(&config.log);
@@ -47,6 +47,22 @@ pub(super) async fn run(args: &ServeArgs) -> Result<(), Failure> {
     tokio::spawn(cancel_on_signal(shutdown.clone())?);
     relay.run(listener, shutdown).await?;
     Ok(())
+}
+
+/// What keeps the relay from being safe on a network.
+fn exposure(config: &Config) -> Option<&'static str> {
+    match (config.tls.is_some(), config.authenticates()) {
+        (true, true) => None,
+        (true, false) => {
+            Some("whoever reaches the port could do everything: name [[callers]], or set [jwt]")
+        }
+        (false, true) => {
+            Some("tokens and addresses would cross the network in clear: set [server.tls]")
+        }
+        (false, false) => Some(
+            "there is neither TLS nor authentication: set [server.tls], and name [[callers]] or set [jwt]",
+        ),
+    }
 }
 
 /// One line on standard output, for people and for scripts that wait for it.

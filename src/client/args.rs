@@ -4,7 +4,10 @@ use std::path::PathBuf;
 
 use clap::{Args, Subcommand, ValueEnum};
 
-use super::dead_letters::DeadLettersCommand;
+use super::{
+    connect::{Connection, Reach},
+    dead_letters::DeadLettersCommand,
+};
 use crate::proto::{DataRegion, DeliveryState, EventType, WaitFor};
 
 /// Commands that call a running relay.
@@ -76,12 +79,44 @@ pub enum ClientCommand {
     /// List, replay or discard events that were refused for good or given up
     #[command(subcommand)]
     DeadLetters(DeadLettersCommand),
+    /// Erase a person's data: waiting events, dead letters, history
+    #[command(
+        after_help = "Events that Segment has taken are Segment's to delete.\n\nExample:\n  \
+        segment-relay erase --email test@aol.com",
+        group(clap::ArgGroup::new("subject").required(true).args(["email", "email_sha256"]))
+    )]
+    Erase {
+        /// The connection
+        #[command(flatten)]
+        connection: Connection,
+        /// The person's address
+        #[arg(long, value_name = "ADDRESS")]
+        email: Option<String>,
+        /// Or its SHA-256 in hex, as in userId
+        #[arg(long, value_name = "HASH")]
+        email_sha256: Option<String>,
+        /// Only in this integration
+        #[arg(long, value_name = "ID", default_value = "")]
+        integration: String,
+    },
+    /// List the receipts of erasures, newest first
+    Receipts {
+        /// The connection
+        #[command(flatten)]
+        connection: Connection,
+        /// Only those of this person
+        #[arg(long, value_name = "HASH")]
+        email_sha256: Option<String>,
+        /// How many at the most
+        #[arg(long, value_name = "RECEIPTS", default_value_t = 100, value_parser = clap::value_parser!(u16).range(1..=1_000))]
+        limit: u16,
+    },
     /// Exit with 0 if the relay serves, else with 1: a probe for containers
     #[command(after_help = "Example:\n  segment-relay health --address 127.0.0.1:50051")]
     Health {
-        /// Address of the relay
-        #[arg(long, env = "SEGMENT_RELAY_ADDRESS", default_value = DEFAULT_ADDRESS)]
-        address: String,
+        /// Where it is
+        #[command(flatten)]
+        reach: Reach,
         /// Seconds to wait for an answer
         #[arg(long, value_name = "SECONDS", default_value_t = 2, value_parser = clap::value_parser!(u64).range(1..=3600))]
         timeout: u64,
@@ -89,22 +124,6 @@ pub enum ClientCommand {
         #[arg(long, value_name = "NAME", default_value = "")]
         service: String,
     },
-}
-
-const DEFAULT_ADDRESS: &str = "http://127.0.0.1:50051";
-
-/// How to reach the relay, and how to print.
-#[derive(Args, Debug)]
-pub struct Connection {
-    /// Address of the relay
-    #[arg(long, env = "SEGMENT_RELAY_ADDRESS", default_value = DEFAULT_ADDRESS)]
-    pub address: String,
-    /// Seconds until the call has to be answered
-    #[arg(long, value_name = "SECONDS", default_value_t = 10, value_parser = clap::value_parser!(u64).range(1..=3600))]
-    pub timeout: u64,
-    /// Print canonical proto JSON
-    #[arg(long)]
-    pub json: bool,
 }
 
 /// A capture, from flags or a file.

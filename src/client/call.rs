@@ -4,26 +4,24 @@ use std::{io::Write, path::Path, time::Duration};
 
 use tokio::io::AsyncReadExt;
 use tokio_stream::StreamExt;
-use tonic::{
-    Request,
-    transport::{Channel, Endpoint},
-};
+use tonic::Request;
 use tonic_health::pb::{
     HealthCheckRequest, health_check_response::ServingStatus, health_client::HealthClient,
 };
 
 use super::{
-    args::{CaptureArgs, ClientCommand, Connection, StateArg, TypeArg, Wait},
-    dead_letters,
+    args::{CaptureArgs, ClientCommand, StateArg, TypeArg, Wait},
+    connect::{Connection, Reach, Wire, request},
+    dead_letters, erase,
     failure::ClientError,
     input,
-    json::to_json,
+    json::{to_json, write_json},
     render,
 };
 use crate::proto::{
     Capture, CaptureRequest, CaptureResult, DeliveryState, GetCaptureRequest,
     PreviewCaptureRequest, PreviewCaptureResponse, WatchDeliveriesRequest,
-    segment_relay_client::SegmentRelayClient,
+    erase_subject_request::Subject, segment_relay_client::SegmentRelayClient,
 };
 
 /// Largest capture file, in bytes: what the relay takes by default.
@@ -62,48 +60,34 @@ pub async fn run(command: ClientCommand, out: &mut impl Write) -> Result<u8, Cli
             watch(&connection, request, out).await
         }
         ClientCommand::DeadLetters(command) => dead_letters::run(command, out).await,
+        ClientCommand::Erase {
+            connection,
+            email,
+            email_sha256,
+            integration,
+        } => {
+            // clap has seen to it that one of them is there.
+            let subject = email.map_or_else(
+                || Subject::EmailSha256(email_sha256.unwrap_or_default()),
+                Subject::Email,
+            );
+            erase::erase(&connection, subject, integration, out).await
+        }
+        ClientCommand::Receipts {
+            connection,
+            email_sha256,
+            limit,
+        } => erase::receipts(&connection, email_sha256, limit.into(), out).await,
         ClientCommand::Health {
-            address,
+            reach,
             timeout,
             service,
-        } => health(&address, Duration::from_secs(timeout), service, out).await,
+        } => health(&reach, Duration::from_secs(timeout), service, out).await,
     }
 }
 
-pub(super) async fn connect(address: &str, timeout: Duration) -> Result<Channel, ClientError> {
-    let url = if address.contains("://") {
-        address.to_owned()
-    } else {
-        format!("http://{address}")
-    };
-    let endpoint = Endpoint::from_shared(url)
-        .map_err(|error| ClientError::Input(format!("--address {address}: {error}")))?;
-    let refused = |error: tonic::transport::Error| {
-        let mut cause: &dyn std::error::Error = &error;
-        while let Some(inner) = cause.source() {
-            cause = inner;
-        }
-        ClientError::Connect {
-            address: address.to_owned(),
-            cause: cause.to_string(),
-        }
-    };
-    endpoint
-        .connect_timeout(timeout)
-        .connect()
-        .await
-        .map_err(refused)
-}
-
-async fn relay(connection: &Connection) -> Result<SegmentRelayClient<Channel>, ClientError> {
-    let channel = connect(&connection.address, Duration::from_secs(connection.timeout)).await?;
-    Ok(SegmentRelayClient::new(channel))
-}
-
-fn request<T>(connection: &Connection, message: T) -> Request<T> {
-    let mut request = Request::new(message);
-    request.set_timeout(Duration::from_secs(connection.timeout));
-    request
+async fn relay(connection: &Connection) -> Result<SegmentRelayClient<Wire>, ClientError> {
+    Ok(SegmentRelayClient::new(connection.connect().await?))
 }
 
 async fn read_capture(args: &CaptureArgs) -> Result<Capture, ClientError> {
@@ -194,14 +178,6 @@ fn print_result(out: &mut impl Write, result: &CaptureResult) -> Result<(), Clie
         render::plain(&result.capture_id)
     )?;
     Ok(write!(out, "{}", render::event_table(&result.events))?)
-}
-
-pub(super) fn write_json(
-    out: &mut impl Write,
-    json: Result<String, super::json::JsonError>,
-) -> Result<(), ClientError> {
-    let text = json.map_err(|error| ClientError::Answer(error.to_string()))?;
-    Ok(writeln!(out, "{text}")?)
 }
 
 async fn preview(
@@ -313,12 +289,12 @@ async fn watch(
 }
 
 async fn health(
-    address: &str,
+    reach: &Reach,
     timeout: Duration,
     service: String,
     out: &mut impl Write,
 ) -> Result<u8, ClientError> {
-    let mut client = HealthClient::new(connect(address, timeout).await?);
+    let mut client = HealthClient::new(reach.connect(timeout).await?);
     let mut request = Request::new(HealthCheckRequest { service });
     request.set_timeout(timeout);
     let status = client.check(request).await?.into_inner().status();

@@ -1,17 +1,15 @@
 //! `segment-relay dead-letters`.
 
-use std::{io::Write, time::Duration};
+use std::io::Write;
 
 use clap::{Args, Subcommand, builder::NonEmptyStringValueParser};
 use prost_types::Timestamp;
-use tonic::{Request, transport::Channel};
 
 use super::{
-    args::Connection,
-    call::{connect, write_json},
+    connect::{Connection, Wire, request},
     failure::ClientError,
     input::timestamp,
-    json::to_json,
+    json::{to_json, write_json},
     render,
 };
 use crate::proto::{
@@ -144,17 +142,8 @@ pub(super) async fn run(
     }
 }
 
-async fn service(connection: &Connection) -> Result<DeadLetterServiceClient<Channel>, ClientError> {
-    let timeout = Duration::from_secs(connection.timeout);
-    Ok(DeadLetterServiceClient::new(
-        connect(&connection.address, timeout).await?,
-    ))
-}
-
-fn request<T>(connection: &Connection, message: T) -> Request<T> {
-    let mut request = Request::new(message);
-    request.set_timeout(Duration::from_secs(connection.timeout));
-    request
+async fn service(connection: &Connection) -> Result<DeadLetterServiceClient<Wire>, ClientError> {
+    Ok(DeadLetterServiceClient::new(connection.connect().await?))
 }
 
 async fn list(

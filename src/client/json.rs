@@ -1,12 +1,13 @@
 //! Canonical proto JSON of the contract's messages, by their descriptors.
 
-use std::sync::LazyLock;
+use std::{io::Write, sync::LazyLock};
 
 use prost::Message;
 use prost_reflect::{
     DescriptorPool, DeserializeOptions, DynamicMessage, ReflectMessage, SerializeOptions,
 };
 
+use super::failure::ClientError;
 use crate::proto;
 
 /// The package of the contract.
@@ -64,6 +65,15 @@ pub fn from_json<M: Message + Default>(text: &str, name: &str) -> Result<M, Json
         .map_err(|error| wrong(&error))?;
     reader.end().map_err(|error| wrong(&error))?;
     M::decode(dynamic.encode_to_vec().as_slice()).map_err(|error| wrong(&error))
+}
+
+/// Prints an answer.
+pub(super) fn write_json(
+    out: &mut impl Write,
+    json: Result<String, JsonError>,
+) -> Result<(), ClientError> {
+    let text = json.map_err(|error| ClientError::Answer(error.to_string()))?;
+    Ok(writeln!(out, "{text}")?)
 }
 
 #[cfg(test)]

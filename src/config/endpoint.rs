@@ -12,7 +12,7 @@ const MAX_URL_CHARS: usize = 2048;
 /// Path of Segment's batch endpoint.
 const DEFAULT_PATH: &str = "/v1/batch";
 
-/// An endpoint of Segment's HTTP Tracking API: https, or http to this machine
+/// An endpoint of Segment's HTTP Tracking API, or another URL of the configuration: https, or http to this machine
 /// alone; without user name, query and fragment.
 #[derive(Clone, PartialEq, Eq)]
 pub struct Endpoint {
@@ -48,6 +48,14 @@ impl Endpoint {
     /// # Errors
     /// What the URL has to be; never the URL itself.
     pub fn new(url: &str) -> Result<Self, EndpointError> {
+        Self::with_path(url, DEFAULT_PATH)
+    }
+
+    /// The same with another path in place of an empty one.
+    ///
+    /// # Errors
+    /// As [`Endpoint::new`].
+    pub fn with_path(url: &str, default_path: &str) -> Result<Self, EndpointError> {
         // Before parsing: `Uri` drops a fragment silently, and what does not
         // parse may hold a password all the same.
         if url.contains('@') {
@@ -74,7 +82,7 @@ impl Endpoint {
             None => return Err(EndpointError::Malformed),
         };
         let path = match uri.path() {
-            "" | "/" => DEFAULT_PATH,
+            "" | "/" => default_path,
             path => path,
         };
         let endpoint = Self {

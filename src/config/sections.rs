@@ -6,7 +6,9 @@ use std::{net::SocketAddr, path::PathBuf, time::Duration};
 use super::{
     endpoint::Endpoint,
     reader::Reader,
-    value::{address, boolean, endpoint, filter, hours, millis, number, one_of, path},
+    value::{
+        address, boolean, endpoint, filter, hours, millis, number, one_of, optional_path, path,
+    },
 };
 
 const SECOND_MS: u64 = 1000;
@@ -48,6 +50,15 @@ pub struct Server {
     pub drain_timeout: Duration,
     /// Whether gRPC server reflection is offered.
     pub reflection: bool,
+    /// Connections at once, 1 to 1,000,000.
+    pub max_connections: usize,
+    /// From the accepted connection to the first bytes of HTTP/2, 100 ms to 10 min.
+    pub handshake_timeout: Duration,
+    /// Age without a call at which a connection is asked to end, 100 ms to 7 days.
+    pub max_connection_idle: Duration,
+    /// How long calls may take once their connection was asked to end, 100 ms to
+    /// 7 days.
+    pub max_connection_age_grace: Duration,
 }
 
 impl Server {
@@ -82,6 +93,16 @@ impl Server {
             drain_delay: from.take("server.drain_delay_ms", millis(0..=10 * MINUTE_MS))?,
             drain_timeout: from.take("server.drain_timeout_ms", millis(0..=HOUR_MS))?,
             reflection: from.take("server.reflection", boolean)?,
+            max_connections: from
+                .take("server.max_connections", number("connections", 1..=STREAMS))?,
+            handshake_timeout: from
+                .take("server.handshake_timeout_ms", millis(100..=10 * MINUTE_MS))?,
+            max_connection_idle: from
+                .take("server.max_connection_idle_ms", millis(100..=7 * DAY_MS))?,
+            max_connection_age_grace: from.take(
+                "server.max_connection_age_grace_ms",
+                millis(100..=7 * DAY_MS),
+            )?,
         };
         Some(server)
     }
@@ -102,6 +123,8 @@ pub struct Segment {
     pub max_connection_age: Duration,
     /// Whether request bodies are compressed.
     pub gzip: bool,
+    /// CAs that sign the endpoints' certificates, PEM; the machine's by default.
+    pub ca_file: Option<PathBuf>,
     /// Where each region's events go.
     pub endpoints: Endpoints,
 }
@@ -127,6 +150,7 @@ impl Segment {
             max_connection_age: from
                 .take("segment.max_connection_age_ms", millis(SECOND_MS..=DAY_MS))?,
             gzip: from.take("segment.gzip", boolean)?,
+            ca_file: from.take("segment.ca_file", optional_path)?,
             endpoints: Endpoints::take(from)?,
         };
         Some(segment)
@@ -223,6 +247,8 @@ pub struct Outbox {
     /// How long a `capture_id` and what became of its events are remembered, 1 h
     /// to 1 year; longer where its events still wait.
     pub idempotency: Duration,
+    /// Whether the payloads of events are stored encrypted.
+    pub encryption: bool,
 }
 
 impl Outbox {
@@ -242,6 +268,7 @@ impl Outbox {
             group_commit_max: from
                 .take("outbox.group_commit_max", number("captures", 1..=65_536))?,
             idempotency: from.take("outbox.idempotency_hours", hours(1..=YEAR_HOURS))?,
+            encryption: from.take("outbox.encryption", boolean)?,
         };
         Some(outbox)
     }
@@ -254,6 +281,8 @@ pub struct Log {
     pub format: LogFormat,
     /// Directives that `tracing_subscriber::EnvFilter` has parsed.
     pub filter: String,
+    /// Where the audit log goes beside the log.
+    pub audit_file: Option<PathBuf>,
 }
 
 /// The form of a log line.
@@ -277,6 +306,7 @@ impl Log {
         Some(Self {
             format: from.take("log.format", one_of(FORMATS))?,
             filter: from.take("log.filter", filter)?,
+            audit_file: from.take("log.audit_file", optional_path)?,
         })
     }
 }

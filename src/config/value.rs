@@ -3,8 +3,11 @@
 
 use std::{fmt::Display, net::SocketAddr, ops::RangeInclusive, path::PathBuf, time::Duration};
 
+use secrecy::SecretString;
 use toml::de::DeValue;
 use tracing_subscriber::EnvFilter;
+
+use crate::secret::WebhookSecret;
 
 use super::{
     endpoint::{Endpoint, EndpointError},
@@ -158,6 +161,55 @@ pub(super) fn path(raw: Raw<'_>) -> Parsed<PathBuf> {
         .filter(|text| !text.contains('\0'))
         .map(PathBuf::from)
         .ok_or_else(|| Expected::new(format_args!("a path of 1 to {MAX_TEXT_CHARS} characters")))
+}
+
+/// A path, or nothing.
+pub(super) fn optional_path(raw: Raw<'_>) -> Parsed<Option<PathBuf>> {
+    match raw.text() {
+        Some("") => Ok(None),
+        _ => path(raw).map(Some),
+    }
+}
+
+/// A text of at most 4,096 characters, or nothing.
+pub(super) fn optional_text(raw: Raw<'_>) -> Parsed<Option<String>> {
+    match raw.text() {
+        Some("") => Ok(None),
+        Some(text) if text.chars().count() <= MAX_TEXT_CHARS => Ok(Some(text.to_owned())),
+        _ => Err(Expected::new(format_args!(
+            "a text of at most {MAX_TEXT_CHARS} characters"
+        ))),
+    }
+}
+
+/// A secret, or nothing. No fault shows it.
+pub(super) fn optional_secret(raw: Raw<'_>) -> Parsed<Option<SecretString>> {
+    optional_text(raw)
+        .map(|secret| secret.map(SecretString::from))
+        .map_err(Expected::hide)
+}
+
+/// What signs webhooks, or nothing. No fault shows it.
+pub(super) fn webhook_secret(raw: Raw<'_>) -> Parsed<Option<WebhookSecret>> {
+    match raw.text() {
+        Some("") => Ok(None),
+        text => WebhookSecret::new(text.unwrap_or(""))
+            .map(Some)
+            .map_err(|rule| Expected::new(rule).hide()),
+    }
+}
+
+/// A URL, or nothing.
+pub(super) fn optional_url(
+    default_path: &'static str,
+) -> impl Fn(Raw<'_>) -> Parsed<Option<Endpoint>> {
+    move |raw| match raw.text() {
+        Some("") => Ok(None),
+        Some(url) => Endpoint::with_path(url, default_path)
+            .map(Some)
+            .map_err(|error| Expected::new(error).hide()),
+        None => Err(Expected::new("a URL")),
+    }
 }
 
 /// An IP address with a port.

@@ -2,8 +2,12 @@
 
 use std::sync::Arc;
 
-use super::{LaneOptions, RateLimits, VitalsBoard, breaker::Breaker, turns::Turns};
-use crate::{outbox::Outbox, region::PerRegion, registry::Registry, segment::SegmentClient};
+use super::{
+    Conditions, LaneHolds, LaneOptions, RateLimits, VitalsBoard, breaker::Breaker, turns::Turns,
+};
+use crate::{
+    notify::Notices, outbox::Outbox, region::PerRegion, registry::Registry, segment::SegmentClient,
+};
 
 /// What delivery works with.
 #[derive(Clone)]
@@ -16,6 +20,12 @@ pub struct DeliveryParts {
     pub registry: Arc<Registry>,
     /// How it went.
     pub vitals: Arc<VitalsBoard>,
+    /// Whether their sources work.
+    pub conditions: Arc<Conditions>,
+    /// Who is told when that changes.
+    pub notices: Notices,
+    /// Who works with which lane.
+    pub holds: Arc<LaneHolds>,
     /// How fast each integration may send.
     pub rates: Arc<RateLimits>,
     /// Bounds of each lane.

@@ -149,6 +149,7 @@ impl Simulation {
                 region,
                 mapping_version: 1,
                 accept_time: self.now(),
+                user_id: None,
                 content: Content::Send {
                     shard: user % SHARDS,
                     events: EventPair {

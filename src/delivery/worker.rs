@@ -5,7 +5,7 @@ use std::{sync::Arc, time::Duration};
 use tokio_util::sync::CancellationToken;
 
 use super::{
-    Credentials, Lane, Plan, Step,
+    Condition, Credentials, Lane, Plan, Step,
     bell::Bell,
     breaker::{Admission, Sign},
     parts::{DeliveryParts, Shared},
@@ -13,6 +13,7 @@ use super::{
 };
 use crate::{
     event::EventType,
+    notice::{Happening, Notice},
     outbox::{LaneKey, LeasedCapture, Settlement},
     secret::WriteKey,
     segment::Answer,
@@ -98,6 +99,7 @@ impl Worker {
                 (admission, shared.turns.take(&self.key.integration_id).await)
             } => both,
         };
+        let hold = self.parts.holds.hold(&self.key).await;
         let leased = match self.parts.outbox.lease(&self.key, budget).await {
             Ok(leased) if leased.is_empty() => return Turn::Idle,
             Ok(leased) => leased,
@@ -129,6 +131,7 @@ impl Worker {
             (Step::Send(leased), Some(write_key)) => match self.send(write_key, leased).await {
                 Ok((settlement, answer)) => {
                     self.note(&admission, &answer);
+                    self.tell_of_change(&answer).await;
                     settlement
                 }
                 Err(wait) => return Turn::Wait(wait),
@@ -142,6 +145,7 @@ impl Worker {
             self.shared.turns.forget(&self.key.integration_id);
         }
         self.make_durable(settlement).await;
+        drop(hold);
         Turn::Worked
     }
 
@@ -156,6 +160,27 @@ impl Worker {
             ),
             None => {}
         }
+    }
+
+    /// Tells people when the source stops working, or works again.
+    async fn tell_of_change(&self, answer: &Answer) {
+        let (id, region) = (&self.key.integration_id, self.key.region);
+        let now = UnixMillis::now();
+        let changed = self.parts.conditions.note(id, region, judge(answer), now);
+        let Some(condition) = changed else { return };
+        let happening = match condition {
+            Condition::Healthy => Happening::Healthy,
+            Condition::Parked => Happening::Parked,
+            Condition::Broken => Happening::Broken,
+        };
+        tracing::warn!(integration = %id, %region, ?condition, "the source's condition has changed");
+        let facts = [
+            ("data_region", region.to_string().into()),
+            ("http_status", answer.http_status().into()),
+            ("error", answer.error().into()),
+        ];
+        let notice = Notice::new(happening, id, &facts, now);
+        self.parts.notices.tell(notice).await;
     }
 
     /// Sends what was leased, if the rate allows.

@@ -3,12 +3,17 @@
 
 use std::sync::Arc;
 
+use tokio::sync::OwnedSemaphorePermit;
+use tonic::Request;
+
 use super::{RelayError, Services, convert};
 use crate::{
+    auth::AuthError,
     intake,
     integration::Integration,
     mapping::{self, MAX_CAPTURE_ID_CHARS},
     outbox::{NewCapture, Submitted},
+    permission::Caller,
     proto::{Capture, CaptureResult},
     status::CaptureRecord,
     time::UnixMillis,
@@ -18,14 +23,30 @@ use crate::{
 pub(super) type Accepted = Result<(CaptureRecord, bool), RelayError>;
 
 impl Services {
-    /// The integration of a request.
-    pub(super) fn integration(&self, id: &str) -> Result<Arc<Integration>, RelayError> {
+    /// Lets a call in for as long as the permit lives, and says whose it is.
+    pub(super) fn enter<T>(
+        &self,
+        request: &Request<T>,
+    ) -> Result<(Arc<Caller>, OwnedSemaphorePermit), RelayError> {
+        Ok((caller(request)?, self.gate.enter()?))
+    }
+
+    /// The integration of a request, if it is the caller's.
+    pub(super) fn integration(
+        &self,
+        caller: &Caller,
+        id: &str,
+    ) -> Result<Arc<Integration>, RelayError> {
         if id.is_empty() {
             return Err(RelayError::invalid(
                 "integration_id",
                 "REQUIRED",
                 "name the integration",
             ));
+        }
+        // First, so that nobody learns which integrations others have.
+        if !caller.may_touch(id) {
+            return Err(RelayError::OutOfScope);
         }
         Ok(self.registry.find(id)?)
     }
@@ -39,6 +60,14 @@ impl Services {
         let capture = required(capture)?;
         Ok(intake::prepare(integration, capture, UnixMillis::now())?)
     }
+}
+
+/// Who calls, as the access layer has found out.
+pub(super) fn caller<T>(request: &Request<T>) -> Result<Arc<Caller>, RelayError> {
+    let caller = request.extensions().get::<Arc<Caller>>();
+    caller
+        .map(Arc::clone)
+        .ok_or(RelayError::Unauthenticated(AuthError::Missing))
 }
 
 /// The outbox's answer as the contract has it.

@@ -6,8 +6,10 @@ use tonic::{Request, Response, Status};
 
 use super::{RelayError, Services, convert};
 use crate::{
+    audit::Entry,
     integration::IntegrationId,
     outbox::{DeadLetter, DeadLetterCount, DeadLetterFilter, Selection},
+    permission::Caller,
     proto::{
         self, DeliveryReason, DiscardDeadLettersRequest, DiscardDeadLettersResponse,
         ListDeadLettersRequest, ListDeadLettersResponse, ReplayDeadLettersRequest,
@@ -29,7 +31,7 @@ impl DeadLetterService for DeadLetters {
         &self,
         request: Request<ListDeadLettersRequest>,
     ) -> Result<Response<ListDeadLettersResponse>, Status> {
-        let _permit = self.0.gate.enter()?;
+        let (caller, _permit) = self.0.enter(&request)?;
         let request = request.into_inner();
         let size = super::page_size(request.page_size)?;
         let after = match request.page_token.as_str() {
@@ -40,6 +42,7 @@ impl DeadLetterService for DeadLetters {
             })?,
         };
         let filter = parse_filter(
+            &caller,
             "",
             &proto::DeadLetterFilter {
                 integration_id: request.integration_id,
@@ -66,16 +69,16 @@ impl DeadLetterService for DeadLetters {
         &self,
         request: Request<ReplayDeadLettersRequest>,
     ) -> Result<Response<ReplayDeadLettersResponse>, Status> {
-        let _permit = self.0.gate.enter()?;
+        let (caller, _permit) = self.0.enter(&request)?;
         let request = request.into_inner();
         let now = UnixMillis::now();
-        let selection = parse_selection(request.filter, &request.dead_letter_ids, now)?;
+        let selection = parse_selection(&caller, request.filter, &request.dead_letter_ids, now)?;
         let count = self.count(&selection, now).await?;
         let event_count = if request.dry_run {
             count.events
         } else {
             let replayed = self.replay_all(&selection, now).await?;
-            tracing::info!(events = replayed, "dead letters replayed");
+            self.note(&caller, "dead_letters.replayed", replayed);
             replayed
         };
         Ok(Response::new(ReplayDeadLettersResponse {
@@ -88,10 +91,10 @@ impl DeadLetterService for DeadLetters {
         &self,
         request: Request<DiscardDeadLettersRequest>,
     ) -> Result<Response<DiscardDeadLettersResponse>, Status> {
-        let _permit = self.0.gate.enter()?;
+        let (caller, _permit) = self.0.enter(&request)?;
         let request = request.into_inner();
         let now = UnixMillis::now();
-        let selection = parse_selection(request.filter, &request.dead_letter_ids, now)?;
+        let selection = parse_selection(&caller, request.filter, &request.dead_letter_ids, now)?;
         if request.dry_run {
             let event_count = self.count(&selection, now).await?.events;
             return Ok(Response::new(DiscardDeadLettersResponse { event_count }));
@@ -104,12 +107,21 @@ impl DeadLetterService for DeadLetters {
                 discarded => event_count += discarded,
             }
         }
-        tracing::info!(events = event_count, "dead letters discarded");
+        self.note(&caller, "dead_letters.discarded", event_count);
         Ok(Response::new(DiscardDeadLettersResponse { event_count }))
     }
 }
 
 impl DeadLetters {
+    fn note(&self, caller: &Caller, action: &str, events: u64) {
+        self.0.audit.note(&Entry {
+            caller: &caller.name,
+            action,
+            integration: "",
+            detail: format!("{events} events"),
+        });
+    }
+
     async fn count(
         &self,
         selection: &Selection,
@@ -140,19 +152,20 @@ impl DeadLetters {
 }
 
 fn parse_selection(
+    caller: &Caller,
     filter: Option<proto::DeadLetterFilter>,
     ids: &[String],
     now: UnixMillis,
 ) -> Result<Selection, RelayError> {
     match filter {
         Some(filter) if ids.is_empty() => {
-            let mut filter = parse_filter("filter.", &filter)?;
+            let mut filter = parse_filter(caller, "filter.", &filter)?;
             // What is given up from now on, perhaps for the second time, is not meant.
             let end = UnixMillis(now.0.saturating_add(1));
             filter.end = Some(filter.end.map_or(end, |asked| asked.min(end)));
             Ok(Selection::Filter(filter))
         }
-        None if !ids.is_empty() => parse_ids(ids),
+        None if !ids.is_empty() => parse_ids(caller, ids),
         _ => {
             let rule = "give either a filter (an empty one takes all) or dead_letter_ids";
             Err(RelayError::invalid("filter", "ONE_OF", rule))
@@ -160,7 +173,7 @@ fn parse_selection(
     }
 }
 
-fn parse_ids(ids: &[String]) -> Result<Selection, RelayError> {
+fn parse_ids(caller: &Caller, ids: &[String]) -> Result<Selection, RelayError> {
     if ids.len() > MAX_IDS {
         let rule = format!("at most {MAX_IDS} ids; use several requests or a filter");
         return Err(RelayError::invalid("dead_letter_ids", "TOO_MANY", rule));
@@ -174,10 +187,14 @@ fn parse_ids(ids: &[String]) -> Result<Selection, RelayError> {
     }
     parsed.sort_unstable();
     parsed.dedup();
-    Ok(Selection::Ids(parsed))
+    Ok(Selection::Ids {
+        ids: parsed,
+        integrations: caller.scope.only(),
+    })
 }
 
 fn parse_filter(
+    caller: &Caller,
     prefix: &str,
     filter: &proto::DeadLetterFilter,
 ) -> Result<DeadLetterFilter, RelayError> {
@@ -188,13 +205,14 @@ fn parse_filter(
             RelayError::invalid(&format!("{prefix}{field}"), "OUT_OF_RANGE", rule)
         }),
     };
-    let integration_id = match filter.integration_id.as_str() {
-        "" => None,
+    let integrations = match filter.integration_id.as_str() {
+        "" => caller.scope.only(),
+        id if !caller.may_touch(id) => return Err(RelayError::OutOfScope),
         // An integration that was deleted may have left dead letters.
-        id => Some(IntegrationId::new(id).ok_or_else(|| {
+        id => Some(vec![IntegrationId::new(id).ok_or_else(|| {
             let rule = "1 to 63 characters of a-z, 0-9 and hyphen";
             RelayError::invalid(&format!("{prefix}integration_id"), "INVALID_FORMAT", rule)
-        })?),
+        })?]),
     };
     let reason = match DeliveryReason::try_from(filter.reason) {
         Ok(DeliveryReason::Unspecified) => None,
@@ -209,7 +227,7 @@ fn parse_filter(
         }
     };
     Ok(DeadLetterFilter {
-        integration_id,
+        integrations,
         reason,
         start: time("start_time", &filter.start_time)?,
         end: time("end_time", &filter.end_time)?,

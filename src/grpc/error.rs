@@ -5,9 +5,12 @@ use std::{collections::HashMap, time::Duration};
 use tonic::{Code, Status};
 use tonic_types::{ErrorDetails, FieldViolation, StatusExt};
 
+use super::Throttle;
 use crate::{
+    auth::AuthError,
     mapping::CaptureFault,
     outbox::{OutboxError, Quota},
+    permission::Permission,
     proto,
     registry::RegistryError,
     violation::Violation,
@@ -42,8 +45,14 @@ pub enum RelayError {
     Outbox(OutboxError),
     /// The integrations' store refused.
     Registry(RegistryError),
-    /// A later version does it.
-    NotImplemented(&'static str),
+    /// Nobody knows who calls.
+    Unauthenticated(AuthError),
+    /// The caller lacks what the rpc needs.
+    PermissionMissing(Permission),
+    /// The integration is none of the caller's.
+    OutOfScope,
+    /// A caller, an integration or the relay uses as much as it may.
+    Throttled(Throttle),
 }
 
 impl From<CaptureFault> for RelayError {
@@ -93,9 +102,11 @@ impl RelayError {
             Self::Capture(_) => Code::FailedPrecondition,
             Self::CaptureIdReused => Code::AlreadyExists,
             Self::CaptureNotFound(_) => Code::NotFound,
-            Self::Full(_) | Self::Busy(_) => Code::ResourceExhausted,
+            Self::Full(_) | Self::Busy(_) | Self::Throttled(_) => Code::ResourceExhausted,
             Self::Draining | Self::Outbox(_) => Code::Unavailable,
-            Self::NotImplemented(_) => Code::Unimplemented,
+            Self::Unauthenticated(AuthError::NoKeys) => Code::Unavailable,
+            Self::Unauthenticated(_) => Code::Unauthenticated,
+            Self::PermissionMissing(_) | Self::OutOfScope => Code::PermissionDenied,
             Self::Registry(error) => match error {
                 RegistryError::NotFound(_) => Code::NotFound,
                 RegistryError::Exists(_) => Code::AlreadyExists,
@@ -124,7 +135,14 @@ impl RelayError {
             Self::Busy(_) => "TOO_MANY_CALLS",
             Self::Draining => "DRAINING",
             Self::Outbox(_) => "OUTBOX_UNAVAILABLE",
-            Self::NotImplemented(_) => "NOT_IMPLEMENTED",
+            Self::Unauthenticated(error) => error.reason(),
+            Self::PermissionMissing(_) => "PERMISSION_MISSING",
+            Self::OutOfScope => "INTEGRATION_OUT_OF_SCOPE",
+            Self::Throttled(throttle) => match throttle.subject {
+                "caller" => "CALLER_LIMIT",
+                "integration" => "INTEGRATION_LIMIT",
+                _ => "RELAY_LIMIT",
+            },
             Self::Registry(error) => match error {
                 RegistryError::NotFound(_) => "INTEGRATION_NOT_FOUND",
                 RegistryError::Exists(_) => "INTEGRATION_EXISTS",
@@ -179,7 +197,20 @@ impl RelayError {
                     .to_owned()
             }
             Self::Registry(error) => error.to_string(),
-            Self::NotImplemented(what) => format!("{what} is not implemented in this version"),
+            Self::Unauthenticated(error) => error.to_string(),
+            Self::PermissionMissing(permission) => format!(
+                "this caller lacks the permission `{permission}`; whoever runs the relay can give it"
+            ),
+            Self::OutOfScope => {
+                "this caller may not touch this integration; name one that it may, \
+                or have whoever runs the relay add it"
+                    .to_owned()
+            }
+            Self::Throttled(throttle) => format!(
+                "too many {}; nothing was stored, try again after {:.1} s",
+                throttle.what,
+                throttle.wait.as_secs_f64()
+            ),
         }
     }
 
@@ -210,7 +241,11 @@ impl RelayError {
                 details.set_retry_info(Some(RETRY_DELAY));
                 details.add_quota_failure_violation("relay", format!("{what} at once"));
             }
-            Self::Draining | Self::Outbox(_) => {
+            Self::Throttled(throttle) => {
+                details.set_retry_info(Some(throttle.wait));
+                details.add_quota_failure_violation(throttle.subject, throttle.what);
+            }
+            Self::Draining | Self::Outbox(_) | Self::Unauthenticated(AuthError::NoKeys) => {
                 details.set_retry_info(Some(RETRY_DELAY));
             }
             _ => {}

@@ -2,14 +2,18 @@
 
 use std::sync::Arc;
 
+use serde_json::Value;
 use tonic::{Request, Response, Status};
 
 use super::{RelayError, Services};
 use crate::{
+    audit::Entry,
     event::{self, EventType, message_id},
-    integration::{Integration, IntegrationId},
+    integration::{Integration, IntegrationId, changed_fields},
     mapping,
+    notice::{Happening, Notice},
     outbox::OutboxError,
+    permission::Caller,
     proto::{
         self, CreateIntegrationRequest, CreateIntegrationResponse, DeleteIntegrationRequest,
         DeleteIntegrationResponse, GetIntegrationRequest, GetIntegrationResponse,
@@ -33,11 +37,14 @@ impl IntegrationService for Integrations {
         &self,
         request: Request<CreateIntegrationRequest>,
     ) -> Result<Response<CreateIntegrationResponse>, Status> {
-        let _permit = self.0.gate.enter()?;
+        let (caller, _permit) = self.0.enter(&request)?;
         let spec = required(request.into_inner().integration)?;
+        if !caller.may_touch(&spec.integration_id) {
+            return Err(RelayError::OutOfScope.into());
+        }
         let created = self.0.registry.create(&spec, UnixMillis::now()).await;
         let created = created.map_err(RelayError::from)?;
-        tracing::info!(integration = %created.id(), "integration created");
+        self.tell(&caller, Happening::Created, &created, &[]).await;
         let integration = Some(created.to_public());
         Ok(Response::new(CreateIntegrationResponse { integration }))
     }
@@ -46,8 +53,10 @@ impl IntegrationService for Integrations {
         &self,
         request: Request<GetIntegrationRequest>,
     ) -> Result<Response<GetIntegrationResponse>, Status> {
-        let _permit = self.0.gate.enter()?;
-        let found = self.0.integration(&request.into_inner().integration_id)?;
+        let (caller, _permit) = self.0.enter(&request)?;
+        let found = self
+            .0
+            .integration(&caller, &request.into_inner().integration_id)?;
         let mut public = found.to_public();
         public.health = Some(self.health(&found).await.map_err(RelayError::from)?);
         Ok(Response::new(GetIntegrationResponse {
@@ -59,7 +68,7 @@ impl IntegrationService for Integrations {
         &self,
         request: Request<ListIntegrationsRequest>,
     ) -> Result<Response<ListIntegrationsResponse>, Status> {
-        let _permit = self.0.gate.enter()?;
+        let (caller, _permit) = self.0.enter(&request)?;
         let request = request.into_inner();
         let size = super::page_size(request.page_size)?;
         let after = match request.page_token.as_str() {
@@ -69,7 +78,8 @@ impl IntegrationService for Integrations {
                 RelayError::invalid("page_token", "INVALID_FORMAT", rule)
             })?),
         };
-        let mut page = self.0.registry.list(after.as_ref(), size + 1);
+        let scope = &caller.scope;
+        let mut page = self.0.registry.list(after.as_ref(), scope, size + 1);
         let more = page.len() > size;
         page.truncate(size);
         let last = page
@@ -86,9 +96,10 @@ impl IntegrationService for Integrations {
         &self,
         request: Request<UpdateIntegrationRequest>,
     ) -> Result<Response<UpdateIntegrationResponse>, Status> {
-        let _permit = self.0.gate.enter()?;
+        let (caller, _permit) = self.0.enter(&request)?;
         let request = request.into_inner();
         let change = required(request.integration)?;
+        self.0.integration(&caller, &change.integration_id)?;
         let mask = request.update_mask.unwrap_or_default().paths;
         let updated = self
             .0
@@ -96,8 +107,11 @@ impl IntegrationService for Integrations {
             .update(change, &mask, UnixMillis::now())
             .await;
         let updated = updated.map_err(RelayError::from)?;
-        tracing::info!(integration = %updated.id(), "integration updated");
-        let integration = Some(updated.to_public());
+        let changed = changed_fields(&updated.before, &updated.now);
+        let facts = [("changed", changed.join(" ").into())];
+        self.tell(&caller, Happening::Updated, &updated.now, &facts)
+            .await;
+        let integration = Some(updated.now.to_public());
         Ok(Response::new(UpdateIntegrationResponse { integration }))
     }
 
@@ -105,9 +119,9 @@ impl IntegrationService for Integrations {
         &self,
         request: Request<DeleteIntegrationRequest>,
     ) -> Result<Response<DeleteIntegrationResponse>, Status> {
-        let _permit = self.0.gate.enter()?;
+        let (caller, _permit) = self.0.enter(&request)?;
         let request = request.into_inner();
-        let found = self.0.integration(&request.integration_id)?;
+        let found = self.0.integration(&caller, &request.integration_id)?;
         let deleted = self
             .0
             .registry
@@ -115,7 +129,9 @@ impl IntegrationService for Integrations {
             .await
             .map_err(RelayError::from)?;
         self.0.vitals.forget(found.id());
-        tracing::info!(integration = %found.id(), waiting = deleted, "integration deleted");
+        self.0.conditions.forget(found.id());
+        let facts = [("waiting_events", deleted.into())];
+        self.tell(&caller, Happening::Deleted, &found, &facts).await;
         Ok(Response::new(DeleteIntegrationResponse {
             dead_lettered_events: deleted,
         }))
@@ -125,17 +141,50 @@ impl IntegrationService for Integrations {
         &self,
         request: Request<TestIntegrationRequest>,
     ) -> Result<Response<TestIntegrationResponse>, Status> {
-        let _permit = self.0.gate.enter()?;
-        let integration = self.0.integration(&request.into_inner().integration_id)?;
+        let (caller, _permit) = self.0.enter(&request)?;
+        let integration = self
+            .0
+            .integration(&caller, &request.into_inner().integration_id)?;
         let tests = integration
             .regions()
             .map(|region| self.test(&integration, region));
         let results = futures_util::future::try_join_all(tests).await?;
+        let facts = results.iter().map(outcome).collect::<Vec<_>>();
+        let facts = [("results", facts.join(", ").into())];
+        self.tell(&caller, Happening::Tested, &integration, &facts)
+            .await;
         Ok(Response::new(TestIntegrationResponse { results }))
     }
 }
 
 impl Integrations {
+    /// Notes a change for the audit, and tells people.
+    async fn tell(
+        &self,
+        caller: &Caller,
+        happening: Happening,
+        integration: &Integration,
+        facts: &[(&str, Value)],
+    ) {
+        let detail: Vec<_> = facts
+            .iter()
+            .map(|(name, fact)| format!("{name}: {fact}"))
+            .collect();
+        self.0.audit.note(&Entry {
+            caller: &caller.name,
+            action: happening.as_str(),
+            integration: integration.id().as_str(),
+            detail: detail.join("; "),
+        });
+        let mut all = vec![
+            ("display_name", integration.display_name.as_str().into()),
+            ("caller", caller.name.as_str().into()),
+        ];
+        all.extend_from_slice(facts);
+        let notice = Notice::new(happening, integration.id(), &all, UnixMillis::now());
+        self.0.notices.tell(notice).await;
+    }
+
     async fn health(&self, integration: &Integration) -> Result<IntegrationHealth, OutboxError> {
         let backlog = self.0.outbox.backlog(integration.id()).await?;
         let vitals = self.0.vitals.get(integration.id());
@@ -175,6 +224,12 @@ impl Integrations {
             message_ids: EventType::ALL.map(id).into(),
         })
     }
+}
+
+/// A test's result in a word.
+fn outcome(result: &IntegrationTestResult) -> String {
+    let region = result.data_region().as_str_name();
+    format!("{region} HTTP {}", result.http_status)
 }
 
 /// The same integration without mappings: a test has no answers to map, only

@@ -7,7 +7,7 @@ use tonic::{Request, Response, Status, Streaming, metadata::MetadataMap};
 
 use super::{
     RelayError, Services,
-    accept::{Accepted, accepted, capture_result, echo_id, required},
+    accept::{Accepted, accepted, caller, capture_result, echo_id, required},
     convert, stream, watch,
 };
 use crate::{
@@ -39,11 +39,12 @@ impl SegmentRelay for Relay {
         &self,
         request: Request<CaptureRequest>,
     ) -> Result<Response<CaptureResponse>, Status> {
-        let _permit = self.0.gate.enter()?;
+        let (caller, _permit) = self.0.enter(&request)?;
         let deadline = self.answer_by(request.metadata());
         let request = request.into_inner();
         let wait_for = wait_for(request.wait_for)?;
-        let integration = self.0.integration(&request.integration_id)?;
+        let integration = self.0.integration(&caller, &request.integration_id)?;
+        self.0.usage.capture(&caller, integration.id(), 1)?;
         let new = self.0.prepare(&integration, request.capture)?;
         let submitted = self.submit(vec![new]).await?;
         let accepted = submitted
@@ -62,7 +63,7 @@ impl SegmentRelay for Relay {
         &self,
         request: Request<CaptureBatchRequest>,
     ) -> Result<Response<CaptureBatchResponse>, Status> {
-        let _permit = self.0.gate.enter()?;
+        let (caller, _permit) = self.0.enter(&request)?;
         let deadline = self.answer_by(request.metadata());
         let request = request.into_inner();
         let wait_for = wait_for(request.wait_for)?;
@@ -70,7 +71,9 @@ impl SegmentRelay for Relay {
             let rule = format!("1 to {MAX_BATCH} captures; split a larger batch");
             return Err(RelayError::invalid("captures", "OUT_OF_RANGE", rule).into());
         }
-        let integration = self.0.integration(&request.integration_id)?;
+        let integration = self.0.integration(&caller, &request.integration_id)?;
+        let count = request.captures.len();
+        self.0.usage.capture(&caller, integration.id(), count)?;
         let mut answers = self.accept_batch(&integration, request.captures).await?;
         if wait_for == WaitFor::Delivered {
             for (record, _) in answers.iter_mut().flat_map(|answer| &mut answer.1) {
@@ -90,9 +93,10 @@ impl SegmentRelay for Relay {
         &self,
         request: Request<Streaming<CaptureStreamRequest>>,
     ) -> Result<Response<Self::CaptureStreamStream>, Status> {
-        let permit = self.0.gate.enter()?;
+        let (caller, permit) = self.0.enter(&request)?;
         Ok(Response::new(stream::serve(
             self.0.clone(),
+            caller,
             request.into_inner(),
             permit,
         )))
@@ -102,9 +106,9 @@ impl SegmentRelay for Relay {
         &self,
         request: Request<PreviewCaptureRequest>,
     ) -> Result<Response<PreviewCaptureResponse>, Status> {
-        let _permit = self.0.gate.enter()?;
+        let (caller, _permit) = self.0.enter(&request)?;
         let request = request.into_inner();
-        let integration = self.0.integration(&request.integration_id)?;
+        let integration = self.0.integration(&caller, &request.integration_id)?;
         let capture = required(request.capture)?;
         match preview(&integration, &capture) {
             Ok(events) => Ok(Response::new(PreviewCaptureResponse {
@@ -123,9 +127,9 @@ impl SegmentRelay for Relay {
         &self,
         request: Request<GetCaptureRequest>,
     ) -> Result<Response<GetCaptureResponse>, Status> {
-        let _permit = self.0.gate.enter()?;
+        let (caller, _permit) = self.0.enter(&request)?;
         let request = request.into_inner();
-        let integration = self.0.integration(&request.integration_id)?;
+        let integration = self.0.integration(&caller, &request.integration_id)?;
         let id = request.capture_id;
         if id.is_empty() {
             return Err(RelayError::invalid("capture_id", "REQUIRED", "name the capture").into());
@@ -151,9 +155,9 @@ impl SegmentRelay for Relay {
         &self,
         request: Request<WatchDeliveriesRequest>,
     ) -> Result<Response<Self::WatchDeliveriesStream>, Status> {
+        let caller = caller(&request)?;
         let permit = self.0.gate.enter_watcher()?;
-        let request = request.into_inner();
-        let filter = watch::Filter::new(&self.0, &request)?;
+        let filter = watch::Filter::new(&self.0, &caller, request.get_ref())?;
         Ok(Response::new(watch::serve(&self.0, filter, permit)))
     }
 }

@@ -2,7 +2,10 @@
 //! results sent as they become durable. What is between the two is bounded, and
 //! so is what waits to be sent: a client that does not read is not read.
 
+use std::sync::Arc;
+
 use futures_util::{StreamExt, stream::FuturesUnordered};
+use prost::Message;
 use tokio::sync::{OwnedSemaphorePermit, mpsc};
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Status, Streaming};
@@ -13,6 +16,7 @@ use super::{
 };
 use crate::{
     outbox::{NewCapture, Receipt},
+    permission::Caller,
     proto::{CaptureStreamRequest, CaptureStreamResponse},
 };
 
@@ -26,13 +30,14 @@ type Results = mpsc::Sender<Result<CaptureStreamResponse, Status>>;
 /// Serves a stream in a task of its own, which holds the permit.
 pub(super) fn serve(
     services: Services,
+    caller: Arc<Caller>,
     requests: Streaming<CaptureStreamRequest>,
     permit: OwnedSemaphorePermit,
 ) -> ReceiverStream<Result<CaptureStreamResponse, Status>> {
     let (results, receiver) = mpsc::channel(RESULTS);
     let tracker = services.gate.streams.clone();
     tracker.spawn(async move {
-        run(services, requests, results).await;
+        run(services, caller, requests, results).await;
         drop(permit);
     });
     ReceiverStream::new(receiver)
@@ -40,7 +45,12 @@ pub(super) fn serve(
 
 /// Ends when the client has ended its side and has all results, when it has
 /// gone, or when the relay drains.
-async fn run(services: Services, mut requests: Streaming<CaptureStreamRequest>, results: Results) {
+async fn run(
+    services: Services,
+    caller: Arc<Caller>,
+    mut requests: Streaming<CaptureStreamRequest>,
+    results: Results,
+) {
     let max_in_flight = services.limits.max_stream_captures_in_flight;
     let mut in_flight = FuturesUnordered::new();
     let mut reading = true;
@@ -58,7 +68,7 @@ async fn run(services: Services, mut requests: Streaming<CaptureStreamRequest>, 
             request = requests.message(), if reading && in_flight.len() < max_in_flight => {
                 match request {
                     Ok(Some(request)) => {
-                        let submitted = submit(&services, request).await;
+                        let submitted = submit(&services, &caller, request).await;
                         in_flight.push(submitted.result());
                     }
                     Ok(None) => reading = false,
@@ -79,17 +89,20 @@ struct InFlight {
     correlation_id: String,
     capture_id: String,
     submitted: Result<Receipt, RelayError>,
+    /// Room for it among all requests.
+    _held: Option<OwnedSemaphorePermit>,
 }
 
 /// Submits one capture, in its turn.
-async fn submit(services: &Services, request: CaptureStreamRequest) -> InFlight {
+async fn submit(services: &Services, caller: &Caller, request: CaptureStreamRequest) -> InFlight {
+    let held = services.usage.hold_in_turn(request.encoded_len()).await;
     let capture_id = request.capture.as_ref().map(echo_id).unwrap_or_default();
     let correlation_id = request
         .correlation_id
         .chars()
         .take(MAX_CORRELATION_CHARS)
         .collect();
-    let submitted = match prepare(services, request) {
+    let submitted = match prepare(services, caller, request) {
         Ok(new) => services
             .outbox
             .submit(vec![new])
@@ -101,6 +114,7 @@ async fn submit(services: &Services, request: CaptureStreamRequest) -> InFlight 
         correlation_id,
         capture_id,
         submitted,
+        _held: held,
     }
 }
 
@@ -124,11 +138,16 @@ impl InFlight {
     }
 }
 
-fn prepare(services: &Services, request: CaptureStreamRequest) -> Result<NewCapture, RelayError> {
+fn prepare(
+    services: &Services,
+    caller: &Caller,
+    request: CaptureStreamRequest,
+) -> Result<NewCapture, RelayError> {
     if request.correlation_id.chars().count() > MAX_CORRELATION_CHARS {
         let rule = format!("at most {MAX_CORRELATION_CHARS} characters");
         return Err(RelayError::invalid("correlation_id", "TOO_LONG", rule));
     }
-    let integration = services.integration(&request.integration_id)?;
+    let integration = services.integration(caller, &request.integration_id)?;
+    services.usage.capture(caller, integration.id(), 1)?;
     services.prepare(&integration, request.capture)
 }

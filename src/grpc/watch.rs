@@ -8,6 +8,7 @@ use super::{RelayError, Services, convert};
 use crate::{
     integration::IntegrationId,
     outbox::Change,
+    permission::{Caller, Scope},
     proto::{DeliveryState, EventType, WatchDeliveriesRequest, WatchDeliveriesResponse},
     time::UnixMillis,
 };
@@ -19,6 +20,7 @@ const UPDATES: usize = 64;
 /// Which changes a watcher wants.
 pub(super) struct Filter {
     integration_id: Option<IntegrationId>,
+    scope: Scope,
     states: Vec<DeliveryState>,
     types: Vec<EventType>,
 }
@@ -26,11 +28,12 @@ pub(super) struct Filter {
 impl Filter {
     pub(super) fn new(
         services: &Services,
+        caller: &Caller,
         request: &WatchDeliveriesRequest,
     ) -> Result<Self, RelayError> {
         let integration_id = match request.integration_id.as_str() {
             "" => None,
-            id => Some(services.integration(id)?.id().clone()),
+            id => Some(services.integration(caller, id)?.id().clone()),
         };
         let known = |field: &str, index: usize| {
             let rule = "not a known value, and not UNSPECIFIED";
@@ -52,6 +55,7 @@ impl Filter {
         }
         Ok(Self {
             integration_id,
+            scope: caller.scope.clone(),
             states,
             types,
         })
@@ -63,6 +67,7 @@ impl Filter {
         self.integration_id
             .as_ref()
             .is_none_or(|id| *id == record.integration_id)
+            && self.scope.holds(&record.integration_id)
             && (self.states.is_empty() || self.states.contains(&state))
             && (self.types.is_empty() || self.types.contains(&change.event.to_proto()))
     }

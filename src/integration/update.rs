@@ -1,6 +1,7 @@
 //! Updates by field mask (AIP-134).
 
-use crate::{proto, violation::Violations};
+use super::Integration;
+use crate::{proto, region::Region, violation::Violations};
 
 /// The fields that an update may name.
 pub const UPDATABLE_FIELDS: [&str; 7] = [
@@ -68,6 +69,37 @@ pub fn apply_update(
         next.credentials = keep_unnamed_keys(&next.credentials, change.credentials);
     }
     found.or_ok(next)
+}
+
+/// The fields in which two versions of an integration differ. Of credentials, the
+/// regions whose write key is another.
+#[must_use]
+pub fn changed_fields(before: &Integration, now: &Integration) -> Vec<String> {
+    let mut changed: Vec<String> = Region::ALL
+        .into_iter()
+        .filter(|region| before.write_key(*region) != now.write_key(*region))
+        .map(|region| format!("credentials[{region}]"))
+        .collect();
+    let (old, new) = (before.to_public(), now.to_public());
+    for (field, differs) in [
+        ("display_name", old.display_name != new.display_name),
+        ("mappings", old.mappings != new.mappings),
+        (
+            "unmapped_attributes",
+            old.unmapped_attributes != new.unmapped_attributes,
+        ),
+        (
+            "email_normalization",
+            old.email_normalization != new.email_normalization,
+        ),
+        ("event_name", old.event_name != new.event_name),
+        ("enabled", old.enabled != new.enabled),
+    ] {
+        if differs {
+            changed.push(field.to_owned());
+        }
+    }
+    changed
 }
 
 fn keep_unnamed_keys(

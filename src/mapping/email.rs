@@ -46,12 +46,7 @@ pub(super) fn check<'a>(
         );
         return None;
     }
-    let options = Options::default()
-        .with_required_tld()
-        .without_domain_literal()
-        .without_display_text();
-    let unfit = email.len() > MAX_ADDRESS_BYTES || email.chars().any(char::is_control);
-    if unfit || EmailAddress::parse_with_options(email, options).is_err() {
+    if !is_address(email) {
         found.add(
             "capture.email",
             "INVALID_EMAIL",
@@ -60,14 +55,36 @@ pub(super) fn check<'a>(
         );
         return None;
     }
+    Some(Subject {
+        email,
+        user_id: user_id(email, normalization),
+    })
+}
+
+/// Both user ids that an address can have: hashed in lower case, and as it is.
+/// `None` where it is no address.
+#[must_use]
+pub fn user_ids(email: &str) -> Option<[String; 2]> {
+    let email = email.trim();
+    let both = [Normalization::Lowercase, Normalization::Exact];
+    is_address(email).then(|| both.map(|normalization| user_id(email, normalization)))
+}
+
+fn is_address(email: &str) -> bool {
+    let options = Options::default()
+        .with_required_tld()
+        .without_domain_literal()
+        .without_display_text();
+    let fits = email.len() <= MAX_ADDRESS_BYTES && !email.chars().any(char::is_control);
+    fits && EmailAddress::parse_with_options(email, options).is_ok()
+}
+
+fn user_id(email: &str, normalization: Normalization) -> String {
     let hashed = match normalization {
         Normalization::Lowercase if email.chars().any(char::is_uppercase) => {
             Cow::Owned(email.to_lowercase())
         }
         _ => Cow::Borrowed(email),
     };
-    Some(Subject {
-        email,
-        user_id: hex::encode(Sha256::digest(hashed.as_bytes())),
-    })
+    hex::encode(Sha256::digest(hashed.as_bytes()))
 }

@@ -3,16 +3,20 @@
 
 use std::{sync::Arc, time::Duration};
 
+use sha2::{Digest, Sha256};
+
 use super::{
-    Backlog, BoxFuture, Content, DeadLetterFilter, LaneKey, LeaseBudget, LeasedCapture, Limits,
-    NewCapture, Outbox, OutboxError, Quota, Selection, SettledCapture, Settlement, Submitted,
+    Backlog, BoxFuture, Content, DeadLetterFilter, Erasure, LaneKey, LeaseBudget, LeasedCapture,
+    Limits, NewCapture, Outbox, OutboxError, Quota, Selection, SettledCapture, Settlement,
+    SubjectQuery, Submitted,
 };
 use crate::{
     event::{EventPair, EventType},
     integration::IntegrationId,
-    proto::DeliveryReason,
+    notice::{Happening, Notice},
+    proto::{DeliveryReason, ErasureReceipt},
     region::Region,
-    status::{Attempt, Outcome, State},
+    status::{Attempt, CaptureRecord, Outcome, State},
     time::UnixMillis,
 };
 
@@ -43,6 +47,8 @@ macro_rules! suite {
             waiting_callers_and_watchers_hear_of_what_is_durable
             dead_letters_are_listed_replayed_behind_live_captures_and_discarded
             integrations_are_kept
+            a_persons_data_is_erased_and_nobody_elses
+            notices_are_kept_in_order_until_they_are_done
         );
     };
     ($rig:expr; $($name:ident)*) => {
@@ -79,6 +85,7 @@ pub(crate) fn new_capture(name: &str, capture_id: &str, content: u8) -> NewCaptu
         region: Region::NonEu,
         mapping_version: 1,
         accept_time: NOW,
+        user_id: Some(user_of(capture_id)),
         content: Content::Send {
             shard: 1,
             events: EventPair {
@@ -87,6 +94,12 @@ pub(crate) fn new_capture(name: &str, capture_id: &str, content: u8) -> NewCaptu
             },
         },
     }
+}
+
+/// The person of a capture: by what stands before the dash in its id.
+pub(crate) fn user_of(capture_id: &str) -> String {
+    let person = capture_id.split('-').next().unwrap_or("");
+    hex::encode(Sha256::digest(person))
 }
 
 pub(crate) async fn submit(outbox: &dyn Outbox, captures: Vec<NewCapture>) -> Vec<Submitted> {
@@ -383,7 +396,10 @@ pub(crate) async fn dead_letters_are_listed_replayed_behind_live_captures_and_di
     assert_eq!((count.events, count.older), (4, 4));
 
     submit_one(outbox, "acme", "live").await;
-    let first = Selection::Ids(vec![letters[0].id, letters[1].id]);
+    let first = Selection::Ids {
+        ids: vec![letters[0].id, letters[1].id],
+        integrations: None,
+    };
     assert_eq!(outbox.replay(first, NOW).await, Ok(Ok(2)));
     let leased = lease(outbox, "acme", 10).await;
     assert_eq!(ids(&leased), ["live", "a"]);
@@ -428,5 +444,109 @@ pub(crate) async fn integrations_are_kept(rig: &impl Rig) {
     assert_eq!(outbox.integrations().await, Ok(expected));
     outbox.delete_integration(&id("a")).await.expect("deleted");
     assert_eq!(outbox.integrations().await, Ok(vec![spec("b", "three")]));
+    outbox.close().await;
+}
+
+/// Erases all that is found of a person.
+async fn erase(outbox: &dyn Outbox, subject: SubjectQuery) -> ErasureReceipt {
+    let found = outbox.find_subject(subject.clone()).await.expect("found");
+    let erasure = Erasure {
+        subject,
+        captures: found.captures,
+        receipt: ErasureReceipt::default(),
+    };
+    outbox.erase(erasure).await.expect("erased")
+}
+
+pub(crate) async fn a_persons_data_is_erased_and_nobody_elses(rig: &impl Rig) {
+    let outbox = rig.open().await;
+    for capture in ["delivered", "dead", "ann-1", "ann-2", "bob-1"] {
+        let person = NewCapture {
+            user_id: Some(user_of(if capture == "bob-1" { "bob" } else { "ann" })),
+            ..new_capture("acme", capture, 0)
+        };
+        submit(&*outbox, vec![person]).await;
+    }
+    submit(&*outbox, vec![new_capture("other", "ann-1", 0)]).await;
+    let leased = lease(&*outbox, "acme", 4).await;
+    settle(&*outbox, leased, |capture, _| match capture {
+        "dead" => Outcome::DeadLetter {
+            reason: DeliveryReason::Expired,
+        },
+        _ => Outcome::Delivered,
+    })
+    .await;
+    let ann = SubjectQuery {
+        user_ids: vec![user_of("nobody"), user_of("ann")],
+        integration_id: Some(id("acme")),
+    };
+    let found = outbox.find_subject(ann.clone()).await.expect("found");
+    assert_eq!((found.captures.len(), found.lanes), (4, vec![lane("acme")]));
+    // Leased before, settled after: the request was on its way.
+    let in_flight = lease(&*outbox, "acme", 2).await;
+    assert_eq!(ids(&in_flight), ["ann-1"]);
+    let receipt = erase(&*outbox, ann.clone()).await;
+    assert_eq!(receipt.waiting_event_count, 4);
+    assert_eq!(receipt.dead_letter_count, 2);
+    assert_eq!(receipt.payload_count, 6);
+    assert_eq!(receipt.attempt_count, 2);
+    settle(&*outbox, in_flight, |_, _| Outcome::Delivered).await;
+
+    let outbox = {
+        outbox.close().await;
+        rig.open().await
+    };
+    let state = |record: &CaptureRecord| record.identify.state;
+    let find = async |name: &str, capture: &str| {
+        let found = outbox.find(&id(name), capture).await.expect("read");
+        found.expect("its id is kept")
+    };
+    let erased = State::Skipped {
+        reason: DeliveryReason::Erased,
+    };
+    for capture in ["dead", "ann-1", "ann-2"] {
+        assert_eq!(state(&find("acme", capture).await), erased, "{capture}");
+    }
+    let delivered = find("acme", "delivered").await;
+    assert!(matches!(state(&delivered), State::Delivered { .. }));
+    assert_eq!(delivered.attempts, []);
+    assert_eq!(state(&find("other", "ann-1").await), State::Queued);
+    assert_eq!(ids(&lease(&*outbox, "acme", 10).await), ["bob-1"]);
+    let backlog = outbox.backlog(&id("acme")).await.expect("counted");
+    assert_eq!(backlog.events, 2);
+    let letters = outbox.dead_letters(DeadLetterFilter::default(), 0, 10);
+    assert_eq!(letters.await, Ok(Vec::new()));
+    // A repetition does not bring the data back.
+    let again = NewCapture {
+        user_id: Some(user_of("ann")),
+        ..new_capture("acme", "ann-2", 0)
+    };
+    let again = submit(&*outbox, vec![again]).await;
+    assert!(matches!(&again[0], Submitted::Duplicate(record) if state(record) == erased));
+
+    let second = erase(&*outbox, ann).await;
+    assert_eq!((second.waiting_event_count, second.attempt_count), (0, 0));
+    let receipts = outbox.erasure_receipts(None, 10).await.expect("read");
+    assert_eq!(receipts, [second, receipt.clone()]);
+    let before = receipts[0].receipt_id.parse().ok();
+    let older = outbox.erasure_receipts(before, 10).await;
+    assert_eq!(older, Ok(vec![receipt]));
+    outbox.close().await;
+}
+
+pub(crate) async fn notices_are_kept_in_order_until_they_are_done(rig: &impl Rig) {
+    let outbox = rig.open().await;
+    let notice =
+        |facts: &str| Notice::new(Happening::Updated, &id("acme"), &[("n", facts.into())], NOW);
+    let notices = [notice("1"), notice("2"), notice("3")];
+    for one in &notices {
+        outbox.put_notice(one.clone()).await.expect("stored");
+    }
+    outbox.delete_notice(&notices[1].id).await.expect("deleted");
+    outbox.close().await;
+    let outbox = rig.open().await;
+    let kept = outbox.notices(10).await.expect("read");
+    assert_eq!(kept, [notices[0].clone(), notices[2].clone()]);
+    assert_eq!(outbox.notices(1).await.expect("read").len(), 1);
     outbox.close().await;
 }

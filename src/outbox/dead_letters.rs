@@ -9,8 +9,8 @@ use crate::{
 /// Which dead letters are meant. What is `None` lets everything through.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct DeadLetterFilter {
-    /// Of this integration.
-    pub integration_id: Option<IntegrationId>,
+    /// Of one of these integrations.
+    pub integrations: Option<Vec<IntegrationId>>,
     /// With this reason.
     pub reason: Option<DeliveryReason>,
     /// Given up at this time or later.
@@ -25,7 +25,12 @@ pub enum Selection {
     /// All that fit.
     Filter(DeadLetterFilter),
     /// Those of these ids; unknown ones are passed over.
-    Ids(Vec<i64>),
+    Ids {
+        /// The ids.
+        ids: Vec<i64>,
+        /// Others than those of these integrations are passed over too.
+        integrations: Option<Vec<IntegrationId>>,
+    },
 }
 
 /// One dead letter.

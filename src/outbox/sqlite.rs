@@ -16,34 +16,37 @@
 //! `relay.db` with its `-wal` and `-shm`, and `relay.lock`, which the relay
 //! holds locked: a second one on the same directory is refused.
 
+mod calls;
+mod keys;
 mod reader;
 mod row;
 mod schema;
 mod selection;
+mod subjects;
 mod writer;
 
 use std::{
     fs::{self, File, TryLockError},
     path::{Path, PathBuf},
-    sync::{Arc, Mutex, PoisonError},
+    sync::{Arc, Mutex},
     thread::JoinHandle,
     time::Duration,
 };
 
 use tokio::sync::{mpsc, oneshot};
 
-use super::{
-    Backlog, BoxFuture, DeadLetter, DeadLetterCount, DeadLetterFilter, LaneKey, LeaseBudget,
-    LeasedCapture, Limits, NewCapture, Outbox, OutboxError, Quota, Receipt, Selection, Settlement,
-    Signals, StoredIntegration,
-};
-use crate::{integration::IntegrationId, status::CaptureRecord, time::UnixMillis};
+use super::{FoundSubject, Limits, OutboxError, Signals, SubjectQuery, sealing::Sealing};
+use crate::vault::Vault;
 
+pub use keys::KeyError;
 use reader::ReadCommand;
+use subjects::SubjectScan;
 use writer::{WriteCommand, Writer};
 
 /// Commands that wait for the writer; a full queue makes callers wait.
 const WRITE_QUEUE: usize = 4_096;
+/// Captures of one person that a search finds at the most.
+const MAX_FOUND: usize = 100_000;
 /// Commands that wait for the reader.
 const READ_QUEUE: usize = 1_024;
 
@@ -58,6 +61,8 @@ pub struct SqliteOptions {
     pub group_commit_max: usize,
     /// How long the id and the status of a capture are remembered.
     pub remember: Duration,
+    /// Whether payloads are stored encrypted. Write keys always are.
+    pub encrypt_payloads: bool,
 }
 
 /// Why the outbox can't be opened.
@@ -87,6 +92,14 @@ pub enum OpenError {
         /// What this version writes.
         known: i64,
     },
+    /// The keys of what is stored are not all there.
+    #[error("[outbox] path {path}: {source}")]
+    Keys {
+        /// The configured directory.
+        path: PathBuf,
+        /// What is wrong.
+        source: KeyError,
+    },
     /// The file is not a database of the relay.
     #[error("{0} is not an outbox of segment-relay; move it away")]
     Foreign(PathBuf),
@@ -106,6 +119,7 @@ pub struct SqliteOutbox {
     writer: mpsc::Sender<WriteCommand>,
     reader: mpsc::Sender<ReadCommand>,
     signals: Arc<Signals>,
+    sealing: Arc<Sealing>,
     open: Mutex<Option<OpenFiles>>,
 }
 
@@ -121,10 +135,17 @@ impl SqliteOutbox {
     ///
     /// # Errors
     /// [`OpenError`]; nothing of an existing outbox has been changed then.
-    pub fn open(options: &SqliteOptions) -> Result<Self, OpenError> {
+    pub fn open(options: &SqliteOptions, vault: &Arc<Vault>) -> Result<Self, OpenError> {
         let lock = lock_directory(&options.directory)?;
         let database = options.directory.join("relay.db");
-        let write = schema::open_for_writing(&options.directory, &database)?;
+        let mut write = schema::open_for_writing(&options.directory, &database)?;
+        let prepared =
+            keys::prepare(&mut write, vault, options.encrypt_payloads).map_err(|source| {
+                OpenError::Keys {
+                    path: options.directory.clone(),
+                    source,
+                }
+            })?;
         let failed = |source| OpenError::Database {
             path: options.directory.clone(),
             source,
@@ -132,7 +153,8 @@ impl SqliteOutbox {
         let read = schema::open_for_reading(&database).map_err(failed)?;
 
         let signals = Arc::new(Signals::default());
-        let writer = Writer::new(write, options, Arc::clone(&signals)).map_err(failed)?;
+        let writer =
+            Writer::new(write, options, &prepared, Arc::clone(&signals)).map_err(failed)?;
         let (write_sender, write_receiver) = mpsc::channel(WRITE_QUEUE);
         let (read_sender, read_receiver) = mpsc::channel(READ_QUEUE);
         let spawn = |name: &str, run: Box<dyn FnOnce() + Send>| {
@@ -159,6 +181,7 @@ impl SqliteOutbox {
             writer: write_sender,
             reader: read_sender,
             signals,
+            sealing: prepared.sealing,
             open: Mutex::new(Some(files)),
         })
     }
@@ -171,6 +194,34 @@ impl SqliteOutbox {
     /// [`OutboxError`]; it may work at the next call.
     pub async fn maintain(&self) -> Result<bool, OutboxError> {
         self.write(|reply| WriteCommand::Maintain { reply }).await
+    }
+
+    /// Goes through all that was accepted, piece by piece, so that leases are
+    /// answered in between.
+    async fn scan_subjects(&self, query: SubjectQuery) -> Result<FoundSubject, OutboxError> {
+        let ids = query.user_ids.iter();
+        let mut scan = SubjectScan {
+            subjects: ids.map(|id| self.sealing.subject(id)).collect(),
+            query,
+            after: 0,
+        };
+        let mut all = FoundSubject::default();
+        while all.captures.len() < MAX_FOUND {
+            let piece = scan.clone();
+            let scanned = self
+                .read(move |reply| ReadCommand::ScanSubjects { scan: piece, reply })
+                .await?;
+            for (sequence, lane) in scanned.found {
+                all.captures.push(sequence);
+                all.lanes.extend(lane);
+            }
+            let Some(next) = scanned.next else { break };
+            scan.after = next;
+        }
+        all.captures.truncate(MAX_FOUND);
+        all.lanes.sort_unstable();
+        all.lanes.dedup();
+        Ok(all)
     }
 
     async fn write<T>(
@@ -224,154 +275,6 @@ fn make_private_directory(directory: &Path) -> std::io::Result<()> {
     #[cfg(unix)]
     std::os::unix::fs::DirBuilderExt::mode(&mut builder, 0o700);
     builder.create(directory)
-}
-
-impl Outbox for SqliteOutbox {
-    fn submit(&self, captures: Vec<NewCapture>) -> BoxFuture<'_, Result<Receipt, OutboxError>> {
-        Box::pin(async move {
-            let (reply, answer) = oneshot::channel();
-            let command = WriteCommand::Submit { captures, reply };
-            self.writer
-                .send(command)
-                .await
-                .map_err(|_| OutboxError::Closed)?;
-            Ok(Receipt(answer))
-        })
-    }
-
-    fn lease(
-        &self,
-        lane: &LaneKey,
-        budget: LeaseBudget,
-    ) -> BoxFuture<'_, Result<Vec<LeasedCapture>, OutboxError>> {
-        let lane = lane.clone();
-        Box::pin(self.read(move |reply| ReadCommand::Lease {
-            lane,
-            budget,
-            reply,
-        }))
-    }
-
-    fn settle(&self, settlement: Arc<Settlement>) -> BoxFuture<'_, Result<(), OutboxError>> {
-        Box::pin(self.write(move |reply| WriteCommand::Settle { settlement, reply }))
-    }
-
-    fn find(
-        &self,
-        integration_id: &IntegrationId,
-        capture_id: &str,
-    ) -> BoxFuture<'_, Result<Option<CaptureRecord>, OutboxError>> {
-        let (integration_id, capture_id) = (integration_id.clone(), capture_id.to_owned());
-        Box::pin(self.read(move |reply| ReadCommand::Find {
-            integration_id,
-            capture_id,
-            reply,
-        }))
-    }
-
-    fn waiting_lanes(&self) -> BoxFuture<'_, Result<Vec<LaneKey>, OutboxError>> {
-        Box::pin(self.read(|reply| ReadCommand::WaitingLanes { reply }))
-    }
-
-    fn backlog(
-        &self,
-        integration_id: &IntegrationId,
-    ) -> BoxFuture<'_, Result<Backlog, OutboxError>> {
-        let integration_id = integration_id.clone();
-        Box::pin(self.read(move |reply| ReadCommand::Backlog {
-            integration_id,
-            reply,
-        }))
-    }
-
-    fn dead_letters(
-        &self,
-        filter: DeadLetterFilter,
-        after: i64,
-        limit: usize,
-    ) -> BoxFuture<'_, Result<Vec<DeadLetter>, OutboxError>> {
-        let command = move |reply| ReadCommand::DeadLetters {
-            filter,
-            after,
-            limit,
-            reply,
-        };
-        Box::pin(self.read(command))
-    }
-
-    fn count_dead_letters(
-        &self,
-        selection: Selection,
-        older_than: UnixMillis,
-    ) -> BoxFuture<'_, Result<DeadLetterCount, OutboxError>> {
-        let command = move |reply| ReadCommand::CountDeadLetters {
-            selection,
-            older_than,
-            reply,
-        };
-        Box::pin(self.read(command))
-    }
-
-    fn replay(
-        &self,
-        selection: Selection,
-        now: UnixMillis,
-    ) -> BoxFuture<'_, Result<Result<u64, Quota>, OutboxError>> {
-        Box::pin(self.write(move |reply| WriteCommand::Replay {
-            selection,
-            now,
-            reply,
-        }))
-    }
-
-    fn discard(&self, selection: Selection) -> BoxFuture<'_, Result<u64, OutboxError>> {
-        Box::pin(self.write(move |reply| WriteCommand::Discard { selection, reply }))
-    }
-
-    fn integrations(&self) -> BoxFuture<'_, Result<Vec<StoredIntegration>, OutboxError>> {
-        Box::pin(self.read(|reply| ReadCommand::Integrations { reply }))
-    }
-
-    fn put_integration(
-        &self,
-        integration: StoredIntegration,
-    ) -> BoxFuture<'_, Result<(), OutboxError>> {
-        let integration = Box::new(integration);
-        Box::pin(self.write(move |reply| WriteCommand::PutIntegration { integration, reply }))
-    }
-
-    fn delete_integration(&self, id: &IntegrationId) -> BoxFuture<'_, Result<(), OutboxError>> {
-        let id = id.clone();
-        Box::pin(self.write(move |reply| WriteCommand::DeleteIntegration { id, reply }))
-    }
-
-    fn signals(&self) -> &Signals {
-        &self.signals
-    }
-
-    fn close(&self) -> BoxFuture<'_, ()> {
-        Box::pin(async move {
-            let open = self
-                .open
-                .lock()
-                .unwrap_or_else(PoisonError::into_inner)
-                .take();
-            let Some(OpenFiles {
-                writer,
-                reader,
-                _lock,
-            }) = open
-            else {
-                return;
-            };
-            // Each thread ends after what is in its queue. The reader first: the
-            // last to close merges the log into the database, which a reader can't.
-            let _ = self.reader.send(ReadCommand::Close).await;
-            join(reader).await;
-            let _ = self.writer.send(WriteCommand::Close).await;
-            join(writer).await;
-        })
-    }
 }
 
 async fn join(thread: JoinHandle<()>) {

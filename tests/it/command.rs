@@ -38,6 +38,7 @@ fn serve(outbox: &Path) -> (Child, String) {
         .arg("serve")
         .env("SEGMENT_RELAY__SERVER__LISTEN", "127.0.0.1:0")
         .env("SEGMENT_RELAY__OUTBOX__PATH", outbox)
+        .env("SEGMENT_RELAY__SECRETS__KEY_FILE", outbox.join("key"))
         .stdout(Stdio::piped())
         .stderr(Stdio::null())
         .spawn()
@@ -139,6 +140,10 @@ fn a_second_relay_on_the_same_outbox_is_refused() {
         .arg("serve")
         .env("SEGMENT_RELAY__SERVER__LISTEN", "127.0.0.1:0")
         .env("SEGMENT_RELAY__OUTBOX__PATH", directory.path())
+        .env(
+            "SEGMENT_RELAY__SECRETS__KEY_FILE",
+            directory.path().join("key"),
+        )
         .output()
         .expect("runs");
     assert_eq!(output.status.code(), Some(1));
@@ -210,10 +215,11 @@ impl Processes {
         let file = directory.path().join("relay.toml");
         let text = format!(
             "[server]\nlisten = \"127.0.0.1:0\"\n[outbox]\npath = \"{}\"\n\
-             [segment.endpoints]\nnon_eu = \"{}\"\neu = \"{}\"\n\
+             [secrets]\nkey_file = \"{}\"\n[segment.endpoints]\nnon_eu = \"{}\"\neu = \"{}\"\n\
              [[integrations]]\nintegration_id = \"acme\"\nunmapped_attributes = \"forward\"\n\
              [[integrations.credentials]]\ndata_region = \"non_eu\"\nwrite_key = \"a-key-for-tests\"\n",
             directory.path().join("outbox").display(),
+            directory.path().join("key").display(),
             urls[0],
             urls[1]
         );

@@ -212,7 +212,11 @@ async fn run_relay(
         read_key_file: &|_| Err(std::io::ErrorKind::NotFound.into()),
     };
     let outbox = directory.path().join("outbox").display().to_string();
-    let environment = [("SEGMENT_RELAY__OUTBOX__PATH", outbox.as_str())];
+    let key = directory.path().join("key").display().to_string();
+    let environment = [
+        ("SEGMENT_RELAY__OUTBOX__PATH", outbox.as_str()),
+        ("SEGMENT_RELAY__SECRETS__KEY_FILE", key.as_str()),
+    ];
     let config = Config::load(Some(("test.toml", settings)), environment, &outside);
     let config = config.unwrap_or_else(|faults| panic!("{faults}"));
     let relay = Relay::open(config).await.expect("opens");

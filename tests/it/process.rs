@@ -57,6 +57,10 @@ impl Process {
             .arg("serve")
             .env("SEGMENT_RELAY__SERVER__LISTEN", "127.0.0.1:0")
             .env("SEGMENT_RELAY__OUTBOX__PATH", outbox)
+            .env(
+                "SEGMENT_RELAY__SECRETS__KEY_FILE",
+                outbox.with_extension("key"),
+            )
             .env("SEGMENT_RELAY__SEGMENT__ENDPOINTS__NON_EU", &urls[0])
             .env("SEGMENT_RELAY__SEGMENT__ENDPOINTS__EU", &urls[1])
             .env("SEGMENT_RELAY__DELIVERY__MAX_EVENTS_PER_SECOND", "1000000")

@@ -1,8 +1,8 @@
-//! What stands beside the relay's own services, and what is not there yet.
+//! What stands beside the relay's own services.
 
 use segment_relay::proto::{
-    CaptureBatchRequest, CaptureRequest, EraseSubjectRequest, WaitFor, WatchDeliveriesRequest,
-    privacy_service_client::PrivacyServiceClient, segment_relay_client::SegmentRelayClient,
+    CaptureBatchRequest, CaptureRequest, WaitFor, WatchDeliveriesRequest,
+    segment_relay_client::SegmentRelayClient,
 };
 use tokio_stream::StreamExt;
 use tonic::Code;
@@ -92,15 +92,6 @@ async fn reflection_lists_the_services_in_both_versions() {
         .expect_err("hidden");
     assert_eq!(refused.code(), Code::Unimplemented);
     hidden.stop().await;
-}
-
-#[tokio::test]
-async fn what_comes_later_says_that_it_is_not_implemented() {
-    let world = World::start().await;
-    let mut privacy = PrivacyServiceClient::new(world.channel.clone());
-    let answer = privacy.erase_subject(EraseSubjectRequest::default()).await;
-    assert_eq!(answer.expect_err("later").code(), Code::Unimplemented);
-    world.stop().await;
 }
 
 #[tokio::test]

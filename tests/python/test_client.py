@@ -58,6 +58,7 @@ class ClientTest(unittest.TestCase):
             env={
                 "SEGMENT_RELAY__SERVER__LISTEN": "127.0.0.1:0",
                 "SEGMENT_RELAY__OUTBOX__PATH": os.path.join(cls.directory.name, "outbox"),
+                "SEGMENT_RELAY__SECRETS__KEY_FILE": os.path.join(cls.directory.name, "key"),
                 "SEGMENT_RELAY__SEGMENT__ENDPOINTS__NON_EU": cls.non_eu + "/v1/batch",
                 "SEGMENT_RELAY__SEGMENT__ENDPOINTS__EU": cls.eu + "/v1/batch",
             },

@@ -4,20 +4,22 @@ use rusqlite::{Connection, OptionalExtension, Row, params};
 use tokio::sync::{mpsc, oneshot};
 
 use super::{
-    row::{crc32, record_of, region_number, unavailable},
+    row::{crc32, record_of, region_number, region_of, unavailable},
     selection,
+    subjects::{self, Scanned, SubjectScan},
 };
 
 use crate::{
     event::EventType,
     integration::IntegrationId,
+    notice::Notice,
     outbox::{
         Backlog, DeadLetter, DeadLetterCount, DeadLetterFilter, LaneKey, LeaseBudget,
-        LeasedCapture, OutboxError, Selection, StoredIntegration,
+        LeasedCapture, OutboxError, Selection,
     },
-    region::Region,
     status::{CaptureRecord, EventStatus, State},
     time::UnixMillis,
+    vault::unsealed_len,
 };
 
 type Reply<T> = oneshot::Sender<Result<T, OutboxError>>;
@@ -54,7 +56,20 @@ pub(super) enum ReadCommand {
         reply: Reply<DeadLetterCount>,
     },
     Integrations {
-        reply: Reply<Vec<StoredIntegration>>,
+        reply: Reply<Vec<(String, Vec<u8>)>>,
+    },
+    ScanSubjects {
+        scan: SubjectScan,
+        reply: Reply<Scanned>,
+    },
+    Receipts {
+        before: Option<i64>,
+        limit: usize,
+        reply: Reply<Vec<(String, Vec<u8>)>>,
+    },
+    Notices {
+        limit: usize,
+        reply: Reply<Vec<Notice>>,
     },
     Close,
 }
@@ -105,7 +120,21 @@ pub(super) fn run(connection: Connection, mut commands: mpsc::Receiver<ReadComma
                 let _ = reply.send(counted.map_err(unavailable));
             }
             ReadCommand::Integrations { reply } => {
-                let _ = reply.send(integrations(connection));
+                let _ = reply.send(integrations(connection).map_err(unavailable));
+            }
+            ReadCommand::ScanSubjects { scan, reply } => {
+                let _ = reply.send(subjects::scan(connection, &scan).map_err(unavailable));
+            }
+            ReadCommand::Receipts {
+                before,
+                limit,
+                reply,
+            } => {
+                let receipts = subjects::receipts(connection, before, limit);
+                let _ = reply.send(receipts.map_err(unavailable));
+            }
+            ReadCommand::Notices { limit, reply } => {
+                let _ = reply.send(notices(connection, limit).map_err(unavailable));
             }
             ReadCommand::Close => return,
         }
@@ -155,7 +184,7 @@ fn lease(
             .filter_map(|event| capture.payload(*event))
         {
             events += 1;
-            bytes += payload.len() + 1;
+            bytes += unsealed_len(payload) + 1;
         }
         let fits = events <= budget.max_events && bytes <= budget.max_bytes;
         if !fits && !leased.is_empty() {
@@ -239,11 +268,7 @@ fn waiting_lanes(connection: &Connection) -> rusqlite::Result<Vec<LaneKey>> {
         let Some(integration_id) = IntegrationId::new(&id) else {
             continue;
         };
-        let region = if row.get::<_, i64>(1)? == 2 {
-            Region::Eu
-        } else {
-            Region::NonEu
-        };
+        let region = region_of(row.get(1)?);
         lanes.push(LaneKey {
             integration_id,
             region,
@@ -278,18 +303,26 @@ fn backlog(connection: &Connection, id: &IntegrationId) -> rusqlite::Result<Back
     Ok(backlog)
 }
 
-fn integrations(connection: &Connection) -> Result<Vec<StoredIntegration>, OutboxError> {
-    let read = || -> rusqlite::Result<Vec<Vec<u8>>> {
-        let mut statement =
-            connection.prepare_cached("SELECT spec FROM integration ORDER BY id")?;
-        statement.query_map([], |row| row.get(0))?.collect()
-    };
-    let damaged = |error: prost::DecodeError| {
-        OutboxError::Unavailable(format!("a damaged integration: {error}"))
-    };
-    let specs = read().map_err(unavailable)?;
-    specs
-        .iter()
-        .map(|spec| prost::Message::decode(spec.as_slice()).map_err(damaged))
+/// The integrations as they are stored, with their ids.
+fn integrations(connection: &Connection) -> rusqlite::Result<Vec<(String, Vec<u8>)>> {
+    let mut statement =
+        connection.prepare_cached("SELECT id, spec FROM integration ORDER BY id")?;
+    statement
+        .query_map([], |row| Ok((row.get(0)?, row.get(1)?)))?
+        .collect()
+}
+
+fn notices(connection: &Connection, limit: usize) -> rusqlite::Result<Vec<Notice>> {
+    let mut statement =
+        connection.prepare_cached("SELECT name, millis, body FROM notice ORDER BY id LIMIT ?1")?;
+    let limit = i64::try_from(limit).unwrap_or(i64::MAX);
+    statement
+        .query_map(params![limit], |row| {
+            Ok(Notice {
+                id: row.get(0)?,
+                time: UnixMillis(row.get(1)?),
+                body: row.get(2)?,
+            })
+        })?
         .collect()
 }

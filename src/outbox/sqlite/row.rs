@@ -15,6 +15,15 @@ pub(super) fn region_number(region: Region) -> i64 {
     }
 }
 
+/// The region of a number.
+pub(super) fn region_of(number: i64) -> Region {
+    if number == 2 {
+        Region::Eu
+    } else {
+        Region::NonEu
+    }
+}
+
 /// What SQLite said, as the outbox's error.
 pub(super) fn unavailable(error: rusqlite::Error) -> OutboxError {
     OutboxError::Unavailable(error.to_string())

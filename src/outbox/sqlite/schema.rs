@@ -9,7 +9,7 @@ use super::OpenError;
 /// "SegR" in ASCII: marks the file as the relay's.
 const APPLICATION_ID: i64 = 0x5365_6752;
 /// Counts up with every change of the layout.
-const FORMAT_VERSION: i64 = 1;
+const FORMAT_VERSION: i64 = 2;
 /// Memory for pages of each connection, in KiB.
 const CACHE_KIB: i64 = 16 * 1024;
 /// The log is cut back to this size after a checkpoint, in bytes.
@@ -23,7 +23,29 @@ CREATE TABLE probe (                 -- written to find out whether the disk wor
 
 CREATE TABLE integration (
   id TEXT PRIMARY KEY,
-  spec BLOB NOT NULL                 -- jebbit.segmentrelay.v1.Integration
+  spec BLOB NOT NULL                 -- jebbit.segmentrelay.v1.Integration, sealed
+) STRICT;
+
+CREATE TABLE vault (                 -- sqlite/keys.rs
+  name TEXT PRIMARY KEY,
+  value BLOB NOT NULL
+) STRICT;
+
+CREATE TABLE subject (               -- whose data a capture is; narrow, since it is read whole
+  sequence INTEGER PRIMARY KEY,      -- as in capture
+  subject INTEGER NOT NULL           -- the user id, blinded
+) STRICT;
+
+CREATE TABLE erasure (
+  id INTEGER PRIMARY KEY AUTOINCREMENT,
+  receipt BLOB NOT NULL              -- jebbit.segmentrelay.v1.ErasureReceipt, sealed
+) STRICT;
+
+CREATE TABLE notice (                -- webhooks that are to be sent
+  id INTEGER PRIMARY KEY AUTOINCREMENT,
+  name TEXT NOT NULL UNIQUE,         -- webhook-id
+  millis INTEGER NOT NULL,
+  body BLOB NOT NULL                 -- JSON without secrets
 ) STRICT;
 
 CREATE TABLE lane (
@@ -40,7 +62,7 @@ CREATE TABLE capture (
   sequence INTEGER PRIMARY KEY,      -- order of acceptance
   integration_id TEXT NOT NULL,
   capture_id TEXT NOT NULL,
-  digest BLOB NOT NULL,              -- of the capture as it was sent
+  digest BLOB NOT NULL,              -- of the capture as it was sent, blinded
   accept_millis INTEGER NOT NULL,
   open INTEGER NOT NULL,             -- 1 while an event waits or is kept as a dead letter
   status BLOB NOT NULL,              -- outbox/record.rs
@@ -51,8 +73,8 @@ CREATE TABLE queue (
   sequence INTEGER PRIMARY KEY,      -- as in capture
   lane INTEGER NOT NULL,
   replay INTEGER NOT NULL,           -- 1 for dead letters that go again, behind the others
-  identify BLOB,                     -- JSON; NULL once it does not wait any more
-  identify_crc INTEGER,              -- CRC-32 of it
+  identify BLOB,                     -- JSON or sealed; NULL once it does not wait any more
+  identify_crc INTEGER,              -- CRC-32 of it as it stands here
   track BLOB,
   track_crc INTEGER
 ) STRICT;
@@ -132,6 +154,10 @@ fn prepare(connection: &mut Connection, is_new: bool) -> rusqlite::Result<()> {
     connection.pragma_update(None, "cache_size", -CACHE_KIB)?;
     connection.pragma_update(None, "secure_delete", "ON")?;
     connection.set_prepared_statement_cache_capacity(64);
+    // What a former run left in the log may not be as the keys have it now.
+    if !is_new {
+        connection.query_row("PRAGMA wal_checkpoint(TRUNCATE)", [], |_| Ok(()))?;
+    }
     if is_new {
         let transaction = connection.transaction_with_behavior(TransactionBehavior::Immediate)?;
         transaction.execute_batch(LAYOUT)?;

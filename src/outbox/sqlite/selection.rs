@@ -12,21 +12,29 @@ use crate::{
 
 /// The rows that a filter lets through: with `NULL` where it lets all.
 const FITS: &str = "
-    (?1 IS NULL OR l.integration_id = ?1) AND (?2 IS NULL OR d.reason = ?2)
+    (?1 IS NULL OR l.integration_id IN (SELECT value FROM json_each(?1))) AND (?2 IS NULL OR d.reason = ?2)
     AND (?3 IS NULL OR d.millis >= ?3) AND (?4 IS NULL OR d.millis < ?4)";
+
+/// The rows of the integrations in `?2`, with `NULL` of all.
+const OWN: &str = "(?2 IS NULL OR l.integration_id IN (SELECT value FROM json_each(?2)))";
 
 /// The values of [`FITS`].
 fn values(filter: &DeadLetterFilter) -> [Value; 4] {
     let number = |number: Option<i64>| number.map_or(Value::Null, Value::Integer);
     [
-        filter
-            .integration_id
-            .as_ref()
-            .map_or(Value::Null, |id| Value::Text(id.as_str().to_owned())),
+        named(filter.integrations.as_deref()),
         number(filter.reason.map(|reason| i64::from(i32::from(reason)))),
         number(filter.start.map(|time| time.0)),
         number(filter.end.map(|time| time.0)),
     ]
+}
+
+/// Integrations as a JSON array for `json_each`; their ids need no escapes.
+fn named(integrations: Option<&[IntegrationId]>) -> Value {
+    integrations.map_or(Value::Null, |ids| {
+        let quoted: Vec<String> = ids.iter().map(|id| format!("\"{id}\"")).collect();
+        Value::Text(format!("[{}]", quoted.join(",")))
+    })
 }
 
 /// Dead letters after an id, oldest first.
@@ -98,15 +106,16 @@ pub(super) fn count(
                 params![integration, reason, start, end, older_than.0],
             )
         }
-        Selection::Ids(ids) => {
+        Selection::Ids { ids, integrations } => {
             let sql = format!(
-                "SELECT {} FROM dead_letter d JOIN capture c ON c.sequence = d.sequence
-                 WHERE d.id = ?1",
-                COLUMNS.replace("?5", "?2")
+                "SELECT {} FROM dead_letter d JOIN lane l ON l.id = d.lane
+                 JOIN capture c ON c.sequence = d.sequence WHERE d.id = ?1 AND {OWN}",
+                COLUMNS.replace("?5", "?3")
             );
+            let own = named(integrations.as_deref());
             let mut sum = DeadLetterCount::default();
             for id in ids {
-                let one = counted(connection, &sql, params![id, older_than.0])?;
+                let one = counted(connection, &sql, params![id, own, older_than.0])?;
                 sum.events += one.events;
                 sum.bytes += one.bytes;
                 sum.older += one.older;
@@ -151,12 +160,16 @@ pub(super) fn first_ids(
                 })?
                 .collect()
         }
-        Selection::Ids(ids) => {
-            let mut statement =
-                connection.prepare_cached("SELECT id FROM dead_letter WHERE id = ?1")?;
+        Selection::Ids { ids, integrations } => {
+            let sql = format!(
+                "SELECT d.id FROM dead_letter d JOIN lane l ON l.id = d.lane
+                 WHERE d.id = ?1 AND {OWN}"
+            );
+            let mut statement = connection.prepare_cached(&sql)?;
+            let own = named(integrations.as_deref());
             let mut found = Vec::new();
             for id in ids {
-                if statement.exists(params![id])? {
+                if statement.exists(params![id, own])? {
                     found.push(*id);
                 }
             }

@@ -1,10 +1,14 @@
+mod keys;
 mod model;
+
+use std::sync::LazyLock;
 
 use super::*;
 use crate::{
     event::{EventPair, EventType},
     outbox::{
-        Content,
+        BoxFuture, Content, DeadLetterFilter, LaneKey, LeaseBudget, LeasedCapture, NewCapture,
+        Outbox, Selection, Settlement,
         conformance::{
             self, LIMITS, NOW, Rig, id, ids, lease, new_capture, settle, submit, submit_one,
         },
@@ -12,6 +16,7 @@ use crate::{
     proto::DeliveryReason,
     region::Region,
     status::{Outcome, State},
+    time::UnixMillis,
 };
 
 /// An outbox in a directory of its own.
@@ -37,11 +42,19 @@ fn options(directory: &Path) -> SqliteOptions {
         limits: LIMITS,
         group_commit_max: 64,
         remember: Duration::from_secs(3_600),
+        encrypt_payloads: false,
     }
 }
 
+/// The key of all tests in this process.
+fn vault() -> Arc<Vault> {
+    static VAULT: LazyLock<Arc<Vault>> =
+        LazyLock::new(|| Arc::new(Vault::forgetful().expect("random")));
+    Arc::clone(&VAULT)
+}
+
 fn open(directory: &Path) -> SqliteOutbox {
-    SqliteOutbox::open(&options(directory)).expect("opens")
+    SqliteOutbox::open(&options(directory), &vault()).expect("opens")
 }
 
 fn count(directory: &Path, table: &str) -> i64 {
@@ -83,7 +96,7 @@ async fn what_is_old_and_done_is_forgotten_and_what_waits_is_not() {
 async fn a_second_relay_an_unknown_version_and_a_foreign_file_are_refused() {
     let directory = tempfile::tempdir().expect("a directory");
     let outbox = open(directory.path());
-    let second = SqliteOutbox::open(&options(directory.path()));
+    let second = SqliteOutbox::open(&options(directory.path()), &vault());
     assert!(matches!(second, Err(OpenError::Locked(_))));
     outbox.close().await;
 
@@ -93,7 +106,7 @@ async fn a_second_relay_an_unknown_version_and_a_foreign_file_are_refused() {
         .pragma_update(None, "user_version", 999)
         .expect("written");
     drop(connection);
-    let newer = SqliteOutbox::open(&options(directory.path()));
+    let newer = SqliteOutbox::open(&options(directory.path()), &vault());
     assert!(matches!(newer, Err(OpenError::Version { found: 999, .. })));
 
     let connection = rusqlite::Connection::open(&database).expect("opens");
@@ -101,7 +114,7 @@ async fn a_second_relay_an_unknown_version_and_a_foreign_file_are_refused() {
         .pragma_update(None, "application_id", 1)
         .expect("written");
     drop(connection);
-    let foreign = SqliteOutbox::open(&options(directory.path()));
+    let foreign = SqliteOutbox::open(&options(directory.path()), &vault());
     assert!(matches!(foreign, Err(OpenError::Foreign(_))));
 
     for suffix in ["-wal", "-shm"] {
@@ -112,7 +125,7 @@ async fn a_second_relay_an_unknown_version_and_a_foreign_file_are_refused() {
         "not a database at all, but long enough to be read as one",
     )
     .expect("written");
-    let text = SqliteOutbox::open(&options(directory.path()));
+    let text = SqliteOutbox::open(&options(directory.path()), &vault());
     assert!(matches!(text, Err(OpenError::Foreign(_))), "{text:?}");
 }
 
@@ -213,7 +226,7 @@ fn a_path_that_can_be_no_directory_is_a_clear_error() {
     let directory = tempfile::tempdir().expect("a directory");
     let file = directory.path().join("file");
     std::fs::write(&file, "in the way").expect("written");
-    let error = SqliteOutbox::open(&options(&file)).expect_err("refused");
+    let error = SqliteOutbox::open(&options(&file), &vault()).expect_err("refused");
     assert!(matches!(error, OpenError::Directory { .. }));
     assert!(error.to_string().starts_with("[outbox] path "), "{error}");
 }
@@ -232,7 +245,7 @@ async fn a_delivered_backlog_gives_its_space_back_to_the_disk() {
         },
         ..options(directory.path())
     };
-    let outbox = SqliteOutbox::open(&plenty).expect("opens");
+    let outbox = SqliteOutbox::open(&plenty, &vault()).expect("opens");
     let size = || {
         let files = std::fs::read_dir(directory.path()).expect("listed");
         files

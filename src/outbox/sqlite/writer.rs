@@ -2,6 +2,8 @@
 
 mod apply;
 mod counters;
+mod erase;
+mod rekey;
 mod replay;
 
 use std::sync::Arc;
@@ -9,17 +11,20 @@ use std::sync::Arc;
 use rusqlite::{Connection, Transaction, TransactionBehavior};
 use tokio::sync::{mpsc, oneshot};
 
-use super::{SqliteOptions, row::unavailable};
+use super::{SqliteOptions, keys::Prepared, row::unavailable};
 use crate::{
     integration::IntegrationId,
+    notice::Notice,
     outbox::{
-        Change, LaneKey, NewCapture, OutboxError, Quota, Selection, Settlement, Signals,
-        StoredIntegration, Submitted,
+        Change, Erasure, LaneKey, OutboxError, Quota, Selection, Settlement, Signals, Submitted,
+        sealing::{SealedCapture, Sealing},
     },
+    proto::ErasureReceipt,
     time::UnixMillis,
 };
 
 use counters::Counters;
+use rekey::Rekey;
 
 type Reply<T> = oneshot::Sender<Result<T, OutboxError>>;
 
@@ -27,7 +32,7 @@ type Reply<T> = oneshot::Sender<Result<T, OutboxError>>;
 #[derive(Debug)]
 pub(super) enum WriteCommand {
     Submit {
-        captures: Vec<NewCapture>,
+        captures: Vec<SealedCapture>,
         reply: Reply<Vec<Submitted>>,
     },
     Settle {
@@ -35,7 +40,8 @@ pub(super) enum WriteCommand {
         reply: Reply<()>,
     },
     PutIntegration {
-        integration: Box<StoredIntegration>,
+        id: String,
+        sealed: Vec<u8>,
         reply: Reply<()>,
     },
     DeleteIntegration {
@@ -50,6 +56,18 @@ pub(super) enum WriteCommand {
     Discard {
         selection: Selection,
         reply: Reply<u64>,
+    },
+    PutNotice {
+        notice: Notice,
+        reply: Reply<()>,
+    },
+    DeleteNotice {
+        id: String,
+        reply: Reply<()>,
+    },
+    Erase {
+        erasure: Box<Erasure>,
+        reply: Reply<ErasureReceipt>,
     },
     Maintain {
         reply: Reply<bool>,
@@ -73,6 +91,7 @@ enum Owed {
     Submitted(Reply<Vec<Submitted>>, Vec<Submitted>),
     Replayed(Reply<Result<u64, Quota>>, Result<u64, Quota>),
     Discarded(Reply<u64>, u64),
+    Erased(Reply<ErasureReceipt>, Box<ErasureReceipt>),
     Maintained(Reply<bool>, bool),
     Done(Reply<()>),
 }
@@ -92,6 +111,8 @@ pub(super) struct Writer {
     group_commit_max: usize,
     remember_millis: i64,
     maintained_to: i64,
+    rekey: Rekey,
+    sealing: Arc<Sealing>,
     signals: Arc<Signals>,
 }
 
@@ -99,6 +120,7 @@ impl Writer {
     pub(super) fn new(
         connection: Connection,
         options: &SqliteOptions,
+        prepared: &Prepared,
         signals: Arc<Signals>,
     ) -> rusqlite::Result<Self> {
         let next_sequence = load_next_sequence(&connection)?;
@@ -110,6 +132,12 @@ impl Writer {
             group_commit_max: options.group_commit_max,
             remember_millis: i64::try_from(options.remember.as_millis()).unwrap_or(i64::MAX),
             maintained_to: 0,
+            rekey: if prepared.rekey {
+                Rekey::Queue { after: 0 }
+            } else {
+                Rekey::Done
+            },
+            sealing: Arc::clone(&prepared.sealing),
             signals,
         })
     }
@@ -167,6 +195,9 @@ impl Writer {
                 Owed::Discarded(reply, discarded) => {
                     let _ = reply.send(result.clone().map(|()| discarded));
                 }
+                Owed::Erased(reply, receipt) => {
+                    let _ = reply.send(result.clone().map(|()| *receipt));
+                }
                 Owed::Maintained(reply, more) => {
                     let _ = reply.send(result.clone().map(|()| more));
                 }
@@ -196,6 +227,8 @@ impl Writer {
             next_sequence: &mut self.next_sequence,
             remember_millis: self.remember_millis,
             maintained_to: &mut self.maintained_to,
+            rekey: &mut self.rekey,
+            sealing: &self.sealing,
             signals: &self.signals,
             news,
         };
@@ -208,6 +241,9 @@ impl Writer {
 
     /// What memory knew of the failed transaction is void: asks the database.
     fn reload(&mut self) {
+        if !matches!(self.rekey, Rekey::Done) {
+            self.rekey = Rekey::Queue { after: 0 };
+        }
         match load_next_sequence(&self.connection) {
             Ok(next) => self.next_sequence = self.next_sequence.max(next),
             Err(error) => tracing::error!(%error, "the outbox cannot be read"),
@@ -236,6 +272,8 @@ struct Work<'a> {
     next_sequence: &'a mut i64,
     remember_millis: i64,
     maintained_to: &'a mut i64,
+    rekey: &'a mut Rekey,
+    sealing: &'a Sealing,
     signals: &'a Signals,
     news: &'a mut News,
 }
@@ -258,9 +296,9 @@ impl Work<'_> {
                 owed.push(Owed::Done(reply));
                 self.settle(&settlement)
             }
-            WriteCommand::PutIntegration { integration, reply } => {
+            WriteCommand::PutIntegration { id, sealed, reply } => {
                 owed.push(Owed::Done(reply));
-                self.put_integration(&integration).map_err(unavailable)
+                self.put_integration(&id, &sealed).map_err(unavailable)
             }
             WriteCommand::DeleteIntegration { id, reply } => {
                 owed.push(Owed::Done(reply));
@@ -286,9 +324,26 @@ impl Work<'_> {
                 }
                 Ok(())
             }
+            WriteCommand::PutNotice { notice, reply } => {
+                owed.push(Owed::Done(reply));
+                self.put_notice(&notice).map_err(unavailable)
+            }
+            WriteCommand::DeleteNotice { id, reply } => {
+                owed.push(Owed::Done(reply));
+                self.delete_notice(&id).map_err(unavailable)
+            }
+            WriteCommand::Erase { erasure, reply } => {
+                owed.push(Owed::Erased(reply, Box::default()));
+                let receipt = self.erase(&erasure)?;
+                if let Some(Owed::Erased(_, answer)) = owed.last_mut() {
+                    **answer = receipt;
+                }
+                Ok(())
+            }
             WriteCommand::Maintain { reply } => {
                 owed.push(Owed::Maintained(reply, false));
                 let more = self.maintain(UnixMillis::now()).map_err(unavailable)?;
+                let more = self.rekey()? || more;
                 if let Some(Owed::Maintained(_, answer)) = owed.last_mut() {
                     *answer = more;
                 }
@@ -313,8 +368,13 @@ fn refuse(command: WriteCommand, error: &OutboxError) {
         WriteCommand::Discard { reply, .. } => {
             let _ = reply.send(Err(error.clone()));
         }
+        WriteCommand::Erase { reply, .. } => {
+            let _ = reply.send(Err(error.clone()));
+        }
         WriteCommand::Settle { reply, .. }
         | WriteCommand::PutIntegration { reply, .. }
+        | WriteCommand::PutNotice { reply, .. }
+        | WriteCommand::DeleteNotice { reply, .. }
         | WriteCommand::DeleteIntegration { reply, .. } => {
             let _ = reply.send(Err(error.clone()));
         }

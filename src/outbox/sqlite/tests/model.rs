@@ -118,7 +118,7 @@ impl Pair {
     fn new() -> Self {
         let directory = tempfile::tempdir().expect("a directory");
         let options = tight(directory.path());
-        let outbox = SqliteOutbox::open(&options).expect("opens");
+        let outbox = SqliteOutbox::open(&options, &vault()).expect("opens");
         Self {
             outbox,
             model: Model::new(options.limits),
@@ -153,7 +153,7 @@ impl Pair {
             }
             Step::Replay(integration) => {
                 let filter = DeadLetterFilter {
-                    integration_id: Some(id(name(integration))),
+                    integrations: Some(vec![id(name(integration))]),
                     ..DeadLetterFilter::default()
                 };
                 // The reference has no bounds here: only where all fit are both alike.
@@ -173,7 +173,7 @@ impl Pair {
             Step::Reopen => {
                 self.outbox.close().await;
                 let options = tight(self.directory.path());
-                self.outbox = SqliteOutbox::open(&options).expect("opens");
+                self.outbox = SqliteOutbox::open(&options, &vault()).expect("opens");
             }
             Step::Crash => self.crash().await,
         }
@@ -198,7 +198,7 @@ impl Pair {
         self.outbox.close().await;
         self.directory = copy;
         let options = tight(self.directory.path());
-        self.outbox = SqliteOutbox::open(&options).expect("opens after a crash");
+        self.outbox = SqliteOutbox::open(&options, &vault()).expect("opens after a crash");
     }
 
     async fn work(&mut self, lane: &LaneKey, budget: LeaseBudget, outcomes: &[u8]) {

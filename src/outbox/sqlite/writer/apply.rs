@@ -2,22 +2,25 @@
 
 use std::sync::Arc;
 
-use prost::Message;
 use rusqlite::{OptionalExtension, params};
 
 use super::Work;
 use crate::{
     event::EventType,
     integration::IntegrationId,
+    notice::Notice,
     outbox::{
-        Change, Content, LaneKey, NewCapture, OutboxError, SettledCapture, Settlement,
-        StoredIntegration, Submitted, record,
+        Change, Content, LaneKey, NewCapture, OutboxError, SettledCapture, Settlement, Submitted,
+        record,
+        sealing::SealedCapture,
         sqlite::row::{crc32, record_of, unavailable},
     },
     status::{CaptureRecord, EventStatus, State},
     time::UnixMillis,
 };
 
+/// Notices that wait, at the most.
+const MAX_NOTICES: i64 = 1_000;
 /// Rows that one call of maintenance deletes at the most.
 const MAINTAIN_ROWS: i64 = 2_000;
 /// Free pages that are kept for what comes next: 32 MiB, or this part of the file.
@@ -27,7 +30,8 @@ const KEPT_SHARE: i64 = 4;
 const MAINTAIN_PAGES: i64 = 2_000;
 
 impl Work<'_> {
-    pub(super) fn submit(&mut self, capture: NewCapture) -> Result<Submitted, OutboxError> {
+    pub(super) fn submit(&mut self, sealed: SealedCapture) -> Result<Submitted, OutboxError> {
+        let SealedCapture { capture, subject } = sealed;
         if let Some((digest, record)) = self.stored(&capture)? {
             let same = digest == capture.digest;
             return Ok(if same {
@@ -42,7 +46,7 @@ impl Work<'_> {
                 return Ok(Submitted::Full(quota));
             }
         }
-        self.insert(capture).map_err(unavailable)
+        self.insert(capture, subject).map_err(unavailable)
     }
 
     fn stored(
@@ -71,7 +75,8 @@ impl Work<'_> {
             .transpose()
     }
 
-    fn insert(&mut self, capture: NewCapture) -> rusqlite::Result<Submitted> {
+    fn insert(&mut self, capture: NewCapture, subject: Option<i64>) -> rusqlite::Result<Submitted> {
+        const SUBJECT: &str = "INSERT INTO subject (sequence, subject) VALUES (?1, ?2)";
         const CAPTURE: &str = "
             INSERT INTO capture
               (sequence, integration_id, capture_id, digest, accept_millis, open, status)
@@ -105,6 +110,10 @@ impl Work<'_> {
             !state.is_final(),
             record::encode(&record),
         ])?;
+        if let Some(subject) = subject {
+            let row = params![sequence, subject];
+            self.transaction.prepare_cached(SUBJECT)?.execute(row)?;
+        }
         if let Content::Send { shard, events } = capture.content {
             let key = LaneKey {
                 integration_id: record.integration_id.clone(),
@@ -268,12 +277,13 @@ impl Work<'_> {
         }));
     }
 
-    pub(super) fn put_integration(&self, integration: &StoredIntegration) -> rusqlite::Result<()> {
+    pub(super) fn put_integration(&self, id: &str, sealed: &[u8]) -> rusqlite::Result<()> {
         const SQL: &str = "
             INSERT INTO integration (id, spec) VALUES (?1, ?2)
             ON CONFLICT (id) DO UPDATE SET spec = excluded.spec";
-        let row = params![integration.integration_id, integration.encode_to_vec()];
-        self.transaction.prepare_cached(SQL)?.execute(row)?;
+        self.transaction
+            .prepare_cached(SQL)?
+            .execute(params![id, sealed])?;
         Ok(())
     }
 
@@ -282,6 +292,29 @@ impl Work<'_> {
             .transaction
             .prepare_cached("DELETE FROM integration WHERE id = ?1")?;
         statement.execute(params![id.as_str()])?;
+        Ok(())
+    }
+
+    pub(super) fn put_notice(&self, notice: &Notice) -> rusqlite::Result<()> {
+        const SQL: &str = "INSERT INTO notice (name, millis, body) VALUES (?1, ?2, ?3)";
+        const BOUND: &str = "
+            DELETE FROM notice WHERE id <= (SELECT max(id) FROM notice) - ?1";
+        let row = params![notice.id, notice.time.0, notice.body];
+        self.transaction.prepare_cached(SQL)?.execute(row)?;
+        let gone = self
+            .transaction
+            .prepare_cached(BOUND)?
+            .execute(params![MAX_NOTICES])?;
+        if gone > 0 {
+            tracing::error!(gone, "too many notifications wait; the oldest are given up");
+        }
+        Ok(())
+    }
+
+    pub(super) fn delete_notice(&self, id: &str) -> rusqlite::Result<()> {
+        self.transaction
+            .prepare_cached("DELETE FROM notice WHERE name = ?1")?
+            .execute(params![id])?;
         Ok(())
     }
 
@@ -304,6 +337,9 @@ impl Work<'_> {
         let mut forget = self
             .transaction
             .prepare_cached("DELETE FROM capture WHERE sequence = ?1")?;
+        let mut forget_subject = self
+            .transaction
+            .prepare_cached("DELETE FROM subject WHERE sequence = ?1")?;
         let mut oldest = self.transaction.prepare_cached(OLDEST)?;
         let mut rows = oldest.query(params![*self.maintained_to, MAINTAIN_ROWS])?;
         let mut reached = 0;
@@ -315,6 +351,7 @@ impl Work<'_> {
             reached = row.get(0)?;
             if !row.get::<_, bool>(1)? {
                 forget.execute(params![reached])?;
+                forget_subject.execute(params![reached])?;
             }
         }
         *self.maintained_to = reached;

@@ -9,11 +9,10 @@ use crate::{
     outbox::{
         LaneKey, OutboxError, Quota, Selection, record,
         sqlite::{
-            row::{record_of, unavailable},
+            row::{record_of, region_of, unavailable},
             selection::{event_of, first_ids},
         },
     },
-    region::Region,
     status::CaptureRecord,
     time::UnixMillis,
 };
@@ -132,11 +131,7 @@ impl Work<'_> {
         };
         let integration_id = IntegrationId::new(&integration)
             .ok_or_else(|| OutboxError::Unavailable("a damaged lane".to_owned()))?;
-        let region = if region == 2 {
-            Region::Eu
-        } else {
-            Region::NonEu
-        };
+        let region = region_of(region);
         let (sequence, lane_id, event, bytes) = row;
         Ok(Some(Row {
             sequence,

@@ -1,0 +1,159 @@
+//! The one layer that every call passes first: who calls, may they, and is there
+//! room. What it counts is counted until the answer has left.
+
+use std::{
+    pin::Pin,
+    sync::Arc,
+    task::{Context, Poll},
+};
+
+use http::{HeaderMap, Request, Response};
+use tokio_util::sync::CancellationToken;
+use tonic::{Status, body::Body};
+use tower_layer::Layer;
+use tower_service::Service;
+
+use super::{
+    Peer, RelayError, Usage,
+    body::{Answering, CallGuards, Metered},
+    rpcs::{Need, need},
+};
+use crate::{audit::Audit, auth::Authenticator, permission::Caller};
+
+/// Puts [`AccessService`] before all services.
+#[derive(Clone)]
+pub struct AccessLayer {
+    access: Arc<Access>,
+}
+
+struct Access {
+    authenticator: Arc<Authenticator>,
+    usage: Arc<Usage>,
+    audit: Audit,
+    /// Longest request message, in bytes.
+    max_message_bytes: usize,
+}
+
+impl AccessLayer {
+    /// A layer with these parts.
+    #[must_use]
+    pub fn new(
+        authenticator: Arc<Authenticator>,
+        usage: Arc<Usage>,
+        audit: Audit,
+        max_message_bytes: usize,
+    ) -> Self {
+        let access = Access {
+            authenticator,
+            usage,
+            audit,
+            max_message_bytes,
+        };
+        Self {
+            access: Arc::new(access),
+        }
+    }
+}
+
+impl AccessLayer {
+    /// Keeps the keys of the tokens' issuer fresh until `stop`.
+    pub async fn refresh_keys(&self, stop: CancellationToken) {
+        self.access.authenticator.refresh_keys(stop).await;
+    }
+}
+
+impl<S> Layer<S> for AccessLayer {
+    type Service = AccessService<S>;
+
+    fn layer(&self, inner: S) -> Self::Service {
+        AccessService {
+            access: Arc::clone(&self.access),
+            inner,
+        }
+    }
+}
+
+/// Lets calls through that may pass.
+#[derive(Clone)]
+pub struct AccessService<S> {
+    access: Arc<Access>,
+    inner: S,
+}
+
+impl<S> Service<Request<Body>> for AccessService<S>
+where
+    S: Service<Request<Body>, Response = Response<Body>> + Clone + Send + 'static,
+    S::Future: Send,
+{
+    type Response = Response<Body>;
+    type Error = S::Error;
+    type Future = Pin<Box<dyn Future<Output = Result<Self::Response, Self::Error>> + Send>>;
+
+    fn poll_ready(&mut self, context: &mut Context<'_>) -> Poll<Result<(), Self::Error>> {
+        self.inner.poll_ready(context)
+    }
+
+    fn call(&mut self, request: Request<Body>) -> Self::Future {
+        // The one that is ready goes, its clone stays.
+        let next = self.inner.clone();
+        let mut inner = std::mem::replace(&mut self.inner, next);
+        let access = Arc::clone(&self.access);
+        Box::pin(async move {
+            let (request, guards) = match access.admit(request).await {
+                Ok(admitted) => admitted,
+                Err(error) => return Ok(Status::from(error).into_http()),
+            };
+            let answer = inner.call(request).await?;
+            Ok(answer.map(|body| Body::new(Answering::new(body, guards))))
+        })
+    }
+}
+
+impl Access {
+    async fn admit(
+        &self,
+        mut request: Request<Body>,
+    ) -> Result<(Request<Body>, CallGuards), RelayError> {
+        let peer = request.extensions().get::<Peer>().cloned();
+        let activity = peer.as_ref().map(|peer| peer.activity.begin());
+        let need = need(request.uri().path());
+        if need == Need::Nothing {
+            return Ok((request, CallGuards::new(activity, None)));
+        }
+        let caller = self
+            .known(request.headers(), request.uri().path(), peer.as_ref(), need)
+            .await?;
+        let permit = self.usage.enter(&caller)?;
+        request.extensions_mut().insert(caller);
+        let guards = CallGuards::new(activity, Some(permit));
+        let (usage, bytes) = (Arc::clone(&self.usage), Arc::clone(guards.bytes()));
+        let most = self.max_message_bytes;
+        let request = request.map(|body| Body::new(Metered::new(body, usage, bytes, most)));
+        Ok((request, guards))
+    }
+
+    async fn known(
+        &self,
+        headers: &HeaderMap,
+        rpc: &str,
+        peer: Option<&Peer>,
+        need: Need,
+    ) -> Result<Arc<Caller>, RelayError> {
+        let names = peer.map_or(&[][..], |peer| &peer.certificate_names);
+        let known = self.authenticator.authenticate(headers, names).await;
+        let address = peer.and_then(|peer| peer.address);
+        let caller = known.map_err(|error| {
+            self.audit.refused(None, address, rpc, error.reason());
+            RelayError::Unauthenticated(error)
+        })?;
+        match need {
+            Need::Permission(permission) if !caller.may(permission) => {
+                let error = RelayError::PermissionMissing(permission);
+                self.audit
+                    .refused(Some(&caller.name), address, rpc, error.reason());
+                Err(error)
+            }
+            _ => Ok(caller),
+        }
+    }
+}

@@ -1,0 +1,104 @@
+//! What each rpc needs. A test walks the schema and fails where one is missing.
+
+use crate::permission::Permission;
+
+/// What an rpc asks of its caller.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Need {
+    /// Nothing: whoever reaches the port.
+    Nothing,
+    /// To be known.
+    Identity,
+    /// A permission.
+    Permission(Permission),
+}
+
+use Need::{Identity, Nothing};
+use Permission::{Capture, DeadLetters, Integrations, Privacy, Read};
+
+const fn needs(permission: Permission) -> Need {
+    Need::Permission(permission)
+}
+
+/// Every rpc of the schema by its path. Reflection and what else lies beside them
+/// needs an identity, health nothing.
+pub const RPCS: [(&str, Need); 17] = [
+    (
+        "/jebbit.segmentrelay.v1.SegmentRelay/Capture",
+        needs(Capture),
+    ),
+    (
+        "/jebbit.segmentrelay.v1.SegmentRelay/CaptureBatch",
+        needs(Capture),
+    ),
+    (
+        "/jebbit.segmentrelay.v1.SegmentRelay/CaptureStream",
+        needs(Capture),
+    ),
+    (
+        "/jebbit.segmentrelay.v1.SegmentRelay/PreviewCapture",
+        needs(Capture),
+    ),
+    (
+        "/jebbit.segmentrelay.v1.SegmentRelay/GetCapture",
+        needs(Read),
+    ),
+    (
+        "/jebbit.segmentrelay.v1.SegmentRelay/WatchDeliveries",
+        needs(Read),
+    ),
+    (
+        "/jebbit.segmentrelay.v1.IntegrationService/CreateIntegration",
+        needs(Integrations),
+    ),
+    (
+        "/jebbit.segmentrelay.v1.IntegrationService/GetIntegration",
+        needs(Read),
+    ),
+    (
+        "/jebbit.segmentrelay.v1.IntegrationService/ListIntegrations",
+        needs(Read),
+    ),
+    (
+        "/jebbit.segmentrelay.v1.IntegrationService/UpdateIntegration",
+        needs(Integrations),
+    ),
+    (
+        "/jebbit.segmentrelay.v1.IntegrationService/DeleteIntegration",
+        needs(Integrations),
+    ),
+    (
+        "/jebbit.segmentrelay.v1.IntegrationService/TestIntegration",
+        needs(Integrations),
+    ),
+    (
+        "/jebbit.segmentrelay.v1.DeadLetterService/ListDeadLetters",
+        needs(Read),
+    ),
+    (
+        "/jebbit.segmentrelay.v1.DeadLetterService/ReplayDeadLetters",
+        needs(DeadLetters),
+    ),
+    (
+        "/jebbit.segmentrelay.v1.DeadLetterService/DiscardDeadLetters",
+        needs(DeadLetters),
+    ),
+    (
+        "/jebbit.segmentrelay.v1.PrivacyService/EraseSubject",
+        needs(Privacy),
+    ),
+    (
+        "/jebbit.segmentrelay.v1.PrivacyService/ListErasureReceipts",
+        needs(Privacy),
+    ),
+];
+
+/// What the rpc of a path needs.
+pub(super) fn need(path: &str) -> Need {
+    if path.starts_with("/grpc.health.v1.Health/") {
+        return Nothing;
+    }
+    RPCS.iter()
+        .find(|(known, _)| *known == path)
+        .map_or(Identity, |(_, need)| *need)
+}

@@ -1,0 +1,182 @@
+//! What callers and integrations use of the relay, and where it ends.
+
+use std::{
+    collections::HashMap,
+    hash::Hash,
+    num::NonZeroU32,
+    sync::{Arc, Mutex, PoisonError},
+    time::Duration,
+};
+
+use governor::{
+    DefaultDirectRateLimiter, Quota, RateLimiter,
+    clock::{Clock, MonotonicClock},
+};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+
+use super::RelayError;
+use crate::{config::Limits, integration::IntegrationId, permission::Caller};
+
+/// Callers and integrations that are remembered: beyond, those without a call in
+/// hand are forgotten, which fills their buckets.
+const KEPT: usize = 10_000;
+/// Bytes are counted in units of this size.
+const UNIT_BYTES: u64 = 1_024;
+
+/// Counts what is used.
+pub struct Usage {
+    limits: Limits,
+    callers: Mutex<HashMap<String, Arc<CallerUse>>>,
+    integrations: Mutex<HashMap<IntegrationId, Arc<Bucket>>>,
+    memory: Arc<Semaphore>,
+}
+
+type Bucket = DefaultDirectRateLimiter;
+
+struct CallerUse {
+    calls: Arc<Semaphore>,
+    captures: Bucket,
+}
+
+/// A bound that was reached, whose it is, and when there is room again.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Throttle {
+    /// `caller`, `integration` or `relay`.
+    pub subject: &'static str,
+    /// What there is too much of, and the setting that bounds it.
+    pub what: &'static str,
+    /// How long to wait.
+    pub wait: Duration,
+}
+
+/// Wait where nobody can know when a call will end.
+const SHORT_WAIT: Duration = Duration::from_millis(500);
+
+impl Usage {
+    /// Nothing is used.
+    #[must_use]
+    pub fn new(limits: Limits) -> Self {
+        let units = limits.request_bytes_in_flight / UNIT_BYTES;
+        Self {
+            memory: Arc::new(Semaphore::new(usize::try_from(units).unwrap_or(usize::MAX))),
+            limits,
+            callers: Mutex::default(),
+            integrations: Mutex::default(),
+        }
+    }
+
+    /// Counts a call for as long as the permit lives.
+    pub(super) fn enter(&self, caller: &Caller) -> Result<OwnedSemaphorePermit, RelayError> {
+        let calls = Arc::clone(&self.caller(caller).calls);
+        calls.try_acquire_owned().map_err(|_| {
+            RelayError::Throttled(Throttle {
+                subject: "caller",
+                what: "calls at once ([limits] caller_calls_in_flight)",
+                wait: SHORT_WAIT,
+            })
+        })
+    }
+
+    /// Counts captures.
+    pub(super) fn capture(
+        &self,
+        caller: &Caller,
+        integration: &IntegrationId,
+        captures: usize,
+    ) -> Result<(), RelayError> {
+        let count = u32::try_from(captures).ok().and_then(NonZeroU32::new);
+        let Some(count) = count else { return Ok(()) };
+        let own = self.caller(caller);
+        take(&own.captures, count).map_err(|wait| Throttle {
+            subject: "caller",
+            what: "captures in a second ([limits] caller_captures_per_second)",
+            wait,
+        })?;
+        let shared = kept(&self.integrations, integration, || {
+            bucket(
+                self.limits.integration_captures_per_second,
+                self.limits.integration_burst_captures,
+            )
+        });
+        take(&shared, count).map_err(|wait| Throttle {
+            subject: "integration",
+            what: "captures in a second ([limits] integration_captures_per_second)",
+            wait,
+        })?;
+        Ok(())
+    }
+
+    /// Takes room for a part of a request; refuses where there is none.
+    pub(super) fn hold(&self, bytes: usize) -> Result<OwnedSemaphorePermit, RelayError> {
+        Arc::clone(&self.memory)
+            .try_acquire_many_owned(units(bytes))
+            .map_err(|_| {
+                RelayError::Throttled(Throttle {
+                    subject: "relay",
+                    what: "bytes of requests at once ([limits] request_bytes_in_flight)",
+                    wait: SHORT_WAIT,
+                })
+            })
+    }
+
+    /// The same, but waits for room: for what is taken in its turn.
+    pub(super) async fn hold_in_turn(&self, bytes: usize) -> Option<OwnedSemaphorePermit> {
+        // Never closed.
+        let memory = Arc::clone(&self.memory);
+        memory.acquire_many_owned(units(bytes)).await.ok()
+    }
+
+    fn caller(&self, caller: &Caller) -> Arc<CallerUse> {
+        kept(&self.callers, caller.name.as_str(), || CallerUse {
+            calls: Arc::new(Semaphore::new(self.limits.caller_calls_in_flight)),
+            captures: bucket(
+                self.limits.caller_captures_per_second,
+                self.limits.caller_burst_captures,
+            ),
+        })
+    }
+}
+
+impl From<Throttle> for RelayError {
+    fn from(throttle: Throttle) -> Self {
+        Self::Throttled(throttle)
+    }
+}
+
+fn units(bytes: usize) -> u32 {
+    u32::try_from((bytes as u64).div_ceil(UNIT_BYTES)).unwrap_or(u32::MAX)
+}
+
+fn bucket(per_second: u32, burst: u32) -> Bucket {
+    // The configuration's bounds leave no room for 0.
+    let number = |number| NonZeroU32::new(number).unwrap_or(NonZeroU32::MIN);
+    RateLimiter::direct(Quota::per_second(number(per_second)).allow_burst(number(burst)))
+}
+
+/// Takes `count` tokens, or says how long to wait for them.
+fn take(bucket: &Bucket, count: NonZeroU32) -> Result<(), Duration> {
+    match bucket.check_n(count) {
+        Ok(Ok(())) => Ok(()),
+        Ok(Err(until)) => Err(until.wait_time_from(MonotonicClock.now())),
+        // A batch fits into every burst; a second is as good as any.
+        Err(_) => Err(Duration::from_secs(1)),
+    }
+}
+
+/// The entry of a key; made where there is none.
+fn kept<K, Q, T>(map: &Mutex<HashMap<K, Arc<T>>>, key: &Q, make: impl FnOnce() -> T) -> Arc<T>
+where
+    K: Eq + Hash + std::borrow::Borrow<Q>,
+    Q: Eq + Hash + ToOwned<Owned = K> + ?Sized,
+{
+    let mut map = map.lock().unwrap_or_else(PoisonError::into_inner);
+    if let Some(found) = map.get(key) {
+        return Arc::clone(found);
+    }
+    if map.len() >= KEPT {
+        map.retain(|_, entry| Arc::strong_count(entry) > 1);
+    }
+    let made = Arc::new(make());
+    map.insert(key.to_owned(), Arc::clone(&made));
+    made
+}

@@ -1,0 +1,165 @@
+//! What an outbox encrypts before it stores it, and what it blinds: values that
+//! tell nothing themselves but could be guessed, such as the hash of an address.
+
+use std::sync::Arc;
+
+use prost::Message;
+
+use super::{LeasedCapture, NewCapture, OutboxError, StoredIntegration};
+use crate::{
+    event::EventType,
+    integration::IntegrationId,
+    proto::ErasureReceipt,
+    vault::{Blinder, UnsealError, Vault, VaultError, sealed_under},
+};
+
+/// Kinds of blinded values.
+const DIGEST: u8 = 1;
+const SUBJECT: u8 = 2;
+
+/// Seals and blinds what goes into a store, and unseals what comes out.
+#[derive(Clone, Debug)]
+pub(super) struct Sealing {
+    pub(super) vault: Arc<Vault>,
+    blinder: Blinder,
+    /// Whether payloads are sealed. Those that are sealed already are unsealed in
+    /// any case.
+    pub(super) payloads: bool,
+}
+
+/// A capture as it is stored.
+#[derive(Debug)]
+pub(super) struct SealedCapture {
+    /// With blinded digest and, where that is wanted, sealed payloads.
+    pub(super) capture: NewCapture,
+    /// Whose data it is, blinded.
+    pub(super) subject: Option<i64>,
+}
+
+fn failed(error: VaultError) -> OutboxError {
+    OutboxError::Unavailable(error.to_string())
+}
+
+fn unreadable(what: &str, error: UnsealError) -> OutboxError {
+    OutboxError::Unavailable(format!("{what}: {error}"))
+}
+
+/// Where a payload belongs.
+pub(super) fn payload_place(id: &IntegrationId, capture_id: &str, event: EventType) -> String {
+    format!("payload/{id}/{capture_id}/{}", event.to_proto() as i32)
+}
+
+impl Sealing {
+    /// `index_key` has to stay the same for as long as what it blinded is kept.
+    pub(super) fn new(vault: Arc<Vault>, index_key: &[u8; 32], payloads: bool) -> Self {
+        Self {
+            vault,
+            blinder: Blinder::new(index_key),
+            payloads,
+        }
+    }
+
+    /// A capture as it is stored.
+    pub(super) fn capture(&self, mut capture: NewCapture) -> Result<SealedCapture, OutboxError> {
+        let digest = self.blinder.blind(DIGEST, &capture.digest);
+        capture.digest.copy_from_slice(&digest[..16]);
+        let subject = capture.user_id.take().map(|id| self.subject(&id));
+        if self.payloads
+            && let super::Content::Send { events, .. } = &mut capture.content
+        {
+            let (id, capture_id) = (&capture.integration_id, &capture.capture_id);
+            let seal = |event, payload: &[u8]| {
+                let place = payload_place(id, capture_id, event);
+                self.vault.seal(&place, payload).map_err(failed)
+            };
+            events.identify = seal(EventType::Identify, &events.identify)?;
+            events.track = seal(EventType::Track, &events.track)?;
+        }
+        Ok(SealedCapture { capture, subject })
+    }
+
+    /// The number under which a person's captures are found.
+    pub(super) fn subject(&self, user_id: &str) -> i64 {
+        let blinded = self.blinder.blind(SUBJECT, user_id.as_bytes());
+        let mut number = [0; 8];
+        number.copy_from_slice(&blinded[..8]);
+        i64::from_le_bytes(number)
+    }
+
+    /// Unseals the payloads of a leased capture; one that can't be is damaged.
+    pub(super) fn leased(&self, capture: &mut LeasedCapture) {
+        let record = &capture.record;
+        let (id, capture_id) = (&record.integration_id, &record.capture_id);
+        let payloads = [
+            (EventType::Identify, &mut capture.identify),
+            (EventType::Track, &mut capture.track),
+        ];
+        for (event, payload) in payloads {
+            let Some(sealed) = payload.as_mut().filter(|it| sealed_under(it).is_some()) else {
+                continue;
+            };
+            match self
+                .vault
+                .unseal(&payload_place(id, capture_id, event), sealed)
+            {
+                Ok(opened) => *sealed = opened,
+                Err(error) => {
+                    tracing::error!(integration = %id, capture_id, %error, "a payload is not sent");
+                    capture.damaged = true;
+                }
+            }
+        }
+    }
+
+    /// An integration with its write keys.
+    pub(super) fn integration(&self, spec: &StoredIntegration) -> Result<Vec<u8>, OutboxError> {
+        let place = integration_place(&spec.integration_id);
+        let plain = zeroize::Zeroizing::new(spec.encode_to_vec());
+        self.vault.seal(&place, &plain).map_err(failed)
+    }
+
+    /// The same back.
+    pub(super) fn open_integration(
+        &self,
+        id: &str,
+        sealed: &[u8],
+    ) -> Result<StoredIntegration, OutboxError> {
+        let plain = self
+            .vault
+            .unseal(&integration_place(id), sealed)
+            .map_err(|error| unreadable("a stored integration", error))?;
+        let plain = zeroize::Zeroizing::new(plain);
+        Message::decode(plain.as_slice())
+            .map_err(|error| OutboxError::Unavailable(format!("a damaged integration: {error}")))
+    }
+
+    /// A receipt of an erasure.
+    pub(super) fn receipt(&self, receipt: &ErasureReceipt) -> Result<Vec<u8>, OutboxError> {
+        let place = receipt_place(&receipt.receipt_id);
+        self.vault
+            .seal(&place, &receipt.encode_to_vec())
+            .map_err(failed)
+    }
+
+    /// The same back.
+    pub(super) fn open_receipt(
+        &self,
+        id: &str,
+        sealed: &[u8],
+    ) -> Result<ErasureReceipt, OutboxError> {
+        let plain = self
+            .vault
+            .unseal(&receipt_place(id), sealed)
+            .map_err(|error| unreadable("a stored receipt", error))?;
+        Message::decode(plain.as_slice())
+            .map_err(|error| OutboxError::Unavailable(format!("a damaged receipt: {error}")))
+    }
+}
+
+pub(super) fn integration_place(id: &str) -> String {
+    format!("integration/{id}")
+}
+
+pub(super) fn receipt_place(id: &str) -> String {
+    format!("erasure/{id}")
+}

@@ -1,0 +1,230 @@
+//! The calls of the outbox as commands for its two threads.
+
+use std::sync::{Arc, PoisonError};
+
+use tokio::sync::oneshot;
+
+use super::{OpenFiles, SqliteOutbox, join, reader::ReadCommand, writer::WriteCommand};
+use crate::{
+    integration::IntegrationId,
+    notice::Notice,
+    outbox::{
+        Backlog, BoxFuture, DeadLetter, DeadLetterCount, DeadLetterFilter, Erasure, FoundSubject,
+        LaneKey, LeaseBudget, LeasedCapture, NewCapture, Outbox, OutboxError, Quota, Receipt,
+        Selection, Settlement, Signals, StoredIntegration, SubjectQuery,
+    },
+    proto::ErasureReceipt,
+    status::CaptureRecord,
+    time::UnixMillis,
+};
+
+impl Outbox for SqliteOutbox {
+    fn submit(&self, captures: Vec<NewCapture>) -> BoxFuture<'_, Result<Receipt, OutboxError>> {
+        Box::pin(async move {
+            let (reply, answer) = oneshot::channel();
+            // Here and not in the writer: callers encrypt side by side.
+            let captures = captures
+                .into_iter()
+                .map(|capture| self.sealing.capture(capture))
+                .collect::<Result<_, _>>()?;
+            let command = WriteCommand::Submit { captures, reply };
+            self.writer
+                .send(command)
+                .await
+                .map_err(|_| OutboxError::Closed)?;
+            Ok(Receipt(answer))
+        })
+    }
+
+    fn lease(
+        &self,
+        lane: &LaneKey,
+        budget: LeaseBudget,
+    ) -> BoxFuture<'_, Result<Vec<LeasedCapture>, OutboxError>> {
+        let lane = lane.clone();
+        let command = move |reply| ReadCommand::Lease {
+            lane,
+            budget,
+            reply,
+        };
+        Box::pin(async move {
+            let mut leased = self.read(command).await?;
+            for capture in &mut leased {
+                self.sealing.leased(capture);
+            }
+            Ok(leased)
+        })
+    }
+
+    fn settle(&self, settlement: Arc<Settlement>) -> BoxFuture<'_, Result<(), OutboxError>> {
+        Box::pin(self.write(move |reply| WriteCommand::Settle { settlement, reply }))
+    }
+
+    fn find(
+        &self,
+        integration_id: &IntegrationId,
+        capture_id: &str,
+    ) -> BoxFuture<'_, Result<Option<CaptureRecord>, OutboxError>> {
+        let (integration_id, capture_id) = (integration_id.clone(), capture_id.to_owned());
+        Box::pin(self.read(move |reply| ReadCommand::Find {
+            integration_id,
+            capture_id,
+            reply,
+        }))
+    }
+
+    fn waiting_lanes(&self) -> BoxFuture<'_, Result<Vec<LaneKey>, OutboxError>> {
+        Box::pin(self.read(|reply| ReadCommand::WaitingLanes { reply }))
+    }
+
+    fn backlog(
+        &self,
+        integration_id: &IntegrationId,
+    ) -> BoxFuture<'_, Result<Backlog, OutboxError>> {
+        let integration_id = integration_id.clone();
+        Box::pin(self.read(move |reply| ReadCommand::Backlog {
+            integration_id,
+            reply,
+        }))
+    }
+
+    fn dead_letters(
+        &self,
+        filter: DeadLetterFilter,
+        after: i64,
+        limit: usize,
+    ) -> BoxFuture<'_, Result<Vec<DeadLetter>, OutboxError>> {
+        let command = move |reply| ReadCommand::DeadLetters {
+            filter,
+            after,
+            limit,
+            reply,
+        };
+        Box::pin(self.read(command))
+    }
+
+    fn count_dead_letters(
+        &self,
+        selection: Selection,
+        older_than: UnixMillis,
+    ) -> BoxFuture<'_, Result<DeadLetterCount, OutboxError>> {
+        let command = move |reply| ReadCommand::CountDeadLetters {
+            selection,
+            older_than,
+            reply,
+        };
+        Box::pin(self.read(command))
+    }
+
+    fn replay(
+        &self,
+        selection: Selection,
+        now: UnixMillis,
+    ) -> BoxFuture<'_, Result<Result<u64, Quota>, OutboxError>> {
+        Box::pin(self.write(move |reply| WriteCommand::Replay {
+            selection,
+            now,
+            reply,
+        }))
+    }
+
+    fn discard(&self, selection: Selection) -> BoxFuture<'_, Result<u64, OutboxError>> {
+        Box::pin(self.write(move |reply| WriteCommand::Discard { selection, reply }))
+    }
+
+    fn find_subject(
+        &self,
+        subject: SubjectQuery,
+    ) -> BoxFuture<'_, Result<FoundSubject, OutboxError>> {
+        Box::pin(self.scan_subjects(subject))
+    }
+
+    fn erase(&self, erasure: Erasure) -> BoxFuture<'_, Result<ErasureReceipt, OutboxError>> {
+        let erasure = Box::new(erasure);
+        Box::pin(self.write(move |reply| WriteCommand::Erase { erasure, reply }))
+    }
+
+    fn erasure_receipts(
+        &self,
+        before: Option<i64>,
+        limit: usize,
+    ) -> BoxFuture<'_, Result<Vec<ErasureReceipt>, OutboxError>> {
+        let command = move |reply| ReadCommand::Receipts {
+            before,
+            limit,
+            reply,
+        };
+        Box::pin(async move {
+            let stored = self.read(command).await?;
+            let open = |(id, sealed): &(String, Vec<u8>)| self.sealing.open_receipt(id, sealed);
+            stored.iter().map(open).collect()
+        })
+    }
+
+    fn integrations(&self) -> BoxFuture<'_, Result<Vec<StoredIntegration>, OutboxError>> {
+        Box::pin(async {
+            let stored = self.read(|reply| ReadCommand::Integrations { reply });
+            let stored = stored.await?;
+            let open = |(id, sealed): &(String, Vec<u8>)| self.sealing.open_integration(id, sealed);
+            stored.iter().map(open).collect()
+        })
+    }
+
+    fn put_integration(
+        &self,
+        integration: StoredIntegration,
+    ) -> BoxFuture<'_, Result<(), OutboxError>> {
+        Box::pin(async move {
+            let sealed = self.sealing.integration(&integration)?;
+            let id = integration.integration_id;
+            self.write(move |reply| WriteCommand::PutIntegration { id, sealed, reply })
+                .await
+        })
+    }
+
+    fn delete_integration(&self, id: &IntegrationId) -> BoxFuture<'_, Result<(), OutboxError>> {
+        let id = id.clone();
+        Box::pin(self.write(move |reply| WriteCommand::DeleteIntegration { id, reply }))
+    }
+
+    fn put_notice(&self, notice: Notice) -> BoxFuture<'_, Result<(), OutboxError>> {
+        Box::pin(self.write(move |reply| WriteCommand::PutNotice { notice, reply }))
+    }
+
+    fn notices(&self, limit: usize) -> BoxFuture<'_, Result<Vec<Notice>, OutboxError>> {
+        Box::pin(self.read(move |reply| ReadCommand::Notices { limit, reply }))
+    }
+
+    fn delete_notice(&self, id: &str) -> BoxFuture<'_, Result<(), OutboxError>> {
+        let id = id.to_owned();
+        Box::pin(self.write(move |reply| WriteCommand::DeleteNotice { id, reply }))
+    }
+
+    fn signals(&self) -> &Signals {
+        &self.signals
+    }
+
+    fn close(&self) -> BoxFuture<'_, ()> {
+        Box::pin(async move {
+            let open = self
+                .open
+                .lock()
+                .unwrap_or_else(PoisonError::into_inner)
+                .take();
+            let Some(OpenFiles {
+                writer,
+                reader,
+                _lock,
+            }) = open
+            else {
+                return;
+            };
+            // Each thread ends after what is in its queue. The reader first: the
+            // last to close merges the log into the database, which a reader can't.
+            let _ = self.reader.send(ReadCommand::Close).await;
+            join(reader).await;
+            let _ = self.writer.send(WriteCommand::Close).await;
+            join(writer).await;
+        })
+    }
+}

@@ -1,0 +1,181 @@
+//! One connection as gRPC sees it: plain or TLS, with what is known of the peer,
+//! and closed when it does not begin to speak in time.
+
+use std::{
+    io,
+    net::SocketAddr,
+    pin::Pin,
+    sync::Arc,
+    task::{Context, Poll},
+    time::Duration,
+};
+
+use tokio::{
+    io::{AsyncRead, AsyncWrite, ReadBuf},
+    net::TcpStream,
+    time::Sleep,
+};
+use tokio_rustls::{TlsAcceptor, rustls::pki_types::CertificateDer, server::TlsStream};
+use tokio_util::sync::{CancellationToken, DropGuard};
+use tonic::transport::server::Connected;
+
+use crate::grpc::{Activity, Peer};
+
+/// Length of HTTP/2's preface (RFC 9113, 3.4), in bytes.
+const PREFACE_BYTES: usize = 24;
+
+/// A connection that is ready for HTTP/2.
+pub(super) struct Connection {
+    stream: Stream,
+    peer: Peer,
+    /// Bytes of the preface that have not come yet, and until when they have to.
+    preface: Option<(usize, Pin<Box<Sleep>>)>,
+    /// Tells that the connection has ended.
+    _ended: DropGuard,
+}
+
+enum Stream {
+    Plain(TcpStream),
+    Tls(Box<TlsStream<TcpStream>>),
+}
+
+impl Connection {
+    /// Does the TLS handshake, if there is to be one. Both it and the preface have
+    /// to come within `timeout`. `ended` is cancelled when the connection goes.
+    ///
+    /// # Errors
+    /// The handshake failed or took too long.
+    pub(super) async fn establish(
+        tcp: TcpStream,
+        tls: Option<TlsAcceptor>,
+        timeout: Duration,
+        ended: CancellationToken,
+    ) -> io::Result<Self> {
+        let deadline = tokio::time::Instant::now() + timeout;
+        tcp.set_nodelay(true)?;
+        let address = tcp.peer_addr().ok();
+        let (stream, certificate_names) = match tls {
+            None => (Stream::Plain(tcp), Vec::new()),
+            Some(acceptor) => {
+                let stream = tokio::time::timeout_at(deadline, acceptor.accept(tcp)).await??;
+                let names = certificate_names(&stream);
+                (Stream::Tls(Box::new(stream)), names)
+            }
+        };
+        Ok(Self {
+            stream,
+            peer: Peer {
+                address,
+                certificate_names: certificate_names.into(),
+                activity: Arc::new(Activity::default()),
+            },
+            preface: Some((PREFACE_BYTES, Box::pin(tokio::time::sleep_until(deadline)))),
+            _ended: ended.drop_guard(),
+        })
+    }
+
+    /// What is known of the peer.
+    pub(super) fn peer(&self) -> &Peer {
+        &self.peer
+    }
+}
+
+/// DNS names and URIs of the client's certificate, which the handshake has
+/// verified. A common name is none (RFC 9525, 2).
+fn certificate_names(stream: &TlsStream<TcpStream>) -> Vec<String> {
+    let (_, session) = stream.get_ref();
+    let leaf: Option<&CertificateDer<'_>> = session.peer_certificates().and_then(<[_]>::first);
+    let Some(certificate) = leaf.and_then(|leaf| webpki::EndEntityCert::try_from(leaf).ok()) else {
+        return Vec::new();
+    };
+    let dns = certificate.valid_dns_names().map(str::to_ascii_lowercase);
+    let uris = certificate.valid_uri_names().map(str::to_owned);
+    dns.chain(uris).collect()
+}
+
+impl Connected for Connection {
+    type ConnectInfo = Peer;
+
+    fn connect_info(&self) -> Peer {
+        self.peer.clone()
+    }
+}
+
+impl Stream {
+    fn poll_read(
+        &mut self,
+        context: &mut Context<'_>,
+        buffer: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
+        match self {
+            Self::Plain(stream) => Pin::new(stream).poll_read(context, buffer),
+            Self::Tls(stream) => Pin::new(stream).poll_read(context, buffer),
+        }
+    }
+
+    fn as_write(&mut self) -> Pin<&mut (dyn AsyncWrite + Unpin)> {
+        match self {
+            Self::Plain(stream) => Pin::new(stream),
+            Self::Tls(stream) => Pin::new(stream),
+        }
+    }
+}
+
+impl AsyncRead for Connection {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+        buffer: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
+        let this = &mut *self;
+        let before = buffer.filled().len();
+        let read = this.stream.poll_read(context, buffer);
+        if let Some((missing, deadline)) = &mut this.preface {
+            *missing = missing.saturating_sub(buffer.filled().len() - before);
+            if *missing == 0 {
+                this.preface = None;
+            } else if read.is_pending() && deadline.as_mut().poll(context).is_ready() {
+                return Poll::Ready(Err(io::ErrorKind::TimedOut.into()));
+            }
+        }
+        read
+    }
+}
+
+impl AsyncWrite for Connection {
+    fn poll_write(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+        bytes: &[u8],
+    ) -> Poll<io::Result<usize>> {
+        self.stream.as_write().poll_write(context, bytes)
+    }
+
+    fn poll_write_vectored(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+        slices: &[io::IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        self.stream.as_write().poll_write_vectored(context, slices)
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        match &self.stream {
+            Stream::Plain(stream) => stream.is_write_vectored(),
+            Stream::Tls(stream) => stream.is_write_vectored(),
+        }
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        self.stream.as_write().poll_flush(context)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        self.stream.as_write().poll_shutdown(context)
+    }
+}
+
+/// Where the peer is, for logs.
+pub(super) fn shown(address: Option<SocketAddr>) -> String {
+    address.map_or_else(|| "unknown".to_owned(), |address| address.to_string())
+}
