@@ -232,3 +232,45 @@ fn certificates(pem: &[u8]) -> Result<Vec<CertificateDer<'static>>, String> {
         .filter(|found| !found.is_empty())
         .ok_or_else(|| "has to hold certificates in PEM".to_owned())
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn pair() -> (String, String) {
+        let made = rcgen::generate_simple_self_signed(["relay.internal".to_owned()]);
+        let made = made.expect("made");
+        (made.cert.pem(), made.signing_key.serialize_pem())
+    }
+
+    #[test]
+    fn changed_files_are_taken_over_and_unfit_ones_change_nothing() {
+        let directory = tempfile::tempdir().expect("a directory");
+        let put = |name: &str, content: &str| {
+            let path = directory.path().join(name);
+            fs::write(&path, content).expect("written");
+            path
+        };
+        let (certificate, key) = pair();
+        let tls = Tls::new(config::Tls {
+            certificate_file: put("certificate", &certificate),
+            key_file: put("key", &key),
+            client_ca_file: None,
+            client_certificate_required: true,
+            reload_interval: std::time::Duration::from_secs(1),
+        });
+        let tls = tls.expect("fits");
+        assert!(matches!(tls.reload(), Ok(false)));
+        put("certificate", "-----BEGIN CERT");
+        assert!(matches!(tls.reload(), Err(TlsError::Content { .. })));
+        let (other, other_key) = pair();
+        put("certificate", &other);
+        let unfit = tls.reload().expect_err("the key is another's");
+        assert!(matches!(unfit, TlsError::Unfit(_)), "{unfit}");
+        fs::remove_file(directory.path().join("key")).expect("removed");
+        assert!(matches!(tls.reload(), Err(TlsError::Read { .. })));
+        put("key", &other_key);
+        assert!(matches!(tls.reload(), Ok(true)));
+        assert!(matches!(tls.reload(), Ok(false)));
+    }
+}

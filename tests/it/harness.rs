@@ -43,15 +43,26 @@ impl World {
     /// A world whose relay has these settings beside those that lead it to the
     /// sandbox. `[delivery]` has short waits unless the settings name it.
     pub(crate) async fn with(settings: &str) -> Self {
+        Self::with_front(settings, async |endpoint| {
+            format!("http://{endpoint}/v1/batch")
+        })
+        .await
+    }
+
+    /// The same with another URL before the non-EU endpoint, whose address `front` gets.
+    pub(crate) async fn with_front(
+        settings: &str,
+        front: impl AsyncFnOnce(String) -> String,
+    ) -> Self {
         let sandbox = Arc::new(Sandbox::new(SandboxOptions::default()));
         let sandbox_shutdown = CancellationToken::new();
         let (non_eu, eu) = (listener().await, listener().await);
         let url = |listener: &TcpListener| {
             format!("http://{}", listener.local_addr().expect("an address"))
         };
-        let non_eu_url = url(&non_eu);
+        let non_eu_url = front(non_eu.local_addr().expect("an address").to_string()).await;
         let endpoints = format!(
-            "[segment.endpoints]\nnon_eu = \"{non_eu_url}/v1/batch\"\neu = \"{}/v1/batch\"\n",
+            "[segment.endpoints]\nnon_eu = \"{non_eu_url}\"\neu = \"{}/v1/batch\"\n",
             url(&eu)
         );
         tokio::spawn(sandbox::run(
@@ -70,7 +81,7 @@ impl World {
         Self {
             sandbox,
             address,
-            channel: connect(address).await,
+            channel: connect(address),
             settings,
             endpoints,
             directory,
@@ -87,7 +98,7 @@ impl World {
         self.address = address;
         self.shutdown = shutdown;
         self.relay = relay;
-        self.channel = connect(address).await;
+        self.channel = connect(address);
     }
 
     /// The same with other settings.
@@ -227,12 +238,11 @@ async fn run_relay(
     (address, shutdown, task)
 }
 
-async fn connect(address: SocketAddr) -> Channel {
+/// Connects with the first call.
+fn connect(address: SocketAddr) -> Channel {
     Channel::from_shared(format!("http://{address}"))
         .expect("a URL")
-        .connect()
-        .await
-        .expect("connects")
+        .connect_lazy()
 }
 
 /// An integration of one region that forwards all attributes.

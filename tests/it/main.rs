@@ -8,8 +8,10 @@
     reason = "tests stop at the first thing that is not as it should be"
 )]
 
+mod auth;
 mod batch;
 mod capture;
+mod certificates;
 mod chaos;
 mod command;
 mod crash;
@@ -20,6 +22,10 @@ mod drain;
 mod faults;
 mod harness;
 mod integrations;
+mod notify;
+mod privacy;
 mod process;
+mod receiver;
 mod services;
 mod stream;
+mod tls;

@@ -1,0 +1,107 @@
+//! An HTTP server that keeps what it gets: for webhooks, and for key sets.
+
+use std::{
+    collections::VecDeque,
+    convert::Infallible,
+    net::SocketAddr,
+    sync::{Arc, Mutex},
+};
+
+use bytes::Bytes;
+use http::{HeaderMap, Request, Response, StatusCode};
+use http_body_util::{BodyExt, Full};
+use hyper::{body::Incoming, service::service_fn};
+use hyper_util::{
+    rt::{TokioExecutor, TokioIo},
+    server::conn::auto,
+};
+use tokio::{net::TcpListener, sync::Notify};
+
+use crate::harness::PATIENCE;
+
+/// A request as it came.
+#[derive(Clone)]
+pub(crate) struct Received {
+    pub(crate) headers: HeaderMap,
+    pub(crate) body: Bytes,
+}
+
+#[derive(Default)]
+struct State {
+    received: Mutex<Vec<Received>>,
+    /// Statuses of the next answers; then 200.
+    statuses: Mutex<VecDeque<u16>>,
+    body: Mutex<String>,
+    came: Notify,
+}
+
+pub(crate) struct Receiver {
+    pub(crate) address: SocketAddr,
+    state: Arc<State>,
+}
+
+impl Receiver {
+    pub(crate) async fn start() -> Self {
+        let listener = TcpListener::bind("127.0.0.1:0").await.expect("a free port");
+        let address = listener.local_addr().expect("an address");
+        let state = Arc::new(State::default());
+        let shared = Arc::clone(&state);
+        tokio::spawn(async move {
+            while let Ok((tcp, _)) = listener.accept().await {
+                let state = Arc::clone(&shared);
+                tokio::spawn(async move {
+                    let service = service_fn(|request| answer(Arc::clone(&state), request));
+                    let _ = auto::Builder::new(TokioExecutor::new())
+                        .serve_connection(TokioIo::new(tcp), service)
+                        .await;
+                });
+            }
+        });
+        Self { address, state }
+    }
+
+    /// What it answers from now on.
+    pub(crate) fn answer(&self, body: &str) {
+        body.clone_into(&mut self.state.body.lock().expect("sound"));
+    }
+
+    /// The statuses of the next answers.
+    pub(crate) fn fail_with(&self, statuses: &[u16]) {
+        self.state.statuses.lock().expect("sound").extend(statuses);
+    }
+
+    pub(crate) fn received(&self) -> Vec<Received> {
+        self.state.received.lock().expect("sound").clone()
+    }
+
+    /// Waits for so many requests.
+    pub(crate) async fn wait_for(&self, requests: usize) -> Vec<Received> {
+        let enough = async {
+            loop {
+                let came = self.state.came.notified();
+                let received = self.received();
+                if received.len() >= requests {
+                    return received;
+                }
+                came.await;
+            }
+        };
+        tokio::time::timeout(PATIENCE, enough).await.expect("they come")
+    }
+}
+
+async fn answer(
+    state: Arc<State>,
+    request: Request<Incoming>,
+) -> Result<Response<Full<Bytes>>, Infallible> {
+    let (head, body) = request.into_parts();
+    let body = body.collect().await.expect("a whole body").to_bytes();
+    let headers = head.headers;
+    state.received.lock().expect("sound").push(Received { headers, body });
+    state.came.notify_waiters();
+    let status = state.statuses.lock().expect("sound").pop_front().unwrap_or(200);
+    let body = state.body.lock().expect("sound").clone();
+    let mut answer = Response::new(Full::new(Bytes::from(body)));
+    *answer.status_mut() = StatusCode::from_u16(status).expect("a status");
+    Ok(answer)
+}
