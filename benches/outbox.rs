@@ -49,6 +49,7 @@ fn capture(number: u64) -> NewCapture {
         mapping_version: 1,
         accept_time: UnixMillis::now(),
         user_id: Some(format!("{id:064x}")),
+        room: None,
         content: Content::Send {
             shard: SHARD,
             events: EventPair {

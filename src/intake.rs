@@ -46,6 +46,7 @@ pub fn prepare(
         accept_time: received,
         user_id: mapped.subject.map(|subject| subject.user_id),
         content,
+        room: None,
     })
 }
 

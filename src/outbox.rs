@@ -21,7 +21,7 @@ mod sqlite;
 
 use std::{fmt, future::Future, pin::Pin, sync::Arc};
 
-use tokio::sync::oneshot;
+use tokio::sync::{OwnedSemaphorePermit, oneshot};
 
 use crate::{
     event::{EventPair, EventType},
@@ -91,6 +91,8 @@ pub struct NewCapture {
     pub user_id: Option<String>,
     /// What is to be sent.
     pub content: Content,
+    /// Its room among all requests, which is free again once it is stored.
+    pub room: Option<OwnedSemaphorePermit>,
 }
 
 /// What a capture gives to send.

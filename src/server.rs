@@ -128,7 +128,6 @@ impl Relay {
             Arc::new(parts::authenticator(&config).await?),
             Arc::clone(&services.usage),
             services.audit.clone(),
-            config.server.max_message_bytes,
         );
         let tls = match &config.tls {
             Some(options) => Some(Arc::new(Tls::new(options.clone())?)),

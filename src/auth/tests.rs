@@ -8,7 +8,7 @@ use serde_json::{Value, json};
 
 use super::*;
 use crate::{
-    config::{Jwt, JwksSource},
+    config::{JwksSource, Jwt},
     permission::{Permission, Scope},
 };
 
@@ -20,7 +20,8 @@ struct Issuer {
 
 impl Issuer {
     fn new(kid: &'static str) -> Self {
-        let key = Ed25519KeyPair::from_seed_unchecked(&crate::vault::random::<32>().expect("random"));
+        let key =
+            Ed25519KeyPair::from_seed_unchecked(&crate::vault::random::<32>().expect("random"));
         Self {
             key: key.expect("a key"),
             kid,
@@ -91,9 +92,18 @@ async fn a_good_token_names_its_caller_and_nothing_else_does() {
     let directory = tempfile::tempdir().expect("a directory");
     let (issuer, stranger) = (Issuer::new("k1"), Issuer::new("k1"));
     let verifier = verifier(&put(&directory, &[issuer.jwk()])).await;
-    let caller = verifier.verify(&issuer.sign(&claims())).await.expect("good");
+    let caller = verifier
+        .verify(&issuer.sign(&claims()))
+        .await
+        .expect("good");
     assert_eq!(caller.name, "jwt:service-a");
-    assert!(caller.permissions.iter().copied().eq([Permission::Capture, Permission::Read]));
+    assert!(
+        caller
+            .permissions
+            .iter()
+            .copied()
+            .eq([Permission::Capture, Permission::Read])
+    );
     assert_eq!(caller.scope, Scope::All);
 
     let good = issuer.sign(&claims());
@@ -106,21 +116,48 @@ async fn a_good_token_names_its_caller_and_nothing_else_does() {
     let hmac_key = ring::hmac::Key::new(ring::hmac::HMAC_SHA256, public);
     let forged = URL_SAFE_NO_PAD.encode(ring::hmac::sign(&hmac_key, hmac_message.as_bytes()));
     for (token, why) in [
-        (issuer.sign(&changed("exp", json!(now() - 60))), "it has expired"),
-        (issuer.sign(&changed("nbf", json!(now() + 120))), "it is not valid yet"),
-        (issuer.sign(&changed("iss", json!("https://other.example"))), "it is another issuer's"),
-        (issuer.sign(&changed("aud", json!("other"))), "it is meant for another audience"),
-        (issuer.sign(&changed("exp", Value::Null)), "it lacks one of exp, iss, aud and sub"),
-        (issuer.sign(&changed("aud", Value::Null)), "it lacks one of exp, iss, aud and sub"),
-        (issuer.sign(&changed("sub", json!(""))), "its sub is empty or too long"),
+        (
+            issuer.sign(&changed("exp", json!(now() - 60))),
+            "it has expired",
+        ),
+        (
+            issuer.sign(&changed("nbf", json!(now() + 120))),
+            "it is not valid yet",
+        ),
+        (
+            issuer.sign(&changed("iss", json!("https://other.example"))),
+            "it is another issuer's",
+        ),
+        (
+            issuer.sign(&changed("aud", json!("other"))),
+            "it is meant for another audience",
+        ),
+        (
+            issuer.sign(&changed("exp", Value::Null)),
+            "it lacks one of exp, iss, aud and sub",
+        ),
+        (
+            issuer.sign(&changed("aud", Value::Null)),
+            "it lacks one of exp, iss, aud and sub",
+        ),
+        (
+            issuer.sign(&changed("sub", json!(""))),
+            "its sub is empty or too long",
+        ),
         (stranger.sign(&claims()), "its signature is wrong"),
         (
             issuer.sign_with(&json!({ "alg": "EdDSA", "kid": "k2" }), &claims()),
             "its key is not the issuer's",
         ),
-        (format!("{message}.{}", "A".repeat(signature.len())), "its signature is wrong"),
+        (
+            format!("{message}.{}", "A".repeat(signature.len())),
+            "its signature is wrong",
+        ),
         (format!("{none}.{payload}."), "it is malformed"),
-        (format!("{hmac_message}.{forged}"), "its algorithm is not taken"),
+        (
+            format!("{hmac_message}.{forged}"),
+            "its algorithm is not taken",
+        ),
         (
             issuer.sign_with(&json!({ "alg": "RS256", "kid": "k1" }), &claims()),
             "its signature is wrong",
@@ -128,7 +165,11 @@ async fn a_good_token_names_its_caller_and_nothing_else_does() {
         ("a.b.c".into(), "it is malformed"),
         ("..".into(), "it is malformed"),
     ] {
-        assert_eq!(verifier.verify(&token).await, Err(AuthError::BadJwt(why)), "{token}");
+        assert_eq!(
+            verifier.verify(&token).await,
+            Err(AuthError::BadJwt(why)),
+            "{token}"
+        );
     }
     for end in 0..good.len() {
         let cut = verifier.verify(&good[..end]).await;
@@ -147,7 +188,11 @@ async fn every_algorithm_of_another_librarys_tokens_is_taken_and_short_keys_are_
     assert_eq!(tokens.len(), 9);
     for (name, token) in tokens {
         let verified = verifier.verify(token.as_str().expect("text")).await;
-        assert_eq!(verified.is_ok(), !name.ends_with("1024"), "{name}: {verified:?}");
+        assert_eq!(
+            verified.is_ok(),
+            !name.ends_with("1024"),
+            "{name}: {verified:?}"
+        );
     }
 }
 
@@ -161,7 +206,10 @@ async fn an_unknown_key_has_the_set_read_again_but_not_all_the_time() {
     // The set was read just now.
     assert_eq!(verifier.verify(&second.sign(&claims())).await, unknown);
     tokio::time::advance(Duration::from_secs(11)).await;
-    verifier.verify(&second.sign(&claims())).await.expect("the new key is known");
+    verifier
+        .verify(&second.sign(&claims()))
+        .await
+        .expect("the new key is known");
     assert_eq!(verifier.verify(&first.sign(&claims())).await, unknown);
 }
 
@@ -170,7 +218,9 @@ async fn tokens_can_be_bound_to_integrations_and_addresses_are_no_names() {
     let directory = tempfile::tempdir().expect("a directory");
     let issuer = Issuer::new("k1");
     let path = put(&directory, &[issuer.jwk()]);
-    let jwks = Jwks::open(JwksSource::File(path.clone())).await.expect("keys");
+    let jwks = Jwks::open(JwksSource::File(path.clone()))
+        .await
+        .expect("keys");
     let options = Jwt {
         integrations_claim: Some("tenants".into()),
         ..options(&path)

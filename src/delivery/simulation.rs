@@ -150,6 +150,7 @@ impl Simulation {
                 mapping_version: 1,
                 accept_time: self.now(),
                 user_id: None,
+                room: None,
                 content: Content::Send {
                     shard: user % SHARDS,
                     events: EventPair {

@@ -120,6 +120,7 @@ impl Worker {
             Some(None) => (Credentials::NoneForRegion, None),
             Some(key) => (Credentials::Ready, key),
         };
+        let mut answered = None;
         let settlement = match (
             self.lane.next_step(leased, credentials, UnixMillis::now()),
             write_key,
@@ -131,7 +132,7 @@ impl Worker {
             (Step::Send(leased), Some(write_key)) => match self.send(write_key, leased).await {
                 Ok((settlement, answer)) => {
                     self.note(&admission, &answer);
-                    self.tell_of_change(&answer).await;
+                    answered = Some(answer);
                     settlement
                 }
                 Err(wait) => return Turn::Wait(wait),
@@ -146,6 +147,9 @@ impl Worker {
         }
         self.make_durable(settlement).await;
         drop(hold);
+        if let Some(answer) = answered {
+            self.tell_of_change(&answer).await;
+        }
         Turn::Worked
     }
 

@@ -16,7 +16,7 @@ use tower_service::Service;
 use super::{
     Peer, RelayError, Usage,
     body::{Answering, CallGuards, Metered},
-    rpcs::{Need, need},
+    rpcs::{Need, need, streams_requests},
 };
 use crate::{audit::Audit, auth::Authenticator, permission::Caller};
 
@@ -30,24 +30,16 @@ struct Access {
     authenticator: Arc<Authenticator>,
     usage: Arc<Usage>,
     audit: Audit,
-    /// Longest request message, in bytes.
-    max_message_bytes: usize,
 }
 
 impl AccessLayer {
     /// A layer with these parts.
     #[must_use]
-    pub fn new(
-        authenticator: Arc<Authenticator>,
-        usage: Arc<Usage>,
-        audit: Audit,
-        max_message_bytes: usize,
-    ) -> Self {
+    pub fn new(authenticator: Arc<Authenticator>, usage: Arc<Usage>, audit: Audit) -> Self {
         let access = Access {
             authenticator,
             usage,
             audit,
-            max_message_bytes,
         };
         Self {
             access: Arc::new(access),
@@ -127,8 +119,8 @@ impl Access {
         request.extensions_mut().insert(caller);
         let guards = CallGuards::new(activity, Some(permit));
         let (usage, bytes) = (Arc::clone(&self.usage), Arc::clone(guards.bytes()));
-        let most = self.max_message_bytes;
-        let request = request.map(|body| Body::new(Metered::new(body, usage, bytes, most)));
+        let streams = streams_requests(request.uri().path());
+        let request = request.map(|body| Body::new(Metered::new(body, usage, bytes, streams)));
         Ok((request, guards))
     }
 

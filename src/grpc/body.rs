@@ -10,35 +10,31 @@ use std::{
 use bytes::Bytes;
 use http_body::{Body as HttpBody, Frame, SizeHint};
 use tokio::sync::OwnedSemaphorePermit;
+use tokio_util::sync::PollSemaphore;
 use tonic::{Status, body::Body};
 
-use super::{RelayError, Usage, peer::ActiveCall};
+use super::{Usage, peer::ActiveCall, usage::units};
 
 /// Bytes of a request that are held.
 #[derive(Default)]
-pub(super) struct HeldBytes(Mutex<Held>);
-
-#[derive(Default)]
-struct Held {
-    permit: Option<OwnedSemaphorePermit>,
-    bytes: usize,
-}
+pub(super) struct HeldBytes(Mutex<Option<OwnedSemaphorePermit>>);
 
 impl HeldBytes {
-    /// Holds more, up to `most`: a message is decoded before the next one is read.
-    fn add(&self, usage: &Usage, more: usize, most: usize) -> Result<(), RelayError> {
+    fn add(&self, permit: OwnedSemaphorePermit) {
         let mut held = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        let more = more.min(most.saturating_sub(held.bytes));
-        if more == 0 {
-            return Ok(());
-        }
-        let permit = usage.hold(more)?;
-        held.bytes += more;
-        match &mut held.permit {
+        match held.as_mut() {
             Some(all) => all.merge(permit),
-            None => held.permit = Some(permit),
+            None => *held = Some(permit),
         }
-        Ok(())
+    }
+
+    /// Gives back what is held beyond `units`.
+    fn shrink_to(&self, units: u32) {
+        let mut held = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(all) = held.as_mut() {
+            let spare = all.num_permits().saturating_sub(units as usize);
+            drop(all.split(spare));
+        }
     }
 }
 
@@ -64,20 +60,36 @@ impl CallGuards {
 }
 
 /// A request's body whose bytes take room as they come.
+///
+/// One message: it is held until the call ends, and refused where there is no
+/// room. A stream: only the message that is coming in is held, and it waits for
+/// room; HTTP/2 slows its sender down meanwhile.
 pub(super) struct Metered {
     body: Body,
-    usage: Arc<Usage>,
     held: Arc<HeldBytes>,
-    most: usize,
+    usage: Arc<Usage>,
+    stream: Option<StreamMeter>,
+}
+
+struct StreamMeter {
+    room: PollSemaphore,
+    messages: Messages,
+    /// A frame that waits for room.
+    waiting: Option<Frame<Bytes>>,
 }
 
 impl Metered {
-    pub(super) fn new(body: Body, usage: Arc<Usage>, held: Arc<HeldBytes>, most: usize) -> Self {
+    pub(super) fn new(body: Body, usage: Arc<Usage>, held: Arc<HeldBytes>, streams: bool) -> Self {
+        let stream = streams.then(|| StreamMeter {
+            room: PollSemaphore::new(usage.memory()),
+            messages: Messages::default(),
+            waiting: None,
+        });
         Self {
             body,
-            usage,
             held,
-            most,
+            usage,
+            stream,
         }
     }
 }
@@ -91,22 +103,86 @@ impl HttpBody for Metered {
         context: &mut Context<'_>,
     ) -> Poll<Option<Result<Frame<Bytes>, Status>>> {
         let this = &mut *self;
-        let frame = ready!(Pin::new(&mut this.body).poll_frame(context));
-        if let Some(Ok(frame)) = &frame
-            && let Some(data) = frame.data_ref()
-            && let Err(error) = this.held.add(&this.usage, data.len(), this.most)
-        {
-            return Poll::Ready(Some(Err(error.into())));
+        let Some(stream) = &mut this.stream else {
+            let frame = ready!(Pin::new(&mut this.body).poll_frame(context));
+            if let Some(data) = data_of(&frame) {
+                match this.usage.hold(data.len()) {
+                    Ok(permit) => this.held.add(permit),
+                    Err(error) => return Poll::Ready(Some(Err(error.into()))),
+                }
+            }
+            return Poll::Ready(frame);
+        };
+        if stream.waiting.is_none() {
+            // Whoever asks for more has taken all whole messages.
+            this.held.shrink_to(units(stream.messages.incomplete()));
+            let frame = ready!(Pin::new(&mut this.body).poll_frame(context));
+            match frame {
+                Some(Ok(frame)) if frame.is_data() => stream.waiting = Some(frame),
+                other => return Poll::Ready(other),
+            }
         }
-        Poll::Ready(frame)
+        let bytes = stream.waiting.as_ref().and_then(Frame::data_ref);
+        let bytes = bytes.map_or(0, Bytes::len);
+        // Never closed.
+        if let Some(permit) = ready!(stream.room.poll_acquire_many(context, units(bytes))) {
+            this.held.add(permit);
+        }
+        let frame = stream.waiting.take();
+        if let Some(data) = frame.as_ref().and_then(Frame::data_ref) {
+            stream.messages.feed(data);
+        }
+        Poll::Ready(frame.map(Ok))
     }
 
     fn is_end_stream(&self) -> bool {
-        self.body.is_end_stream()
+        let waits = self.stream.as_ref().is_some_and(|it| it.waiting.is_some());
+        !waits && self.body.is_end_stream()
     }
 
     fn size_hint(&self) -> SizeHint {
         self.body.size_hint()
+    }
+}
+
+fn data_of(frame: &Option<Result<Frame<Bytes>, Status>>) -> Option<&Bytes> {
+    frame.as_ref()?.as_ref().ok()?.data_ref()
+}
+
+/// Follows the messages in a stream's bytes: a flag, a length of four bytes, the
+/// message (gRPC over HTTP/2, "Length-Prefixed-Message").
+#[derive(Debug, Default)]
+struct Messages {
+    head: [u8; 5],
+    /// Bytes of the current message so far, its head included.
+    have: usize,
+}
+
+impl Messages {
+    /// Bytes of the message that is not whole yet.
+    fn incomplete(&self) -> usize {
+        self.have
+    }
+
+    fn feed(&mut self, mut bytes: &[u8]) {
+        while !bytes.is_empty() {
+            while self.have < self.head.len() {
+                let Some((first, rest)) = bytes.split_first() else {
+                    return;
+                };
+                self.head[self.have] = *first;
+                self.have += 1;
+                bytes = rest;
+            }
+            let [_, length @ ..] = self.head;
+            let whole = self.head.len() + u32::from_be_bytes(length) as usize;
+            let taken = bytes.len().min(whole - self.have);
+            bytes = &bytes[taken..];
+            self.have += taken;
+            if self.have == whole {
+                self.have = 0;
+            }
+        }
     }
 }
 
@@ -147,5 +223,31 @@ impl HttpBody for Answering {
 
     fn size_hint(&self) -> SizeHint {
         self.body.size_hint()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn messages_are_followed_however_their_bytes_are_cut() {
+        let mut stream = Vec::new();
+        for length in [3_u8, 0, 200] {
+            stream.extend_from_slice(&[0, 0, 0, 0, length]);
+            stream.extend(std::iter::repeat_n(7, length.into()));
+        }
+        // Ends of the three messages.
+        let ends = [8, 13, 218];
+        for size in 1..=stream.len() {
+            let mut messages = Messages::default();
+            let mut fed = 0;
+            for piece in stream.chunks(size) {
+                messages.feed(piece);
+                fed += piece.len();
+                let begun = ends.iter().rev().find(|end| **end <= fed).unwrap_or(&0);
+                assert_eq!(messages.incomplete(), fed - begun, "pieces of {size}");
+            }
+        }
     }
 }

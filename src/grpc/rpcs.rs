@@ -93,6 +93,11 @@ pub const RPCS: [(&str, Need); 17] = [
     ),
 ];
 
+/// Whether the requests of a path are a stream.
+pub(super) fn streams_requests(path: &str) -> bool {
+    path.ends_with("/CaptureStream")
+}
+
 /// What the rpc of a path needs.
 pub(super) fn need(path: &str) -> Need {
     if path.starts_with("/grpc.health.v1.Health/") {

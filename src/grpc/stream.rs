@@ -8,11 +8,13 @@ use futures_util::{StreamExt, stream::FuturesUnordered};
 use prost::Message;
 use tokio::sync::{OwnedSemaphorePermit, mpsc};
 use tokio_stream::wrappers::ReceiverStream;
+use tokio_util::sync::PollSemaphore;
 use tonic::{Status, Streaming};
 
 use super::{
     RelayError, Services,
     accept::{accepted, capture_result, echo_id},
+    usage::units,
 };
 use crate::{
     outbox::{NewCapture, Receipt},
@@ -52,10 +54,13 @@ async fn run(
     results: Results,
 ) {
     let max_in_flight = services.limits.max_stream_captures_in_flight;
+    let mut room = PollSemaphore::new(services.usage.memory());
     let mut in_flight = FuturesUnordered::new();
+    // The next one, which waits for room.
+    let mut next: Option<CaptureStreamRequest> = None;
     let mut reading = true;
     let mut draining = false;
-    while reading || !in_flight.is_empty() {
+    while reading || next.is_some() || !in_flight.is_empty() {
         tokio::select! {
             Some(result) = in_flight.next(), if !in_flight.is_empty() => {
                 if results.send(Ok(result)).await.is_err() {
@@ -65,12 +70,17 @@ async fn run(
             () = services.gate.draining(), if reading => {
                 (reading, draining) = (false, true);
             }
-            request = requests.message(), if reading && in_flight.len() < max_in_flight => {
+            held = room_for(&mut room, next.as_ref()), if next.is_some() => {
+                if let Some(request) = next.take() {
+                    let submitted = submit(&services, &caller, request, held).await;
+                    in_flight.push(submitted.result());
+                }
+            }
+            request = requests.message(),
+                if reading && next.is_none() && in_flight.len() < max_in_flight =>
+            {
                 match request {
-                    Ok(Some(request)) => {
-                        let submitted = submit(&services, &caller, request).await;
-                        in_flight.push(submitted.result());
-                    }
+                    Ok(Some(request)) => next = Some(request),
                     Ok(None) => reading = false,
                     // What was taken is stored; there is nobody to tell.
                     Err(_) => return,
@@ -84,18 +94,30 @@ async fn run(
     }
 }
 
+/// Room for a request among all that are being handled. Keeps its place in the
+/// queue when it is dropped and asked again.
+async fn room_for(
+    room: &mut PollSemaphore,
+    request: Option<&CaptureStreamRequest>,
+) -> Option<OwnedSemaphorePermit> {
+    let bytes = request.map_or(0, Message::encoded_len);
+    std::future::poll_fn(|context| room.poll_acquire_many(context, units(bytes))).await
+}
+
 /// A capture of the stream between its submission and its result.
 struct InFlight {
     correlation_id: String,
     capture_id: String,
     submitted: Result<Receipt, RelayError>,
-    /// Room for it among all requests.
-    _held: Option<OwnedSemaphorePermit>,
 }
 
 /// Submits one capture, in its turn.
-async fn submit(services: &Services, caller: &Caller, request: CaptureStreamRequest) -> InFlight {
-    let held = services.usage.hold_in_turn(request.encoded_len()).await;
+async fn submit(
+    services: &Services,
+    caller: &Caller,
+    request: CaptureStreamRequest,
+    room: Option<OwnedSemaphorePermit>,
+) -> InFlight {
     let capture_id = request.capture.as_ref().map(echo_id).unwrap_or_default();
     let correlation_id = request
         .correlation_id
@@ -105,7 +127,7 @@ async fn submit(services: &Services, caller: &Caller, request: CaptureStreamRequ
     let submitted = match prepare(services, caller, request) {
         Ok(new) => services
             .outbox
-            .submit(vec![new])
+            .submit(vec![NewCapture { room, ..new }])
             .await
             .map_err(RelayError::from),
         Err(error) => Err(error),
@@ -114,7 +136,6 @@ async fn submit(services: &Services, caller: &Caller, request: CaptureStreamRequ
         correlation_id,
         capture_id,
         submitted,
-        _held: held,
     }
 }
 

@@ -119,11 +119,9 @@ impl Usage {
             })
     }
 
-    /// The same, but waits for room: for what is taken in its turn.
-    pub(super) async fn hold_in_turn(&self, bytes: usize) -> Option<OwnedSemaphorePermit> {
-        // Never closed.
-        let memory = Arc::clone(&self.memory);
-        memory.acquire_many_owned(units(bytes)).await.ok()
+    /// The room that requests take, in units of 1,024 bytes.
+    pub(super) fn memory(&self) -> Arc<Semaphore> {
+        Arc::clone(&self.memory)
     }
 
     fn caller(&self, caller: &Caller) -> Arc<CallerUse> {
@@ -143,7 +141,8 @@ impl From<Throttle> for RelayError {
     }
 }
 
-fn units(bytes: usize) -> u32 {
+/// The room for so many bytes.
+pub(super) fn units(bytes: usize) -> u32 {
     u32::try_from((bytes as u64).div_ceil(UNIT_BYTES)).unwrap_or(u32::MAX)
 }
 

@@ -86,6 +86,7 @@ pub(crate) fn new_capture(name: &str, capture_id: &str, content: u8) -> NewCaptu
         mapping_version: 1,
         accept_time: NOW,
         user_id: Some(user_of(capture_id)),
+        room: None,
         content: Content::Send {
             shard: 1,
             events: EventPair {

@@ -22,6 +22,7 @@ mod drain;
 mod faults;
 mod harness;
 mod integrations;
+mod limits;
 mod notify;
 mod privacy;
 mod process;

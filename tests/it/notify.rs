@@ -38,7 +38,8 @@ fn verified(received: &Received) -> Value {
     signed.extend_from_slice(&received.body);
     let expected = STANDARD.encode(ring::hmac::sign(&key, &signed));
     assert_eq!(header("webhook-signature"), format!("v1,{expected}"));
-    let age = segment_relay::time::UnixMillis::now().0 / 1_000 - timestamp.parse::<i64>().expect("seconds");
+    let age = segment_relay::time::UnixMillis::now().0 / 1_000
+        - timestamp.parse::<i64>().expect("seconds");
     assert!((0..60).contains(&age), "{age} s old");
     assert!(!String::from_utf8_lossy(&received.body).contains(WRITE_KEY));
     serde_json::from_slice(&received.body).expect("JSON")
@@ -63,7 +64,10 @@ async fn every_change_of_an_integration_is_told_with_a_signature() {
         }),
         update_mask: None,
     };
-    integrations.update_integration(update).await.expect("updated");
+    integrations
+        .update_integration(update)
+        .await
+        .expect("updated");
     let test = TestIntegrationRequest {
         integration_id: "acme".into(),
     };
@@ -91,7 +95,10 @@ async fn every_change_of_an_integration_is_told_with_a_signature() {
         integration_id: "acme".into(),
         ..Default::default()
     };
-    integrations.delete_integration(delete).await.expect("deleted");
+    integrations
+        .delete_integration(delete)
+        .await
+        .expect("deleted");
 
     let received = receiver.wait_for(8).await;
     assert_eq!(
@@ -125,11 +132,17 @@ async fn a_notice_that_is_not_taken_is_kept_over_a_restart_and_sent_with_the_sam
     world.restart().await;
     let received = receiver.wait_for(2).await;
     assert_eq!(types(&received), ["integration.created"; 2]);
-    assert_eq!(received[0].headers["webhook-id"], received[1].headers["webhook-id"]);
+    assert_eq!(
+        received[0].headers["webhook-id"],
+        received[1].headers["webhook-id"]
+    );
     assert_eq!(received[0].body, received[1].body);
     // Taken now: nothing more comes after another start.
     world.restart().await;
-    world.capture(numbered(1), WaitFor::Delivered).await.expect("delivered");
+    world
+        .capture(numbered(1), WaitFor::Delivered)
+        .await
+        .expect("delivered");
     assert_eq!(receiver.received().len(), 2);
     world.stop().await;
 }
@@ -149,15 +162,24 @@ async fn the_audit_log_says_who_changed_what_without_secrets() {
         integration: Some(acme()),
     };
     let mut integrations = world.integrations();
-    integrations.create_integration(crate::auth::by("all", created.clone())).await.expect("created");
+    integrations
+        .create_integration(crate::auth::by("all", created.clone()))
+        .await
+        .expect("created");
     let mut rotated = acme();
     rotated.credentials[0].write_key = "write-key-of-acme-0002".into();
     let update = UpdateIntegrationRequest {
         integration: Some(rotated),
         update_mask: None,
     };
-    integrations.update_integration(crate::auth::by("all", update)).await.expect("updated");
-    integrations.create_integration(crate::auth::by("read", created)).await.expect_err("refused");
+    integrations
+        .update_integration(crate::auth::by("all", update))
+        .await
+        .expect("updated");
+    integrations
+        .create_integration(crate::auth::by("read", created))
+        .await
+        .expect_err("refused");
     world.stop().await;
 
     let text = std::fs::read_to_string(&path).expect("written");
@@ -166,15 +188,31 @@ async fn the_audit_log_says_who_changed_what_without_secrets() {
         .map(|line| {
             let entry: Value = serde_json::from_str(line).expect("JSON");
             let field = |name: &str| entry[name].as_str().unwrap_or("").to_owned();
-            (field("caller"), field("action"), field("integration"), field("detail"))
+            (
+                field("caller"),
+                field("action"),
+                field("integration"),
+                field("detail"),
+            )
         })
         .collect();
-    let texts = |row: &(String, String, String, String)| [&row.0, &row.1, &row.2].map(String::clone);
-    assert_eq!(texts(&entries[0]), ["configuration", "integration.created", "from-file"]);
+    let texts =
+        |row: &(String, String, String, String)| [&row.0, &row.1, &row.2].map(String::clone);
+    assert_eq!(
+        texts(&entries[0]),
+        ["configuration", "integration.created", "from-file"]
+    );
     assert_eq!(texts(&entries[1]), ["all", "integration.created", "acme"]);
     assert_eq!(texts(&entries[2]), ["all", "integration.updated", "acme"]);
     assert!(entries[2].3.contains("credentials["), "{:?}", entries[2]);
     assert_eq!(texts(&entries[3]), ["read", "call.refused", ""]);
-    assert!(entries[3].3.contains("PERMISSION_MISSING"), "{:?}", entries[3]);
-    assert!(!text.contains("write-key-of") && !text.contains("planted"), "{text}");
+    assert!(
+        entries[3].3.contains("PERMISSION_MISSING"),
+        "{:?}",
+        entries[3]
+    );
+    assert!(
+        !text.contains("write-key-of") && !text.contains("planted"),
+        "{text}"
+    );
 }

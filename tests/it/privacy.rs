@@ -73,7 +73,9 @@ async fn waiting_events_dead_letters_and_history_go_and_a_receipt_stays() {
     let again = world.settled(waiting).await;
     assert_eq!(again.events[0].reason(), DeliveryReason::Erased);
     let mut dead_letters = DeadLetterServiceClient::new(world.channel.clone());
-    let left = dead_letters.list_dead_letters(ListDeadLettersRequest::default()).await;
+    let left = dead_letters
+        .list_dead_letters(ListDeadLettersRequest::default())
+        .await;
     assert_eq!(left.expect("listed").into_inner().dead_letters, []);
 
     world.restart().await;
@@ -82,7 +84,11 @@ async fn waiting_events_dead_letters_and_history_go_and_a_receipt_stays() {
         email_sha256: receipt.email_sha256.clone(),
         ..Default::default()
     };
-    let kept = privacy.list_erasure_receipts(list).await.expect("listed").into_inner();
+    let kept = privacy
+        .list_erasure_receipts(list)
+        .await
+        .expect("listed")
+        .into_inner();
     assert_eq!(kept.receipts, [receipt]);
     world.stop().await;
 }
@@ -96,7 +102,10 @@ async fn an_erasure_waits_for_the_request_that_carries_the_events() {
         ..Rule::default()
     });
     world.accept(numbered(1)).await;
-    let begun = world.sandbox.wait_for(|stats| stats.requests_in_flight == 1, PATIENCE).await;
+    let begun = world
+        .sandbox
+        .wait_for(|stats| stats.requests_in_flight == 1, PATIENCE)
+        .await;
     begun.expect("on its way");
     let receipt = erase(&world, email(1), "acme").await;
     // It was delivered: nothing of it waited any more.
@@ -130,22 +139,35 @@ async fn what_is_counted_as_waiting_is_never_sent_however_they_race() {
         let receipt = erase(&world, email(person), "acme").await;
         // Either it was sent, or it was waiting and never is.
         let id = numbered(person).capture_id;
-        let result = world.status(&id).await.expect("known").result.expect("a result");
+        let result = world
+            .status(&id)
+            .await
+            .expect("known")
+            .result
+            .expect("a result");
         let delivered = states(&result.events)
             .iter()
             .filter(|state| **state == DeliveryState::Delivered)
             .count();
-        assert_eq!(delivered as u64 + receipt.waiting_event_count, 2, "{receipt:?}");
+        assert_eq!(
+            delivered as u64 + receipt.waiting_event_count,
+            2,
+            "{receipt:?}"
+        );
         for capture in captures {
             world.settled(capture).await;
         }
         let sent = world.sandbox.entries();
         let of_person = format!("person-{person}@example.com");
-        let user: Vec<_> = sent.iter().filter(|one| one.event_json().contains(&of_person)).collect();
-        let identified = usize::from(
-            states(&result.events)[0] == DeliveryState::Delivered,
+        let user: Vec<_> = sent
+            .iter()
+            .filter(|one| one.event_json().contains(&of_person))
+            .collect();
+        let identified = usize::from(states(&result.events)[0] == DeliveryState::Delivered);
+        assert!(
+            user.len() >= identified && (identified == 1 || user.is_empty()),
+            "{result:?}"
         );
-        assert!(user.len() >= identified && (identified == 1 || user.is_empty()), "{result:?}");
     }
     world.stop().await;
 }
@@ -187,7 +209,9 @@ async fn an_erasure_keeps_to_its_integration_and_names_what_is_wrong() {
         assert_eq!(refused.code(), Code::InvalidArgument);
         assert_eq!(violations(&refused)[0].0, field);
     }
-    let user_id = hex::encode(<sha2::Sha256 as sha2::Digest>::digest("person-1@example.com"));
+    let user_id = hex::encode(<sha2::Sha256 as sha2::Digest>::digest(
+        "person-1@example.com",
+    ));
     let one = erase(&world, Subject::EmailSha256(user_id.clone()), "acme").await;
     assert_eq!(one.waiting_event_count, 2);
     let rest = erase(&world, Subject::EmailSha256(user_id), "").await;

@@ -86,7 +86,9 @@ impl Receiver {
                 came.await;
             }
         };
-        tokio::time::timeout(PATIENCE, enough).await.expect("they come")
+        tokio::time::timeout(PATIENCE, enough)
+            .await
+            .expect("they come")
     }
 }
 
@@ -97,9 +99,18 @@ async fn answer(
     let (head, body) = request.into_parts();
     let body = body.collect().await.expect("a whole body").to_bytes();
     let headers = head.headers;
-    state.received.lock().expect("sound").push(Received { headers, body });
+    state
+        .received
+        .lock()
+        .expect("sound")
+        .push(Received { headers, body });
     state.came.notify_waiters();
-    let status = state.statuses.lock().expect("sound").pop_front().unwrap_or(200);
+    let status = state
+        .statuses
+        .lock()
+        .expect("sound")
+        .pop_front()
+        .unwrap_or(200);
     let body = state.body.lock().expect("sound").clone();
     let mut answer = Response::new(Full::new(Bytes::from(body)));
     *answer.status_mut() = StatusCode::from_u16(status).expect("a status");

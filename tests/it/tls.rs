@@ -3,8 +3,7 @@
 use std::{sync::Arc, time::Duration};
 
 use segment_relay::proto::{
-    DeliveryReason, ListIntegrationsRequest,
-    integration_service_client::IntegrationServiceClient,
+    DeliveryReason, ListIntegrationsRequest, integration_service_client::IntegrationServiceClient,
 };
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt, copy_bidirectional},
@@ -73,7 +72,10 @@ async fn a_tls_server_is_trusted_by_its_own_ca_and_name_alone_and_speaks_nothing
     assert!(matches!(plain, Err(Problem::Handshake)), "{plain:?}");
     world.stop().await;
 
-    for unfit in [ca.issue(&["other.internal"]), ca.issue_expired(&["relay.internal"])] {
+    for unfit in [
+        ca.issue(&["other.internal"]),
+        ca.issue_expired(&["relay.internal"]),
+    ] {
         files.put_pair("server", &unfit);
         let world = World::with(&files.server_settings("required")).await;
         let refused = list(&world, &ca, None).await;
@@ -114,7 +116,11 @@ async fn clients_are_known_by_the_names_in_their_certificates() {
         files.server_settings("required")
     );
     let world = World::with(&settings).await;
-    for good in ["reader.internal", "READER.internal", "spiffe://jebbit/reader"] {
+    for good in [
+        "reader.internal",
+        "READER.internal",
+        "spiffe://jebbit/reader",
+    ] {
         let pair = clients.issue(&["host-7.internal", good]);
         list(&world, &ca, Some(&pair)).await.expect(good);
     }
@@ -179,7 +185,9 @@ async fn front(pair: &Certified, behind: String) -> u16 {
         while let Ok((tcp, _)) = listener.accept().await {
             let (acceptor, behind) = (acceptor.clone(), behind.clone());
             tokio::spawn(async move {
-                let Ok(mut tls) = acceptor.accept(tcp).await else { return };
+                let Ok(mut tls) = acceptor.accept(tcp).await else {
+                    return;
+                };
                 let mut plain = TcpStream::connect(behind).await.expect("connects");
                 let _ = copy_bidirectional(&mut tls, &mut plain).await;
             });

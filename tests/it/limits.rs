@@ -1,0 +1,311 @@
+//! What callers, integrations and all requests together may use.
+
+use std::time::Duration;
+
+use segment_relay::proto::{
+    CaptureBatchRequest, CaptureRequest, CaptureStreamRequest, Integration,
+    ListIntegrationsRequest, WatchDeliveriesRequest,
+    integration_service_client::IntegrationServiceClient,
+};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tonic::{Code, Status, transport::Endpoint};
+use tonic_types::StatusExt;
+
+use crate::{
+    auth::{by, callers},
+    harness::{PATIENCE, World, acme, numbered, reason, text, worked_example},
+};
+
+fn batch(first: usize, count: usize) -> CaptureBatchRequest {
+    CaptureBatchRequest {
+        integration_id: "acme".into(),
+        captures: (first..first + count).map(numbered).collect(),
+        ..Default::default()
+    }
+}
+
+/// How long a refusal asks to wait.
+fn wait(status: &Status) -> Duration {
+    assert_eq!(status.code(), Code::ResourceExhausted, "{status:?}");
+    let details = status.get_error_details();
+    assert!(details.quota_failure().is_some(), "{status:?}");
+    let retry = details.retry_info().expect("RetryInfo");
+    retry.retry_delay.expect("a time")
+}
+
+async fn with_acme(world: &World) {
+    let request = segment_relay::proto::CreateIntegrationRequest {
+        integration: Some(acme()),
+    };
+    world
+        .integrations()
+        .create_integration(by("all", request))
+        .await
+        .expect("created");
+}
+
+#[tokio::test]
+async fn a_callers_rate_is_its_own_and_a_refusal_says_how_long_to_wait() {
+    let limits = "[limits]\ncaller_captures_per_second = 10\ncaller_burst_captures = 1000\n";
+    let world = World::with(&format!("{limits}{}", callers())).await;
+    with_acme(&world).await;
+    let mut relay = world.relay();
+    relay
+        .capture_batch(by("capture", batch(0, 1_000)))
+        .await
+        .expect("the burst");
+    let refused = relay.capture_batch(by("capture", batch(1_000, 20))).await;
+    let refused = refused.expect_err("beyond it");
+    assert_eq!(reason(&refused), "CALLER_LIMIT");
+    let wait = wait(&refused);
+    assert!(
+        wait > Duration::from_millis(500) && wait <= Duration::from_secs(2),
+        "{wait:?}"
+    );
+    // Nothing of it was stored.
+    let request = segment_relay::proto::GetCaptureRequest {
+        integration_id: "acme".into(),
+        capture_id: "capture-1000".into(),
+    };
+    let missing = relay
+        .get_capture(by("read", request))
+        .await
+        .expect_err("not stored");
+    assert_eq!(missing.code(), Code::NotFound);
+    relay
+        .capture_batch(by("all", batch(2_000, 500)))
+        .await
+        .expect("another caller");
+    // A stream's captures count as well, and are refused one by one.
+    let request = CaptureStreamRequest {
+        correlation_id: "1".into(),
+        integration_id: "acme".into(),
+        capture: Some(numbered(5_000)),
+    };
+    let requests = (0..30).map(move |_| request.clone()).collect::<Vec<_>>();
+    let stream = by("capture", tokio_stream::iter(requests));
+    let mut results = relay
+        .capture_stream(stream)
+        .await
+        .expect("begun")
+        .into_inner();
+    let mut refused = 0;
+    while let Some(result) = results.message().await.expect("no error") {
+        let error = result.result.and_then(|result| result.error);
+        refused += usize::from(error.is_some_and(|error| error.reason == "CALLER_LIMIT"));
+    }
+    assert!(refused > 0);
+    world.stop().await;
+}
+
+#[tokio::test]
+async fn an_integrations_rate_is_shared_by_its_callers_and_leaves_others_alone() {
+    let world = World::with(
+        "[limits]\nintegration_captures_per_second = 1\nintegration_burst_captures = 1000\n",
+    )
+    .await;
+    world.create(acme()).await;
+    let other = Integration {
+        integration_id: "other".into(),
+        ..acme()
+    };
+    world.create(other).await;
+    let mut relay = world.relay();
+    relay
+        .capture_batch(batch(0, 1_000))
+        .await
+        .expect("the burst");
+    let refused = relay
+        .capture_batch(batch(1_000, 10))
+        .await
+        .expect_err("beyond it");
+    assert_eq!(reason(&refused), "INTEGRATION_LIMIT");
+    assert!(wait(&refused) > Duration::from_secs(1));
+    let elsewhere = CaptureBatchRequest {
+        integration_id: "other".into(),
+        ..batch(0, 1_000)
+    };
+    relay
+        .capture_batch(elsewhere)
+        .await
+        .expect("another integration");
+    world.stop().await;
+}
+
+#[tokio::test]
+async fn a_callers_calls_at_once_are_bounded_until_their_answers_have_left() {
+    let limits = "[limits]\ncaller_calls_in_flight = 2\n";
+    let world = World::with(&format!("{limits}{}", callers())).await;
+    let watch = async |name: &str| {
+        let request = by(name, WatchDeliveriesRequest::default());
+        world.relay().watch_deliveries(request).await
+    };
+    let first = watch("read").await.expect("watches");
+    let second = watch("read").await.expect("watches");
+    let refused = watch("read").await.expect_err("the third");
+    assert_eq!(reason(&refused), "CALLER_LIMIT");
+    wait(&refused);
+    watch("all").await.expect("another caller");
+    drop((first, second));
+    let freed = async {
+        while watch("read").await.is_err() {
+            tokio::task::yield_now().await;
+        }
+    };
+    tokio::time::timeout(PATIENCE, freed).await.expect("freed");
+    world.stop().await;
+}
+
+#[tokio::test]
+async fn all_requests_together_take_no_more_memory_than_they_may() {
+    let world = World::with("[limits]\nrequest_bytes_in_flight = 1048576\n").await;
+    world.create(acme()).await;
+    let mut large = worked_example();
+    large
+        .attributes
+        .insert("essay".into(), text(&"x".repeat(1_500_000)));
+    let request = CaptureRequest {
+        integration_id: "acme".into(),
+        capture: Some(large),
+        ..Default::default()
+    };
+    let refused = world.relay().capture(request).await.expect_err("refused");
+    assert_eq!(reason(&refused), "RELAY_LIMIT");
+    wait(&refused);
+    // What it held is free again, many times over; and a stream of more than the
+    // bound is taken piece by piece.
+    for number in 0..8 {
+        world
+            .relay()
+            .capture_batch(batch(number * 500, 500))
+            .await
+            .expect("accepted");
+    }
+    let captures = (10_000..14_000).map(|number| CaptureStreamRequest {
+        correlation_id: number.to_string(),
+        integration_id: "acme".into(),
+        capture: Some(numbered(number)),
+    });
+    let stream = tokio_stream::iter(captures.collect::<Vec<_>>());
+    let mut results = world
+        .relay()
+        .capture_stream(stream)
+        .await
+        .expect("begun")
+        .into_inner();
+    let mut accepted = 0;
+    while let Some(result) = results.message().await.expect("no error") {
+        accepted += usize::from(result.result.is_some_and(|result| result.error.is_none()));
+    }
+    assert_eq!(accepted, 4_000);
+    world.stop().await;
+}
+
+/// Waits until a call over a connection of its own works.
+async fn works(world: &World) {
+    let endpoint = Endpoint::from_shared(format!("http://{}", world.address)).expect("a URL");
+    let channel = endpoint.connect().await.expect("connects");
+    let request = ListIntegrationsRequest::default();
+    IntegrationServiceClient::new(channel)
+        .list_integrations(request)
+        .await
+        .expect("works");
+}
+
+#[tokio::test]
+async fn connections_are_bounded_and_idle_and_old_ones_end() {
+    let world = World::with(
+        "[server]\nmax_connections = 2\nmax_connection_idle_ms = 200\nmax_connection_age_ms = 1000\n\
+         max_connection_age_grace_ms = 100\n",
+    )
+    .await;
+    // Each waits for a place, which the idle ones before it give up.
+    for _ in 0..5 {
+        tokio::time::timeout(PATIENCE, works(&world))
+            .await
+            .expect("a place is free in time");
+    }
+    // A watch is no idle connection, but its connection grows old, and the grace is
+    // short: it is cut off.
+    let mut updates = world
+        .relay()
+        .watch_deliveries(WatchDeliveriesRequest::default())
+        .await
+        .expect("watches")
+        .into_inner();
+    let cut = tokio::time::timeout(PATIENCE, updates.message())
+        .await
+        .expect("in time");
+    assert_eq!(cut.expect_err("cut off").code(), Code::Unknown);
+    world.stop().await;
+}
+
+#[tokio::test]
+async fn headers_beyond_their_bound_are_refused() {
+    let world = World::start().await;
+    let mut request = tonic::Request::new(ListIntegrationsRequest::default());
+    let long = "x".repeat(20_000).parse().expect("ASCII");
+    request.metadata_mut().insert("x-long", long);
+    let refused = world.integrations().list_integrations(request).await;
+    refused.expect_err("refused");
+    world
+        .integrations()
+        .list_integrations(ListIntegrationsRequest::default())
+        .await
+        .expect("the next call works");
+    world.stop().await;
+}
+
+#[tokio::test]
+async fn a_client_that_opens_and_resets_streams_all_the_time_is_cut_off() {
+    let world = World::start().await;
+    let mut peer = tokio::net::TcpStream::connect(world.address)
+        .await
+        .expect("connects");
+    let mut bytes = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n".to_vec();
+    bytes.extend_from_slice(&frame(4, 0, 0, &[]));
+    // :method POST, :scheme http, :path and :authority as literals (RFC 7541).
+    let mut headers = vec![0x83, 0x86, 0x04, 1, b'/', 0x01, 1, b'a'];
+    headers.extend_from_slice(&[0x0f, 0x10, 16]);
+    headers.extend_from_slice(b"application/grpc");
+    for stream in (1..20_001_u32).step_by(2) {
+        bytes.extend_from_slice(&frame(1, 4, stream, &headers));
+        bytes.extend_from_slice(&frame(3, 0, stream, &8_u32.to_be_bytes()));
+    }
+    // The server may close while this is written.
+    let _ = peer.write_all(&bytes).await;
+    let mut answer = Vec::new();
+    let ended = tokio::time::timeout(PATIENCE, peer.read_to_end(&mut answer)).await;
+    let _ = ended.expect("cut off in time");
+    assert!(
+        goes_away_for_calm(&answer),
+        "no GOAWAY with ENHANCE_YOUR_CALM"
+    );
+    works(&world).await;
+    world.stop().await;
+}
+
+fn frame(kind: u8, flags: u8, stream: u32, payload: &[u8]) -> Vec<u8> {
+    let length = u32::try_from(payload.len()).expect("short").to_be_bytes();
+    let mut frame = length[1..].to_vec();
+    frame.extend_from_slice(&[kind, flags]);
+    frame.extend_from_slice(&stream.to_be_bytes());
+    frame.extend_from_slice(payload);
+    frame
+}
+
+/// Whether one of the frames is a GOAWAY (7) with ENHANCE_YOUR_CALM (11).
+fn goes_away_for_calm(mut bytes: &[u8]) -> bool {
+    while bytes.len() >= 9 {
+        let length =
+            usize::from(bytes[0]) << 16 | usize::from(bytes[1]) << 8 | usize::from(bytes[2]);
+        let Some(payload) = bytes.get(9..9 + length) else {
+            return false;
+        };
+        if bytes[3] == 7 && payload.get(4..8) == Some(&11_u32.to_be_bytes()[..]) {
+            return true;
+        }
+        bytes = &bytes[9 + length..];
+    }
+    false
+}
