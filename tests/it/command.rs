@@ -40,9 +40,11 @@ fn serve(outbox: &Path) -> (Child, String) {
         .env("SEGMENT_RELAY__OUTBOX__PATH", outbox)
         .env("SEGMENT_RELAY__SECRETS__KEY_FILE", outbox.join("key"))
         .stdout(Stdio::piped())
-        .stderr(Stdio::null())
+        .env("SEGMENT_RELAY__LOG__FILTER", "trace")
+        .stderr(Stdio::piped())
         .spawn()
         .expect("starts");
+    crate::scan::of_process(child.stderr.take().expect("piped"));
     let line = first_line(&mut child);
     let address = line
         .trim()

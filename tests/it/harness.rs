@@ -54,6 +54,7 @@ impl World {
         settings: &str,
         front: impl AsyncFnOnce(String) -> String,
     ) -> Self {
+        crate::scan::this_process();
         let sandbox = Arc::new(Sandbox::new(SandboxOptions::default()));
         let sandbox_shutdown = CancellationToken::new();
         let (non_eu, eu) = (listener().await, listener().await);

@@ -27,6 +27,7 @@ mod notify;
 mod privacy;
 mod process;
 mod receiver;
+mod scan;
 mod services;
 mod stream;
 mod tls;

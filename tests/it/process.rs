@@ -70,9 +70,11 @@ impl Process {
             .envs(environment.iter().copied())
             .stdin(Stdio::null())
             .stdout(Stdio::piped())
-            .stderr(Stdio::null())
+            .env("SEGMENT_RELAY__LOG__FILTER", "trace")
+            .stderr(Stdio::piped())
             .spawn()
             .expect("starts");
+        crate::scan::of_process(child.stderr.take().expect("piped"));
         let (line, child) = tokio::task::spawn_blocking(move || (first_line(&mut child), child))
             .await
             .expect("read");
