@@ -1,6 +1,11 @@
 //! A relay and a sandbox on free loopback ports.
 
-use std::{net::SocketAddr, sync::Arc, time::Duration};
+use std::{
+    net::SocketAddr,
+    path::{Path, PathBuf},
+    sync::Arc,
+    time::Duration,
+};
 
 use segment_relay::{
     config::{Config, Outside},
@@ -30,6 +35,7 @@ pub(crate) struct World {
     settings: String,
     endpoints: String,
     directory: TempDir,
+    store: PathBuf,
     shutdown: CancellationToken,
     relay: JoinHandle<Result<(), RunError>>,
     sandbox_shutdown: CancellationToken,
@@ -85,6 +91,7 @@ impl World {
             channel: connect(address),
             settings,
             endpoints,
+            store: directory.path().join("outbox"),
             directory,
             shutdown,
             relay,
@@ -126,6 +133,11 @@ impl World {
     pub(crate) async fn stop(mut self) {
         self.drain().await;
         self.sandbox_shutdown.cancel();
+    }
+
+    /// The directory of all that the relay stores, its key apart.
+    pub(crate) fn outbox(&self) -> &Path {
+        &self.store
     }
 
     pub(crate) fn relay(&self) -> SegmentRelayClient<Channel> {

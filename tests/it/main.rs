@@ -28,6 +28,7 @@ mod privacy;
 mod process;
 mod receiver;
 mod scan;
+mod secrets;
 mod services;
 mod stream;
 mod tls;

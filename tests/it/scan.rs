@@ -37,7 +37,10 @@ static PLANTED: LazyLock<Vec<String>> = LazyLock::new(|| {
 
 /// Ends the test run if a line holds what was planted.
 fn check(line: &str) {
-    if let Some(found) = PLANTED.iter().find(|planted| line.contains(planted.as_str())) {
+    if let Some(found) = PLANTED
+        .iter()
+        .find(|planted| line.contains(planted.as_str()))
+    {
         let mut err = io::stderr().lock();
         let _ = writeln!(err, "\n{found:?} was logged:\n{line}");
         std::process::abort();
@@ -69,7 +72,11 @@ pub(crate) fn this_process() {
             .with_ansi(false)
             .init();
         // A scanner that finds nothing would pass every test.
-        assert!(PLANTED.iter().any(|planted| "person-1@example.com".contains(planted)));
+        assert!(
+            PLANTED
+                .iter()
+                .any(|planted| "person-1@example.com".contains(planted))
+        );
     });
 }
 
