@@ -108,7 +108,33 @@ impl Worker {
                 return Turn::Wait(OUTBOX_RETRY);
             }
         };
-        let integration = self.parts.registry.get(&self.key.integration_id);
+        let (settlement, answer) = match self.attempt(leased).await {
+            Ok(attempted) => attempted,
+            Err(wait) => return Turn::Wait(wait),
+        };
+        if let Some(answer) = &answer {
+            self.note(&admission, answer);
+        }
+        drop((admission, permit));
+        self.make_durable(settlement).await;
+        drop(hold);
+        if let Some(answer) = answer {
+            self.tell_of_change(&answer).await;
+        }
+        Turn::Worked
+    }
+
+    /// Sends what was leased, or decides without sending; returns what is to be
+    /// settled, and Segment's answer.
+    ///
+    /// # Errors
+    /// How long to wait before it may be sent.
+    async fn attempt(
+        &mut self,
+        leased: Vec<LeasedCapture>,
+    ) -> Result<(Settlement, Option<Answer>), Duration> {
+        let id = &self.key.integration_id;
+        let integration = self.parts.registry.get(id);
         self.tried_with = integration
             .as_ref()
             .map(|found| found.revision.etag.clone());
@@ -120,37 +146,24 @@ impl Worker {
             Some(None) => (Credentials::NoneForRegion, None),
             Some(key) => (Credentials::Ready, key),
         };
-        let mut answered = None;
-        let settlement = match (
-            self.lane.next_step(leased, credentials, UnixMillis::now()),
-            write_key,
-        ) {
-            (Step::Settle(settlement), _) => {
-                tracing::warn!(lane = %self.key, captures = settlement.captures.len(), ?credentials, "settled unsent");
-                settlement
-            }
-            (Step::Send(leased), Some(write_key)) => match self.send(write_key, leased).await {
-                Ok((settlement, answer)) => {
-                    self.note(&admission, &answer);
-                    answered = Some(answer);
-                    settlement
-                }
-                Err(wait) => return Turn::Wait(wait),
-            },
-            // Nothing is sent without a write key.
-            (Step::Send(_), None) => return Turn::Idle,
-        };
-        drop((admission, permit));
         if credentials == Credentials::IntegrationGone {
-            self.parts.rates.forget(&self.key.integration_id);
-            self.shared.turns.forget(&self.key.integration_id);
+            self.parts.rates.forget(id);
+            self.shared.turns.forget(id);
         }
-        self.make_durable(settlement).await;
-        drop(hold);
-        if let Some(answer) = answered {
-            self.tell_of_change(&answer).await;
+        let step = self.lane.next_step(leased, credentials, UnixMillis::now());
+        match (step, write_key) {
+            (Step::Send(leased), Some(write_key)) => {
+                let (settlement, answer) = self.send(write_key, leased).await?;
+                Ok((settlement, Some(answer)))
+            }
+            (Step::Settle(settlement), _) => {
+                let captures = settlement.captures.len();
+                tracing::warn!(lane = %self.key, captures, ?credentials, "settled unsent");
+                Ok((settlement, None))
+            }
+            // Nothing is sent without a write key.
+            (Step::Send(_), None) => Err(OUTBOX_RETRY),
         }
-        Turn::Worked
     }
 
     fn note(&self, admission: &Admission<'_>, answer: &Answer) {
