@@ -10,6 +10,7 @@ mod failure;
 mod input;
 pub mod json;
 pub mod render;
+mod timestamp;
 
 pub use args::ClientCommand;
 pub use call::run;

@@ -8,9 +8,9 @@ use prost_types::Timestamp;
 use super::{
     connect::{Connection, Wire, request},
     failure::ClientError,
-    input::timestamp,
     json::{to_json, write_json},
     render,
+    timestamp::timestamp,
 };
 use crate::proto::{
     DeadLetterFilter, DeliveryReason, DiscardDeadLettersRequest, ListDeadLettersRequest,

@@ -1,7 +1,7 @@
 //! From flags and a file to a capture. Pure; every fault names its flag.
 
 use crate::{
-    client::{args::CaptureArgs, json::from_json},
+    client::{args::CaptureArgs, json::from_json, timestamp::timestamp},
     proto::{AttributeValue, Capture, StringList, attribute_value::Kind},
 };
 
@@ -68,18 +68,6 @@ fn split(flag: &str, pair: &str) -> Result<(String, String), String> {
         .split_once('=')
         .ok_or_else(|| format!("{flag}: write KEY=VALUE"))?;
     Ok((key.to_owned(), value.to_owned()))
-}
-
-pub(super) fn timestamp(flag: &str, text: &str) -> Result<prost_types::Timestamp, String> {
-    let wrong =
-        || format!("{flag}: write a moment as RFC 3339 has it, such as 2021-03-12T00:00:00Z");
-    let time: jiff::Timestamp = text.parse().map_err(|_| wrong())?;
-    // Protobuf's nanos count forward, also before 1970.
-    let nanos = time.as_nanosecond();
-    Ok(prost_types::Timestamp {
-        seconds: i64::try_from(nanos.div_euclid(1_000_000_000)).map_err(|_| wrong())?,
-        nanos: i32::try_from(nanos.rem_euclid(1_000_000_000)).map_err(|_| wrong())?,
-    })
 }
 
 fn json_value(text: &str) -> Result<Kind, String> {

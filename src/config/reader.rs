@@ -159,15 +159,20 @@ impl<'a> Reader<'a> {
         self.check(low <= high, [low_key, high_key], &message);
     }
 
-    /// Notes a fault about two settings unless `fits`, or unless one of them has
+    /// Notes a fault about some settings unless `fits`, or unless one of them has
     /// (or may have, in a broken file) a fault and stands here with a weaker
     /// value.
-    pub(super) fn check(&mut self, fits: bool, keys: [&'static str; 2], message: &str) {
+    pub(super) fn check<const N: usize>(
+        &mut self,
+        fits: bool,
+        keys: [&'static str; N],
+        message: &str,
+    ) {
         let is_broken = self.sources.file.is_some_and(|file| !file.is_sound());
         if fits || is_broken || keys.iter().any(|key| self.refused.contains(key)) {
             return;
         }
-        // Where somebody set one of the two, that is the place to look at.
+        // Where somebody set one of them, that is the place to look at.
         let blamed = keys
             .into_iter()
             .filter_map(|key| Some((key, self.sources.layers(key).into_iter().next()?)))

@@ -148,6 +148,7 @@ impl Jwt {
         let refresh_interval = from.take("jwt.refresh_interval_ms", millis(100..=24 * HOUR_MS))?;
         let permissions_claim = from.take("jwt.permissions_claim", optional_text)?;
         let integrations_claim = from.take("jwt.integrations_claim", optional_text)?;
+        let has_keys = file.is_some() || url.is_some();
         let jwks = match (file, url) {
             (Some(path), None) => Some(JwksSource::File(path)),
             (None, Some(url)) => Some(JwksSource::Url(url)),
@@ -158,10 +159,15 @@ impl Jwt {
                 None
             }
         };
-        let given = [issuer.is_some(), audience.is_some(), jwks.is_some()];
+        let given = [issuer.is_some(), audience.is_some(), has_keys];
         from.check(
             given == [true; 3] || given == [false; 3],
-            ["jwt.issuer", "jwt.audience"],
+            [
+                "jwt.issuer",
+                "jwt.audience",
+                "jwt.jwks_file",
+                "jwt.jwks_url",
+            ],
             "issuer, audience and one of jwks_file and jwks_url go together: a token that is \
              checked against less could be meant for somebody else",
         );

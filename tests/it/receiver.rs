@@ -32,6 +32,7 @@ struct State {
     /// Statuses of the next answers; then 200.
     statuses: Mutex<VecDeque<u16>>,
     body: Mutex<String>,
+    location: Mutex<Option<String>>,
     came: Notify,
 }
 
@@ -63,6 +64,11 @@ impl Receiver {
     /// What it answers from now on.
     pub(crate) fn answer(&self, body: &str) {
         body.clone_into(&mut self.state.body.lock().expect("sound"));
+    }
+
+    /// Answers 307 with this location from now on.
+    pub(crate) fn redirect_to(&self, location: String) {
+        *self.state.location.lock().expect("sound") = Some(location);
     }
 
     /// The statuses of the next answers.
@@ -114,5 +120,12 @@ async fn answer(
     let body = state.body.lock().expect("sound").clone();
     let mut answer = Response::new(Full::new(Bytes::from(body)));
     *answer.status_mut() = StatusCode::from_u16(status).expect("a status");
+    if let Some(location) = &*state.location.lock().expect("sound") {
+        *answer.status_mut() = StatusCode::TEMPORARY_REDIRECT;
+        let location = location.parse().expect("a location");
+        answer
+            .headers_mut()
+            .insert(http::header::LOCATION, location);
+    }
     Ok(answer)
 }

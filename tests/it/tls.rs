@@ -3,7 +3,8 @@
 use std::{sync::Arc, time::Duration};
 
 use segment_relay::proto::{
-    DeliveryReason, ListIntegrationsRequest, integration_service_client::IntegrationServiceClient,
+    DeliveryReason, DeliveryState, ListIntegrationsRequest,
+    integration_service_client::IntegrationServiceClient,
 };
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt, copy_bidirectional},
@@ -24,6 +25,7 @@ use tonic::{
 use crate::{
     certificates::{Authority, Certified, Files},
     harness::{PATIENCE, World, acme, reason, worked_example},
+    receiver::Receiver,
 };
 
 /// Lists the integrations over a connection of its own.
@@ -236,4 +238,32 @@ async fn segment_is_trusted_by_a_good_certificate_alone() {
         }
         world.stop().await;
     }
+}
+
+#[tokio::test]
+async fn no_redirect_is_followed_and_no_answer_is_read_without_end() {
+    let (front, elsewhere) = (Receiver::start().await, Receiver::start().await);
+    front.redirect_to(format!("http://{}/v1/batch", elsewhere.address));
+    let world = World::with_front("", async |_| format!("http://{}/v1/batch", front.address)).await;
+    world.create(acme()).await;
+    let accepted = world.accept(worked_example()).await;
+    front.wait_for(3).await;
+    let status = world.status(&accepted.capture_id).await.expect("known");
+    let event = &status.result.as_ref().expect("a result").events[0];
+    assert_eq!(event.last_http_status, 307);
+    assert!(
+        elsewhere.received().is_empty(),
+        "events and a write key went elsewhere"
+    );
+    world.stop().await;
+
+    // 64 MiB of an answer: the events were taken, the rest is of no interest.
+    let endless = Receiver::start().await;
+    endless.answer(&"x".repeat(64 * 1024 * 1024));
+    let world = World::with_front("", async |_| format!("http://{}/v1/batch", endless.address));
+    let world = world.await;
+    world.create(acme()).await;
+    let result = world.deliver(worked_example()).await;
+    assert_eq!(result.events[0].state(), DeliveryState::Delivered);
+    world.stop().await;
 }
