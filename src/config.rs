@@ -198,6 +198,15 @@ impl Config {
         let server = Server::take(&mut reader);
         let tls = Tls::take(&mut reader);
         let limits = Limits::take(&mut reader);
+        if let (Some(server), Some(limits)) = (&server, &limits) {
+            reader.at_most(
+                ("server.max_message_bytes", server.max_message_bytes as u64),
+                (
+                    "limits.request_bytes_in_flight",
+                    limits.request_bytes_in_flight,
+                ),
+            );
+        }
         let callers = callers::take(&mut reader);
         let jwt = Jwt::take(&mut reader);
         let secrets = Secrets::take(&mut reader);

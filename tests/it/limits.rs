@@ -3,17 +3,17 @@
 use std::time::Duration;
 
 use segment_relay::proto::{
-    CaptureBatchRequest, CaptureRequest, CaptureStreamRequest, Integration,
-    ListIntegrationsRequest, WatchDeliveriesRequest,
-    integration_service_client::IntegrationServiceClient,
+    CaptureBatchRequest, CaptureStreamRequest, Integration, ListIntegrationsRequest, WaitFor,
+    WatchDeliveriesRequest, integration_service_client::IntegrationServiceClient,
 };
+use segment_relay::sandbox::Rule;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tonic::{Code, Status, transport::Endpoint};
 use tonic_types::StatusExt;
 
 use crate::{
     auth::{by, callers},
-    harness::{PATIENCE, World, acme, numbered, reason, text, worked_example},
+    harness::{PATIENCE, World, acme, numbered, reason, text},
 };
 
 fn batch(first: usize, count: usize) -> CaptureBatchRequest {
@@ -158,20 +158,37 @@ async fn a_callers_calls_at_once_are_bounded_until_their_answers_have_left() {
 
 #[tokio::test]
 async fn all_requests_together_take_no_more_memory_than_they_may() {
-    let world = World::with("[limits]\nrequest_bytes_in_flight = 1048576\n").await;
+    let world = World::with(
+        "[server]\nmax_message_bytes = 1048576\n[limits]\nrequest_bytes_in_flight = 1048576\n",
+    )
+    .await;
     world.create(acme()).await;
-    let mut large = worked_example();
-    large
-        .attributes
-        .insert("essay".into(), text(&"x".repeat(1_500_000)));
-    let request = CaptureRequest {
-        integration_id: "acme".into(),
-        capture: Some(large),
-        ..Default::default()
-    };
-    let refused = world.relay().capture(request).await.expect_err("refused");
+    world.misbehave(Rule {
+        delay_ms: Some(500),
+        ..Rule::default()
+    });
+    let mut large = batch(20_000, 1_000);
+    for capture in &mut large.captures {
+        capture
+            .attributes
+            .insert("essay".into(), text(&"x".repeat(500)));
+    }
+    large.wait_for = WaitFor::Delivered.into();
+    let mut relay = world.relay();
+    let held = tokio::spawn({
+        let (mut relay, large) = (relay.clone(), large.clone());
+        async move { relay.capture_batch(large).await }
+    });
+    let begun = world
+        .sandbox
+        .wait_for(|stats| stats.requests > 0, PATIENCE)
+        .await;
+    begun.expect("the first is waiting for its delivery");
+    let refused = relay.capture_batch(large).await.expect_err("no room");
     assert_eq!(reason(&refused), "RELAY_LIMIT");
     wait(&refused);
+    world.behave();
+    held.await.expect("no panic").expect("delivered");
     // What it held is free again, many times over; and a stream of more than the
     // bound is taken piece by piece.
     for number in 0..8 {
