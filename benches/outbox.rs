@@ -19,6 +19,7 @@ use std::{
 use segment_relay::{
     event::{EventPair, EventType},
     integration::IntegrationId,
+    metrics::Metrics,
     outbox::{
         Content, LaneKey, LeaseBudget, Limits, NewCapture, Outbox, SettledCapture, Settlement,
         SqliteOptions, SqliteOutbox,
@@ -135,6 +136,7 @@ fn open(directory: &Path) -> SqliteOutbox {
         group_commit_max: 512,
         remember: Duration::from_secs(7 * 24 * 3_600),
         encrypt_payloads: std::env::args().any(|word| word == "encrypted"),
+        metrics: Metrics::off(),
     };
     static VAULT: LazyLock<Arc<Vault>> = LazyLock::new(|| Arc::new(Vault::forgetful().unwrap()));
     SqliteOutbox::open(&options, &VAULT).unwrap()

@@ -41,7 +41,7 @@ mod value;
 pub use callers::KnownCaller;
 pub use endpoint::{Endpoint, EndpointError};
 pub use fault::{Fault, Faults, MAX_FAULTS, Place};
-pub use sections::{Delivery, Endpoints, Log, LogFormat, Outbox, Segment, Server};
+pub use sections::{Delivery, Endpoints, Log, LogFormat, Metrics, Outbox, Segment, Server};
 pub use security::{JwksSource, Jwt, Limits, Notify, Secrets, Tls};
 
 use document::Document;
@@ -83,6 +83,8 @@ pub struct Config {
     pub delivery: Delivery,
     /// Where and how much is stored.
     pub outbox: Outbox,
+    /// What the relay counts and times.
+    pub metrics: Metrics,
     /// The relay's own log.
     pub log: Log,
     /// The integrations of the file, in its order, with their write keys: take
@@ -109,6 +111,7 @@ impl fmt::Debug for Config {
             .field("segment", &self.segment)
             .field("delivery", &self.delivery)
             .field("outbox", &self.outbox)
+            .field("metrics", &self.metrics)
             .field("log", &self.log)
             .field("integrations", &ids)
             .finish()
@@ -214,6 +217,7 @@ impl Config {
         let segment = Segment::take(&mut reader);
         let delivery = Delivery::take(&mut reader);
         let outbox = Outbox::take(&mut reader);
+        let metrics = Metrics::take(&mut reader);
         let log = Log::take(&mut reader);
         let integrations = integrations::take(&mut reader, outside);
         let faults = reader.finish();
@@ -229,6 +233,7 @@ impl Config {
                 segment: segment?,
                 delivery: delivery?,
                 outbox: outbox?,
+                metrics: metrics?,
                 log: log?,
                 integrations,
             })

@@ -20,6 +20,7 @@ mod holds;
 mod lane;
 mod parts;
 mod rate;
+mod report;
 #[cfg(test)]
 mod simulation;
 mod turns;

@@ -13,6 +13,7 @@ mod privacy;
 mod relay;
 mod rpcs;
 mod stream;
+mod timer;
 mod usage;
 mod watch;
 
@@ -22,6 +23,7 @@ use crate::{
     audit::Audit,
     config,
     delivery::{Conditions, LaneHolds, VitalsBoard},
+    metrics::Metrics,
     notify::Notices,
     outbox::Outbox,
     proto::{
@@ -81,6 +83,8 @@ pub struct Services {
     pub usage: Arc<Usage>,
     /// Takes notes of changes.
     pub audit: Audit,
+    /// Counts and times.
+    pub metrics: Metrics,
     /// Bounds.
     pub limits: Arc<config::Server>,
 }

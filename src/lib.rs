@@ -33,6 +33,7 @@ pub mod grpc;
 pub mod intake;
 pub mod integration;
 pub mod mapping;
+pub mod metrics;
 pub mod notice;
 pub mod notify;
 pub mod outbox;

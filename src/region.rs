@@ -19,6 +19,15 @@ impl Region {
     /// Both regions.
     pub const ALL: [Self; 2] = [Self::NonEu, Self::Eu];
 
+    /// Its word in labels.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::NonEu => "non_eu",
+            Self::Eu => "eu",
+        }
+    }
+
     /// The schema's value; `None` for unspecified.
     #[must_use]
     pub fn from_proto(region: DataRegion) -> Option<Self> {

@@ -5,12 +5,13 @@
 //! no new leases -> requests in flight are settled -> the outbox is closed. All
 //! of it within `[server] drain_timeout_ms`.
 
+mod backlog;
 mod connections;
 mod parts;
 mod tls;
 mod transport;
 
-use std::{path::PathBuf, sync::Arc, time::Duration};
+use std::{net::SocketAddr, path::PathBuf, sync::Arc, time::Duration};
 
 use tokio::{net::TcpListener, sync::watch, time::Instant};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
@@ -22,6 +23,7 @@ use crate::{
     config::Config,
     delivery::{Delivery, DeliveryParts},
     grpc::{AccessLayer, RELAY_SERVICE, Services},
+    metrics::{self, BacklogBoard, Metrics, MetricsError},
     notify::{self, SenderOptions},
     outbox::{OpenError, Outbox, OutboxError, SqliteOutbox},
     proto,
@@ -68,6 +70,17 @@ pub enum RunError {
     /// The keys of the tokens' issuer can't be had.
     #[error(transparent)]
     Jwks(#[from] JwksError),
+    /// Metrics can't be set up.
+    #[error(transparent)]
+    MetricsSetup(#[from] MetricsError),
+    /// Nobody can scrape there.
+    #[error("[metrics] listen = \"{address}\": {source}")]
+    Metrics {
+        /// The configured address.
+        address: SocketAddr,
+        /// What the system said.
+        source: std::io::Error,
+    },
     /// The audit file can't be opened.
     #[error("[log] audit_file {path}: {source}")]
     Audit {
@@ -88,6 +101,8 @@ pub struct Relay {
     delivery: DeliveryParts,
     access: AccessLayer,
     tls: Option<Arc<Tls>>,
+    board: Arc<BacklogBoard>,
+    metrics_listener: Option<TcpListener>,
     config: Arc<Config>,
     draining: CancellationToken,
 }
@@ -106,10 +121,20 @@ impl Relay {
                 source,
             })?,
         };
+        let board = Arc::new(BacklogBoard::default());
+        let (metrics, metrics_listener) = match config.metrics.listen {
+            None => (Metrics::off(), None),
+            Some(address) => {
+                let listener = TcpListener::bind(address).await;
+                let listener = listener.map_err(|source| RunError::Metrics { address, source })?;
+                let most = config.metrics.max_integrations;
+                (Metrics::new(most, Arc::clone(&board))?, Some(listener))
+            }
+        };
         let store_exists = config.outbox.path.join("relay.db").exists();
         let vault = Arc::new(Vault::load(&config.secrets, store_exists)?);
         let outbox = Arc::new(SqliteOutbox::open(
-            &parts::outbox_options(&config.outbox),
+            &parts::outbox_options(&config.outbox, &metrics),
             &vault,
         )?);
         let dyn_outbox: Arc<dyn Outbox> = Arc::clone(&outbox) as Arc<dyn Outbox>;
@@ -122,12 +147,15 @@ impl Relay {
         let registry = Arc::new(registry.await?);
         let segment = Arc::new(SegmentClient::new(&config.segment)?);
         let draining = CancellationToken::new();
-        let services = parts::services(&config, dyn_outbox, registry, segment, audit, &draining);
+        let services = parts::services(
+            &config, dyn_outbox, registry, segment, audit, metrics, &draining,
+        );
         let delivery = parts::delivery_parts(&config, &services);
         let access = AccessLayer::new(
             Arc::new(parts::authenticator(&config).await?),
             Arc::clone(&services.usage),
             services.audit.clone(),
+            services.metrics.clone(),
         );
         let tls = match &config.tls {
             Some(options) => Some(Arc::new(Tls::new(options.clone())?)),
@@ -139,9 +167,18 @@ impl Relay {
             delivery,
             access,
             tls,
+            board,
+            metrics_listener,
             config,
             draining,
         })
+    }
+
+    /// Where Prometheus can scrape, if it can.
+    #[must_use]
+    pub fn metrics_address(&self) -> Option<SocketAddr> {
+        let listener = self.metrics_listener.as_ref()?;
+        listener.local_addr().ok()
     }
 
     /// Serves until `shutdown`, then drains.
@@ -149,7 +186,7 @@ impl Relay {
     /// # Errors
     /// [`RunError`]: the server failed. What was acknowledged is on disk.
     pub async fn run(
-        self,
+        mut self,
         listener: TcpListener,
         shutdown: CancellationToken,
     ) -> Result<(), RunError> {
@@ -166,6 +203,11 @@ impl Relay {
             routes = routes.add_service(reflection()?.build_v1alpha()?);
         }
         let background = self.background(&closing);
+        let scraped = CancellationToken::new();
+        if let Some(listener) = self.metrics_listener.take() {
+            let metrics = self.services.metrics.clone();
+            tokio::spawn(metrics::serve(listener, metrics, scraped.clone()));
+        }
         set_health(&health, true).await;
         let reports = tokio::spawn(report_health(health, writable, shutdown.clone()));
         let connections = Connections {
@@ -188,6 +230,9 @@ impl Relay {
             tracing::warn!("requests to Segment were still under way; they are sent again");
         }
         self.outbox.close().await;
+        // To the end, so that a drain can be watched.
+        scraped.cancel();
+        self.services.metrics.close();
         tracing::info!("stopped");
         Ok(())
     }
@@ -200,6 +245,14 @@ impl Relay {
         tasks.spawn(async move { access.refresh_keys(refreshed).await });
         if let Some(tls) = &self.tls {
             tasks.spawn(Arc::clone(tls).follow(stop.clone()));
+        }
+        if self.metrics_listener.is_some() {
+            tasks.spawn(backlog::follow(
+                Arc::clone(&self.services.outbox),
+                self.config.outbox.path.clone(),
+                Arc::clone(&self.board),
+                stop.clone(),
+            ));
         }
         if let Some(notify) = &self.config.notify {
             let options = SenderOptions {

@@ -7,7 +7,8 @@ use super::{
     endpoint::Endpoint,
     reader::Reader,
     value::{
-        address, boolean, endpoint, filter, hours, millis, number, one_of, optional_path, path,
+        address, boolean, endpoint, filter, hours, millis, number, one_of, optional_address,
+        optional_path, path,
     },
 };
 
@@ -271,6 +272,27 @@ impl Outbox {
             encryption: from.take("outbox.encryption", boolean)?,
         };
         Some(outbox)
+    }
+}
+
+/// `[metrics]`: who reads what the relay counts and times.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Metrics {
+    /// Where Prometheus scrapes; nobody does without it.
+    pub listen: Option<SocketAddr>,
+    /// Integrations with labels of their own, 0 to 10,000.
+    pub max_integrations: usize,
+}
+
+impl Metrics {
+    pub(super) fn take(from: &mut Reader<'_>) -> Option<Self> {
+        Some(Self {
+            listen: from.take("metrics.listen", optional_address)?,
+            max_integrations: from.take(
+                "metrics.max_integrations",
+                number("integrations", 0..=10_000),
+            )?,
+        })
     }
 }
 

@@ -223,6 +223,14 @@ pub(super) fn address(raw: Raw<'_>) -> Parsed<SocketAddr> {
         })
 }
 
+/// An IP address with a port, or nothing.
+pub(super) fn optional_address(raw: Raw<'_>) -> Parsed<Option<SocketAddr>> {
+    match raw.text() {
+        Some("") => Ok(None),
+        _ => address(raw).map(Some),
+    }
+}
+
 /// An endpoint whose host is not `foreign`, the host of the other region.
 pub(super) fn endpoint(foreign: &'static str) -> impl Fn(Raw<'_>) -> Parsed<Endpoint> {
     move |raw| {

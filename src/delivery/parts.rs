@@ -6,7 +6,8 @@ use super::{
     Conditions, LaneHolds, LaneOptions, RateLimits, VitalsBoard, breaker::Breaker, turns::Turns,
 };
 use crate::{
-    notify::Notices, outbox::Outbox, region::PerRegion, registry::Registry, segment::SegmentClient,
+    metrics::Metrics, notify::Notices, outbox::Outbox, region::PerRegion, registry::Registry,
+    segment::SegmentClient,
 };
 
 /// What delivery works with.
@@ -22,6 +23,8 @@ pub struct DeliveryParts {
     pub vitals: Arc<VitalsBoard>,
     /// Whether their sources work.
     pub conditions: Arc<Conditions>,
+    /// Counts and times.
+    pub metrics: Metrics,
     /// Who is told when that changes.
     pub notices: Notices,
     /// Who works with which lane.

@@ -9,6 +9,7 @@ use super::{
     bell::Bell,
     breaker::{Admission, Sign},
     parts::{DeliveryParts, Shared},
+    report,
     verdict::{Verdict, judge},
 };
 use crate::{
@@ -116,8 +117,10 @@ impl Worker {
             self.note(&admission, answer);
         }
         drop((admission, permit));
-        self.make_durable(settlement).await;
+        let settlement = Arc::new(settlement);
+        self.make_durable(&settlement).await;
         drop(hold);
+        report::settled(&self.parts.metrics, &settlement);
         if let Some(answer) = answer {
             self.tell_of_change(&answer).await;
         }
@@ -169,7 +172,11 @@ impl Worker {
     fn note(&self, admission: &Admission<'_>, answer: &Answer) {
         let id = &self.key.integration_id;
         self.parts.vitals.note(id, answer);
-        match admission.note(id, Sign::of(judge(answer))) {
+        let changed = admission.note(id, Sign::of(judge(answer)));
+        if let Some(answers) = changed {
+            self.parts.metrics.breaker(self.key.region, !answers);
+        }
+        match changed {
             Some(true) => tracing::info!(region = %self.key.region, "the endpoint answers again"),
             Some(false) => tracing::error!(
                 region = %self.key.region,
@@ -225,6 +232,14 @@ impl Worker {
             .segment
             .send(region, write_key, &events, retries)
             .await;
+        let bytes: usize = events.iter().map(|event| event.len()).sum();
+        self.parts.metrics.attempt(
+            region,
+            answer.http_status(),
+            answer.latency,
+            count.into(),
+            bytes as u64,
+        );
         let error = answer.error();
         if error.is_empty() {
             tracing::debug!(lane = %self.key, events = count, latency = ?answer.latency, "delivered");
@@ -244,9 +259,8 @@ impl Worker {
     /// What Segment has answered must not be forgotten: tries until the outbox
     /// takes it, or delivery stops. Then the events are sent again after the
     /// next start, with the same message ids.
-    async fn make_durable(&self, settlement: Settlement) {
-        let settlement = Arc::new(settlement);
-        while let Err(error) = self.parts.outbox.settle(Arc::clone(&settlement)).await {
+    async fn make_durable(&self, settlement: &Arc<Settlement>) {
+        while let Err(error) = self.parts.outbox.settle(Arc::clone(settlement)).await {
             tracing::warn!(lane = %self.key, %error, "cannot settle; trying again");
             tokio::select! {
                 () = self.stop.cancelled() => return,

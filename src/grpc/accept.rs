@@ -1,7 +1,7 @@
 //! What the capturing rpcs have in common: from a request's capture to what is
 //! stored, and from the outbox's answer to a result.
 
-use std::sync::Arc;
+use std::{collections::BTreeMap, sync::Arc};
 
 use tokio::sync::OwnedSemaphorePermit;
 use tonic::Request;
@@ -9,9 +9,11 @@ use tonic::Request;
 use super::{RelayError, Services, convert};
 use crate::{
     auth::AuthError,
+    event::EventType,
     intake,
-    integration::Integration,
+    integration::{Integration, IntegrationId},
     mapping::{self, MAX_CAPTURE_ID_CHARS},
+    metrics::Metrics,
     outbox::{NewCapture, Submitted},
     permission::Caller,
     proto::{Capture, CaptureResult},
@@ -77,6 +79,35 @@ pub(super) fn accepted(submitted: Submitted) -> Accepted {
         Submitted::Duplicate(record) => Ok((record, true)),
         Submitted::Conflict => Err(RelayError::CaptureIdReused),
         Submitted::Full(quota) => Err(RelayError::Full(quota)),
+    }
+}
+
+/// Counts what became of captures: accepted, duplicates, and refusals by their reason.
+pub(super) fn tally<'a>(
+    metrics: &Metrics,
+    integration: &IntegrationId,
+    answers: impl Iterator<Item = &'a Accepted>,
+) {
+    let mut outcomes: BTreeMap<&'static str, u64> = BTreeMap::new();
+    let mut queued = 0;
+    for answer in answers {
+        let outcome = match answer {
+            Ok((_, true)) => "duplicate",
+            Ok((record, false)) => {
+                queued += u64::from(!record.is_final());
+                "accepted"
+            }
+            Err(error) => error.reason(),
+        };
+        *outcomes.entry(outcome).or_default() += 1;
+    }
+    for (outcome, count) in outcomes {
+        metrics.captures(integration, outcome, count);
+    }
+    if queued > 0 {
+        for event in EventType::ALL {
+            metrics.events(integration, event.name(), "queued", "", queued);
+        }
     }
 }
 

@@ -16,9 +16,10 @@ use tower_service::Service;
 use super::{
     Peer, RelayError, Usage,
     body::{Answering, CallGuards, Metered},
-    rpcs::{Need, need, streams_requests},
+    rpcs::{Need, method, need, streams_requests},
+    timer::CallTimer,
 };
-use crate::{audit::Audit, auth::Authenticator, permission::Caller};
+use crate::{audit::Audit, auth::Authenticator, metrics::Metrics, permission::Caller};
 
 /// Puts [`AccessService`] before all services.
 #[derive(Clone)]
@@ -30,16 +31,23 @@ struct Access {
     authenticator: Arc<Authenticator>,
     usage: Arc<Usage>,
     audit: Audit,
+    metrics: Metrics,
 }
 
 impl AccessLayer {
     /// A layer with these parts.
     #[must_use]
-    pub fn new(authenticator: Arc<Authenticator>, usage: Arc<Usage>, audit: Audit) -> Self {
+    pub fn new(
+        authenticator: Arc<Authenticator>,
+        usage: Arc<Usage>,
+        audit: Audit,
+        metrics: Metrics,
+    ) -> Self {
         let access = Access {
             authenticator,
             usage,
             audit,
+            metrics,
         };
         Self {
             access: Arc::new(access),
@@ -90,13 +98,18 @@ where
         let next = self.inner.clone();
         let mut inner = std::mem::replace(&mut self.inner, next);
         let access = Arc::clone(&self.access);
+        let timer = CallTimer::new(access.metrics.clone(), method(request.uri().path()));
         Box::pin(async move {
             let (request, guards) = match access.admit(request).await {
                 Ok(admitted) => admitted,
-                Err(error) => return Ok(Status::from(error).into_http()),
+                Err(error) => {
+                    timer.end(error.code());
+                    return Ok(Status::from(error).into_http());
+                }
             };
             let answer = inner.call(request).await?;
-            Ok(answer.map(|body| Body::new(Answering::new(body, guards))))
+            let timer = timer.see(answer.headers());
+            Ok(answer.map(|body| Body::new(Answering::new(body, guards, timer))))
         })
     }
 }

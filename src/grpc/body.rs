@@ -13,7 +13,7 @@ use tokio::sync::OwnedSemaphorePermit;
 use tokio_util::sync::PollSemaphore;
 use tonic::{Status, body::Body};
 
-use super::{Usage, peer::ActiveCall, usage::units};
+use super::{Usage, peer::ActiveCall, timer::CallTimer, usage::units};
 
 /// Bytes of a request that are held.
 #[derive(Default)]
@@ -190,13 +190,15 @@ impl Messages {
 pub(super) struct Answering {
     body: Body,
     guards: Option<CallGuards>,
+    timer: Option<CallTimer>,
 }
 
 impl Answering {
-    pub(super) fn new(body: Body, guards: CallGuards) -> Self {
+    pub(super) fn new(body: Body, guards: CallGuards, timer: Option<CallTimer>) -> Self {
         Self {
             body,
             guards: Some(guards),
+            timer,
         }
     }
 }
@@ -211,6 +213,12 @@ impl HttpBody for Answering {
     ) -> Poll<Option<Result<Frame<Bytes>, Status>>> {
         let this = &mut *self;
         let frame = ready!(Pin::new(&mut this.body).poll_frame(context));
+        let trailers = frame.as_ref().and_then(|frame| frame.as_ref().ok());
+        if let Some(trailers) = trailers.and_then(Frame::trailers_ref)
+            && let Some(timer) = this.timer.take()
+        {
+            timer.see(trailers);
+        }
         if frame.is_none() {
             this.guards = None;
         }

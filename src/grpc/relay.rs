@@ -7,7 +7,7 @@ use tonic::{Request, Response, Status, Streaming, metadata::MetadataMap};
 
 use super::{
     RelayError, Services,
-    accept::{Accepted, accepted, caller, capture_result, echo_id, required},
+    accept::{Accepted, accepted, caller, capture_result, echo_id, required, tally},
     convert, stream, watch,
 };
 use crate::{
@@ -45,13 +45,9 @@ impl SegmentRelay for Relay {
         let wait_for = wait_for(request.wait_for)?;
         let integration = self.0.integration(&caller, &request.integration_id)?;
         self.0.usage.capture(&caller, integration.id(), 1)?;
-        let new = self.0.prepare(&integration, request.capture)?;
-        let submitted = self.submit(vec![new]).await?;
-        let accepted = submitted
-            .into_iter()
-            .next()
-            .map_or(Err(RelayError::Draining), accepted)?;
-        let (mut record, duplicate) = accepted;
+        let answer = self.accept(&integration, request.capture).await;
+        tally(&self.0.metrics, integration.id(), std::iter::once(&answer));
+        let (mut record, duplicate) = answer?;
         if wait_for == WaitFor::Delivered {
             record = self.until_final(record, deadline).await?;
         }
@@ -75,6 +71,8 @@ impl SegmentRelay for Relay {
         let count = request.captures.len();
         self.0.usage.capture(&caller, integration.id(), count)?;
         let mut answers = self.accept_batch(&integration, request.captures).await?;
+        let outcomes = answers.iter().map(|(_, answer)| answer);
+        tally(&self.0.metrics, integration.id(), outcomes);
         if wait_for == WaitFor::Delivered {
             for (record, _) in answers.iter_mut().flat_map(|answer| &mut answer.1) {
                 *record = self.until_final(record.clone(), deadline).await?;
@@ -166,6 +164,16 @@ impl Relay {
     async fn submit(&self, captures: Vec<NewCapture>) -> Result<Vec<Submitted>, RelayError> {
         let receipt = self.0.outbox.submit(captures).await?;
         Ok(receipt.wait().await?)
+    }
+
+    /// Validates and stores one capture.
+    async fn accept(&self, integration: &Integration, capture: Option<Capture>) -> Accepted {
+        let new = self.0.prepare(integration, capture)?;
+        let submitted = self.submit(vec![new]).await?;
+        submitted
+            .into_iter()
+            .next()
+            .map_or(Err(RelayError::Draining), accepted)
     }
 
     /// Each capture of a batch with its id; those that can't be taken fail alone.

@@ -93,6 +93,14 @@ pub const RPCS: [(&str, Need); 17] = [
     ),
 ];
 
+/// The rpc of a path, for labels: those of the schema, and `other`.
+pub(super) fn method(path: &str) -> &'static str {
+    RPCS.iter()
+        .find(|(known, _)| *known == path)
+        .and_then(|(known, _)| known.rsplit('/').next())
+        .unwrap_or("other")
+}
+
 /// Whether the requests of a path are a stream.
 pub(super) fn streams_requests(path: &str) -> bool {
     path.ends_with("/CaptureStream")

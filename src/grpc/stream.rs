@@ -13,10 +13,12 @@ use tonic::{Status, Streaming};
 
 use super::{
     RelayError, Services,
-    accept::{accepted, capture_result, echo_id},
+    accept::{accepted, capture_result, echo_id, tally},
     usage::units,
 };
 use crate::{
+    integration::IntegrationId,
+    metrics::Metrics,
     outbox::{NewCapture, Receipt},
     permission::Caller,
     proto::{CaptureStreamRequest, CaptureStreamResponse},
@@ -109,6 +111,9 @@ struct InFlight {
     correlation_id: String,
     capture_id: String,
     submitted: Result<Receipt, RelayError>,
+    metrics: Metrics,
+    /// Whose it is, where it is somebody's.
+    integration_id: Option<IntegrationId>,
 }
 
 /// Submits one capture, in its turn.
@@ -124,6 +129,10 @@ async fn submit(
         .chars()
         .take(MAX_CORRELATION_CHARS)
         .collect();
+    let integration_id = services
+        .integration(caller, &request.integration_id)
+        .ok()
+        .map(|found| found.id().clone());
     let submitted = match prepare(services, caller, request) {
         Ok(new) => services
             .outbox
@@ -136,6 +145,8 @@ async fn submit(
         correlation_id,
         capture_id,
         submitted,
+        metrics: services.metrics.clone(),
+        integration_id,
     }
 }
 
@@ -152,6 +163,9 @@ impl InFlight {
             },
             Err(error) => Err(error),
         };
+        if let Some(id) = &self.integration_id {
+            tally(&self.metrics, id, std::iter::once(&answer));
+        }
         CaptureStreamResponse {
             correlation_id: self.correlation_id,
             result: Some(capture_result(&self.capture_id, &answer)),

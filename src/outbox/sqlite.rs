@@ -36,7 +36,7 @@ use std::{
 use tokio::sync::{mpsc, oneshot};
 
 use super::{FoundSubject, Limits, OutboxError, Signals, SubjectQuery, sealing::Sealing};
-use crate::vault::Vault;
+use crate::{metrics::Metrics, vault::Vault};
 
 pub use keys::KeyError;
 use reader::ReadCommand;
@@ -63,6 +63,8 @@ pub struct SqliteOptions {
     pub remember: Duration,
     /// Whether payloads are stored encrypted. Write keys always are.
     pub encrypt_payloads: bool,
+    /// Counts and times commits.
+    pub metrics: Metrics,
 }
 
 /// Why the outbox can't be opened.

@@ -11,6 +11,7 @@ use crate::{
     config::{self, Config},
     delivery::{Backoff, Conditions, DeliveryParts, LaneOptions, RateLimits},
     grpc::{Gate, Services, Usage},
+    metrics::Metrics,
     notify::Notices,
     outbox::{Limits, Outbox, SqliteOptions},
     registry::Registry,
@@ -26,6 +27,7 @@ pub(super) fn services(
     registry: Arc<Registry>,
     segment: Arc<SegmentClient>,
     audit: Audit,
+    metrics: Metrics,
     draining: &CancellationToken,
 ) -> Services {
     let limits = Arc::new(config.server.clone());
@@ -49,6 +51,7 @@ pub(super) fn services(
         limits,
         usage: Arc::new(Usage::new(config.limits.clone())),
         audit,
+        metrics,
     }
 }
 
@@ -59,6 +62,7 @@ pub(super) fn delivery_parts(config: &Config, services: &Services) -> DeliveryPa
         registry: Arc::clone(&services.registry),
         vitals: Arc::clone(&services.vitals),
         conditions: Arc::clone(&services.conditions),
+        metrics: services.metrics.clone(),
         notices: services.notices.clone(),
         holds: Arc::clone(&services.holds),
         rates: Arc::new(rate_limits(&config.delivery)),
@@ -78,7 +82,7 @@ pub(super) async fn authenticator(config: &Config) -> Result<Authenticator, RunE
     Ok(Authenticator::new(&config.callers, jwt))
 }
 
-pub(super) fn outbox_options(outbox: &config::Outbox) -> SqliteOptions {
+pub(super) fn outbox_options(outbox: &config::Outbox, metrics: &Metrics) -> SqliteOptions {
     SqliteOptions {
         directory: outbox.path.clone(),
         limits: Limits {
@@ -90,6 +94,7 @@ pub(super) fn outbox_options(outbox: &config::Outbox) -> SqliteOptions {
         group_commit_max: outbox.group_commit_max,
         remember: outbox.idempotency,
         encrypt_payloads: outbox.encryption,
+        metrics: metrics.clone(),
     }
 }
 

@@ -111,6 +111,13 @@ fn the_default_file_names_every_setting_of_delivery_outbox_and_log() {
         }
     );
     assert_eq!(
+        config.metrics,
+        Metrics {
+            listen: None,
+            max_integrations: 200,
+        }
+    );
+    assert_eq!(
         config.log,
         Log {
             format: LogFormat::Auto,

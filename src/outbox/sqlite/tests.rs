@@ -6,6 +6,7 @@ use std::sync::LazyLock;
 use super::*;
 use crate::{
     event::{EventPair, EventType},
+    metrics::Metrics,
     outbox::{
         BoxFuture, Content, DeadLetterFilter, LaneKey, LeaseBudget, LeasedCapture, NewCapture,
         Outbox, Selection, Settlement,
@@ -43,6 +44,7 @@ fn options(directory: &Path) -> SqliteOptions {
         group_commit_max: 64,
         remember: Duration::from_secs(3_600),
         encrypt_payloads: false,
+        metrics: Metrics::off(),
     }
 }
 

@@ -6,7 +6,7 @@ mod erase;
 mod rekey;
 mod replay;
 
-use std::sync::Arc;
+use std::{sync::Arc, time::Instant};
 
 use rusqlite::{Connection, Transaction, TransactionBehavior};
 use tokio::sync::{mpsc, oneshot};
@@ -14,6 +14,7 @@ use tokio::sync::{mpsc, oneshot};
 use super::{SqliteOptions, keys::Prepared, row::unavailable};
 use crate::{
     integration::IntegrationId,
+    metrics::Metrics,
     notice::Notice,
     outbox::{
         Change, Erasure, LaneKey, OutboxError, Quota, Selection, Settlement, Signals, Submitted,
@@ -113,6 +114,7 @@ pub(super) struct Writer {
     maintained_to: i64,
     rekey: Rekey,
     sealing: Arc<Sealing>,
+    metrics: Metrics,
     signals: Arc<Signals>,
 }
 
@@ -138,6 +140,7 @@ impl Writer {
                 Rekey::Done
             },
             sealing: Arc::clone(&prepared.sealing),
+            metrics: options.metrics.clone(),
             signals,
         })
     }
@@ -155,7 +158,10 @@ impl Writer {
                 closing = matches!(next, WriteCommand::Close);
                 group.push(next);
             }
-            self.commit(group.drain(..));
+            let begun = Instant::now();
+            let succeeded = self.commit(group.drain(..));
+            self.metrics
+                .commit(weight as u64, begun.elapsed(), succeeded);
             if closing {
                 break;
             }
@@ -165,7 +171,8 @@ impl Writer {
         }
     }
 
-    fn commit(&mut self, group: impl Iterator<Item = WriteCommand>) {
+    /// Does a group of commands in one transaction; returns whether it is durable.
+    fn commit(&mut self, group: impl Iterator<Item = WriteCommand>) -> bool {
         let mut owed = Vec::new();
         let mut news = News::default();
         let mut commands = group;
@@ -209,6 +216,7 @@ impl Writer {
         if result.is_ok() {
             self.tell(news);
         }
+        result.is_ok()
     }
 
     fn apply_all(

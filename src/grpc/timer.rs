@@ -1,0 +1,75 @@
+//! Times a call, from its headers to the status in its answer's trailers.
+
+use std::time::Instant;
+
+use http::HeaderMap;
+use tonic::Code;
+
+use crate::metrics::Metrics;
+
+/// The codes in the order of their numbers (gRPC, "Status codes").
+const NAMES: [&str; 17] = [
+    "OK",
+    "CANCELLED",
+    "UNKNOWN",
+    "INVALID_ARGUMENT",
+    "DEADLINE_EXCEEDED",
+    "NOT_FOUND",
+    "ALREADY_EXISTS",
+    "PERMISSION_DENIED",
+    "RESOURCE_EXHAUSTED",
+    "FAILED_PRECONDITION",
+    "ABORTED",
+    "OUT_OF_RANGE",
+    "UNIMPLEMENTED",
+    "INTERNAL",
+    "UNAVAILABLE",
+    "DATA_LOSS",
+    "UNAUTHENTICATED",
+];
+
+/// A call under way. One that ends without a status was cancelled.
+pub(super) struct CallTimer {
+    metrics: Metrics,
+    method: &'static str,
+    begun: Instant,
+    ended: bool,
+}
+
+impl CallTimer {
+    pub(super) fn new(metrics: Metrics, method: &'static str) -> Self {
+        Self {
+            metrics,
+            method,
+            begun: Instant::now(),
+            ended: false,
+        }
+    }
+
+    /// Ends it where headers or trailers have a status; otherwise gives it back.
+    pub(super) fn see(self, headers: &HeaderMap) -> Option<Self> {
+        let Some(status) = headers.get("grpc-status") else {
+            return Some(self);
+        };
+        self.end(Code::from_bytes(status.as_bytes()));
+        None
+    }
+
+    pub(super) fn end(mut self, code: Code) {
+        self.note(code);
+    }
+
+    fn note(&mut self, code: Code) {
+        self.ended = true;
+        let name = NAMES.get(code as usize).copied().unwrap_or("UNKNOWN");
+        self.metrics.rpc(self.method, name, self.begun.elapsed());
+    }
+}
+
+impl Drop for CallTimer {
+    fn drop(&mut self) {
+        if !self.ended {
+            self.note(Code::Cancelled);
+        }
+    }
+}
