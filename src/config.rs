@@ -34,6 +34,7 @@ mod integrations;
 mod reader;
 mod sections;
 mod security;
+mod telemetry;
 #[cfg(test)]
 mod tests;
 mod value;
@@ -41,8 +42,10 @@ mod value;
 pub use callers::KnownCaller;
 pub use endpoint::{Endpoint, EndpointError};
 pub use fault::{Fault, Faults, MAX_FAULTS, Place};
-pub use sections::{Delivery, Endpoints, Log, LogFormat, Metrics, Outbox, Segment, Server};
+pub use sections::{Delivery, Endpoints, Outbox, Segment, Server};
 pub use security::{JwksSource, Jwt, Limits, Notify, Secrets, Tls};
+pub use telemetry::{Log, LogFormat, Metrics, Otlp, OtlpProtocol, Traces};
+pub use value::OtlpHeaders;
 
 use document::Document;
 use reader::{Environment, Reader};
@@ -83,6 +86,10 @@ pub struct Config {
     pub delivery: Delivery,
     /// Where and how much is stored.
     pub outbox: Outbox,
+    /// The collector of traces and metrics; `None` without.
+    pub otlp: Option<Otlp>,
+    /// What is traced.
+    pub traces: Traces,
     /// What the relay counts and times.
     pub metrics: Metrics,
     /// The relay's own log.
@@ -111,6 +118,8 @@ impl fmt::Debug for Config {
             .field("segment", &self.segment)
             .field("delivery", &self.delivery)
             .field("outbox", &self.outbox)
+            .field("otlp", &self.otlp)
+            .field("traces", &self.traces)
             .field("metrics", &self.metrics)
             .field("log", &self.log)
             .field("integrations", &ids)
@@ -217,6 +226,8 @@ impl Config {
         let segment = Segment::take(&mut reader);
         let delivery = Delivery::take(&mut reader);
         let outbox = Outbox::take(&mut reader);
+        let otlp = Otlp::take(&mut reader);
+        let traces = Traces::take(&mut reader);
         let metrics = Metrics::take(&mut reader);
         let log = Log::take(&mut reader);
         let integrations = integrations::take(&mut reader, outside);
@@ -233,6 +244,8 @@ impl Config {
                 segment: segment?,
                 delivery: delivery?,
                 outbox: outbox?,
+                otlp: otlp?,
+                traces: traces?,
                 metrics: metrics?,
                 log: log?,
                 integrations,

@@ -12,6 +12,7 @@ mod peer;
 mod privacy;
 mod relay;
 mod rpcs;
+mod spans;
 mod stream;
 mod timer;
 mod usage;
@@ -33,6 +34,7 @@ use crate::{
     },
     registry::Registry,
     segment::SegmentClient,
+    trace::Traces,
 };
 
 pub use access::{AccessLayer, AccessService};
@@ -85,6 +87,8 @@ pub struct Services {
     pub audit: Audit,
     /// Counts and times.
     pub metrics: Metrics,
+    /// Whether somebody gets the spans.
+    pub traces: Traces,
     /// Bounds.
     pub limits: Arc<config::Server>,
 }

@@ -18,7 +18,7 @@
 //! [`server`] puts them together from the [`config`]; before every call stands
 //! [`auth`], and beside the path lie [`audit`] and [`notify`]. [`cli`] is the command,
 //! with the thin [`client`]s, the [`sandbox`] and the [`demo`]. Below them all lie
-//! [`notice`], [`permission`], [`status`], [`region`], [`secret`], [`text`], [`time`], [`vault`] and
+//! [`notice`], [`permission`], [`status`], [`region`], [`secret`], [`text`], [`time`], [`trace`], [`vault`] and
 //! [`violation`].
 
 pub mod audit;
@@ -49,5 +49,6 @@ pub mod status;
 pub mod telemetry;
 pub mod text;
 pub mod time;
+pub mod trace;
 pub mod vault;
 pub mod violation;

@@ -23,12 +23,13 @@ use crate::{
     config::Config,
     delivery::{Delivery, DeliveryParts},
     grpc::{AccessLayer, RELAY_SERVICE, Services},
-    metrics::{self, BacklogBoard, Metrics, MetricsError},
+    metrics::{self, BacklogBoard, MetricsError},
     notify::{self, SenderOptions},
     outbox::{OpenError, Outbox, OutboxError, SqliteOutbox},
     proto,
     registry::{Registry, RegistryError},
     segment::{SegmentClient, SetupError},
+    telemetry::OtlpError,
     time::UnixMillis,
     vault::{Vault, VaultError},
 };
@@ -70,6 +71,9 @@ pub enum RunError {
     /// The keys of the tokens' issuer can't be had.
     #[error(transparent)]
     Jwks(#[from] JwksError),
+    /// The way to the collector can't be set up.
+    #[error(transparent)]
+    Otlp(#[from] OtlpError),
     /// Metrics can't be set up.
     #[error(transparent)]
     MetricsSetup(#[from] MetricsError),
@@ -122,13 +126,12 @@ impl Relay {
             })?,
         };
         let board = Arc::new(BacklogBoard::default());
-        let (metrics, metrics_listener) = match config.metrics.listen {
-            None => (Metrics::off(), None),
+        let metrics = parts::metrics(&config, &board)?;
+        let metrics_listener = match config.metrics.listen {
+            None => None,
             Some(address) => {
                 let listener = TcpListener::bind(address).await;
-                let listener = listener.map_err(|source| RunError::Metrics { address, source })?;
-                let most = config.metrics.max_integrations;
-                (Metrics::new(most, Arc::clone(&board))?, Some(listener))
+                Some(listener.map_err(|source| RunError::Metrics { address, source })?)
             }
         };
         let store_exists = config.outbox.path.join("relay.db").exists();
@@ -156,6 +159,7 @@ impl Relay {
             Arc::clone(&services.usage),
             services.audit.clone(),
             services.metrics.clone(),
+            services.traces,
         );
         let tls = match &config.tls {
             Some(options) => Some(Arc::new(Tls::new(options.clone())?)),
@@ -232,7 +236,9 @@ impl Relay {
         self.outbox.close().await;
         // To the end, so that a drain can be watched.
         scraped.cancel();
-        self.services.metrics.close();
+        let metrics = self.services.metrics.clone();
+        // The last ones may have to wait for a collector.
+        let _ = tokio::task::spawn_blocking(move || metrics.close()).await;
         tracing::info!("stopped");
         Ok(())
     }
@@ -246,7 +252,7 @@ impl Relay {
         if let Some(tls) = &self.tls {
             tasks.spawn(Arc::clone(tls).follow(stop.clone()));
         }
-        if self.metrics_listener.is_some() {
+        if self.services.metrics.are_read() {
             tasks.spawn(backlog::follow(
                 Arc::clone(&self.services.outbox),
                 self.config.outbox.path.clone(),

@@ -7,6 +7,7 @@ use super::*;
 mod defaults;
 mod integrations;
 mod security;
+mod telemetry;
 
 /// Loads `text` as `f.toml`; an integration breaks no rule and no key file
 /// exists.

@@ -12,14 +12,18 @@ use tokio_util::sync::CancellationToken;
 use tonic::{Status, body::Body};
 use tower_layer::Layer;
 use tower_service::Service;
+use tracing::Instrument;
 
 use super::{
     Peer, RelayError, Usage,
     body::{Answering, CallGuards, Metered},
     rpcs::{Need, method, need, streams_requests},
+    spans,
     timer::CallTimer,
 };
-use crate::{audit::Audit, auth::Authenticator, metrics::Metrics, permission::Caller};
+use crate::{
+    audit::Audit, auth::Authenticator, metrics::Metrics, permission::Caller, trace::Traces,
+};
 
 /// Puts [`AccessService`] before all services.
 #[derive(Clone)]
@@ -32,6 +36,7 @@ struct Access {
     usage: Arc<Usage>,
     audit: Audit,
     metrics: Metrics,
+    traces: Traces,
 }
 
 impl AccessLayer {
@@ -42,12 +47,14 @@ impl AccessLayer {
         usage: Arc<Usage>,
         audit: Audit,
         metrics: Metrics,
+        traces: Traces,
     ) -> Self {
         let access = Access {
             authenticator,
             usage,
             audit,
             metrics,
+            traces,
         };
         Self {
             access: Arc::new(access),
@@ -98,8 +105,10 @@ where
         let next = self.inner.clone();
         let mut inner = std::mem::replace(&mut self.inner, next);
         let access = Arc::clone(&self.access);
-        let timer = CallTimer::new(access.metrics.clone(), method(request.uri().path()));
-        Box::pin(async move {
+        let method = method(request.uri().path());
+        let span = spans::call(access.traces, method, request.headers());
+        let timer = CallTimer::new(access.metrics.clone(), method, span.clone());
+        let call = async move {
             let (request, guards) = match access.admit(request).await {
                 Ok(admitted) => admitted,
                 Err(error) => {
@@ -110,7 +119,8 @@ where
             let answer = inner.call(request).await?;
             let timer = timer.see(answer.headers());
             Ok(answer.map(|body| Body::new(Answering::new(body, guards, timer))))
-        })
+        };
+        Box::pin(call.instrument(span))
     }
 }
 

@@ -11,11 +11,12 @@ use crate::{
     config::{self, Config},
     delivery::{Backoff, Conditions, DeliveryParts, LaneOptions, RateLimits},
     grpc::{Gate, Services, Usage},
-    metrics::Metrics,
+    metrics::{BacklogBoard, Export, Metrics},
     notify::Notices,
     outbox::{Limits, Outbox, SqliteOptions},
     registry::Registry,
     segment::{REQUEST_OVERHEAD_BYTES, SegmentClient},
+    telemetry,
 };
 
 /// When an integration is called broken in the log, where nobody else is told.
@@ -52,7 +53,23 @@ pub(super) fn services(
         usage: Arc::new(Usage::new(config.limits.clone())),
         audit,
         metrics,
+        traces: telemetry::traces(config),
     }
+}
+
+/// What counts and times, for whoever reads it.
+pub(super) fn metrics(config: &Config, board: &Arc<BacklogBoard>) -> Result<Metrics, RunError> {
+    let export = match &config.otlp {
+        None if config.metrics.listen.is_none() => return Ok(Metrics::off()),
+        None => None,
+        Some(otlp) => Some(Export {
+            exporter: telemetry::otlp::metric_exporter(otlp)?,
+            interval: config.metrics.export_interval,
+            resource: telemetry::resource(),
+        }),
+    };
+    let most = config.metrics.max_integrations;
+    Ok(Metrics::new(most, Arc::clone(board), export)?)
 }
 
 pub(super) fn delivery_parts(config: &Config, services: &Services) -> DeliveryParts {
@@ -63,6 +80,7 @@ pub(super) fn delivery_parts(config: &Config, services: &Services) -> DeliveryPa
         vitals: Arc::clone(&services.vitals),
         conditions: Arc::clone(&services.conditions),
         metrics: services.metrics.clone(),
+        traces: services.traces,
         notices: services.notices.clone(),
         holds: Arc::clone(&services.holds),
         rates: Arc::new(rate_limits(&config.delivery)),

@@ -24,6 +24,8 @@ use tokio::{net::TcpListener, task::JoinHandle};
 use tokio_util::sync::CancellationToken;
 use tonic::{Request, Status, transport::Channel};
 
+use crate::collector::Collector;
+
 /// No test waits longer than this for anything.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(30);
 pub(crate) const WRITE_KEY: &str = "write-key-of-acme-0001";
@@ -237,9 +239,12 @@ async fn run_relay(
     };
     let outbox = directory.path().join("outbox").display().to_string();
     let key = directory.path().join("key").display().to_string();
+    let collector = format!("http://{}", Collector::for_all());
     let environment = [
         ("SEGMENT_RELAY__OUTBOX__PATH", outbox.as_str()),
         ("SEGMENT_RELAY__SECRETS__KEY_FILE", key.as_str()),
+        ("SEGMENT_RELAY__OTLP__ENDPOINT", collector.as_str()),
+        ("SEGMENT_RELAY__TRACES__SAMPLE_RATIO", "1"),
     ];
     let config = Config::load(Some(("test.toml", settings)), environment, &outside);
     let config = config.unwrap_or_else(|faults| panic!("{faults}"));

@@ -22,6 +22,7 @@ use crate::harness::PATIENCE;
 /// A request as it came.
 #[derive(Clone)]
 pub(crate) struct Received {
+    pub(crate) path: String,
     pub(crate) headers: HeaderMap,
     pub(crate) body: Bytes,
 }
@@ -104,12 +105,12 @@ async fn answer(
 ) -> Result<Response<Full<Bytes>>, Infallible> {
     let (head, body) = request.into_parts();
     let body = body.collect().await.expect("a whole body").to_bytes();
-    let headers = head.headers;
-    state
-        .received
-        .lock()
-        .expect("sound")
-        .push(Received { headers, body });
+    let (path, headers) = (head.uri.path().to_owned(), head.headers);
+    state.received.lock().expect("sound").push(Received {
+        path,
+        headers,
+        body,
+    });
     state.came.notify_waiters();
     let status = state
         .statuses

@@ -4,12 +4,17 @@
 
 use std::{
     io::{self, BufRead, BufReader, Read, Write},
-    sync::{LazyLock, Once},
+    sync::{Arc, LazyLock, Mutex, Once},
 };
 
 use base64::{Engine, engine::general_purpose::STANDARD};
 
-use crate::harness::WRITE_KEY;
+use tokio::sync::Notify;
+
+use crate::harness::{PATIENCE, WRITE_KEY};
+
+/// Lines of another process that are kept.
+const KEPT_LINES: usize = 10_000;
 
 /// What the tests plant: addresses, write keys, tokens, and other secrets.
 static PLANTED: LazyLock<Vec<String>> = LazyLock::new(|| {
@@ -36,7 +41,7 @@ static PLANTED: LazyLock<Vec<String>> = LazyLock::new(|| {
 });
 
 /// Ends the test run if a line holds what was planted.
-fn check(line: &str) {
+pub(crate) fn check(line: &str) {
     if let Some(found) = PLANTED
         .iter()
         .find(|planted| line.contains(planted.as_str()))
@@ -80,12 +85,63 @@ pub(crate) fn this_process() {
     });
 }
 
-/// Searches what another process writes to its standard error.
-pub(crate) fn of_process(stderr: impl Read + Send + 'static) {
+/// What another process has written to its standard error.
+#[derive(Clone, Default)]
+pub(crate) struct Written {
+    lines: Arc<Mutex<Vec<String>>>,
+    came: Arc<Notify>,
+}
+
+impl Written {
+    /// Waits for a line of which something is true.
+    pub(crate) async fn line(&self, is_it: impl Fn(&str) -> bool) -> String {
+        self.nth(0, is_it).await
+    }
+
+    /// Waits for the one after so many of which something is true.
+    pub(crate) async fn nth(&self, others: usize, is_it: impl Fn(&str) -> bool) -> String {
+        let found = async {
+            loop {
+                let came = self.came.notified();
+                let found = {
+                    let lines = self.lines.lock().expect("sound");
+                    lines.iter().filter(|line| is_it(line)).nth(others).cloned()
+                };
+                if let Some(line) = found {
+                    return line;
+                }
+                came.await;
+            }
+        };
+        match tokio::time::timeout(PATIENCE, found).await {
+            Ok(line) => line,
+            Err(_) => panic!("no such line among {:#?}", self.lines.lock()),
+        }
+    }
+
+    pub(crate) fn count(&self, is_it: impl Fn(&str) -> bool) -> usize {
+        let lines = self.lines.lock().expect("sound");
+        lines.iter().filter(|line| is_it(line)).count()
+    }
+}
+
+/// Searches what another process writes to its standard error, and keeps the last
+/// lines of it.
+pub(crate) fn of_process(stderr: impl Read + Send + 'static) -> Written {
+    let written = Written::default();
+    let kept = written.clone();
     std::thread::spawn(move || {
         for line in BufReader::new(stderr).lines() {
             let Ok(line) = line else { return };
             check(&line);
+            let mut lines = kept.lines.lock().expect("sound");
+            lines.push(line);
+            if lines.len() > 2 * KEPT_LINES {
+                lines.drain(..KEPT_LINES);
+            }
+            drop(lines);
+            kept.came.notify_waiters();
         }
     });
+    written
 }

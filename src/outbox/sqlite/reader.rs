@@ -225,6 +225,7 @@ fn leased_capture(lane: &LaneKey, row: &Row<'_>) -> Result<LeasedCapture, Outbox
         identify: EventStatus::new(State::Queued),
         track: EventStatus::new(State::Queued),
         attempts: Vec::new(),
+        trace: None,
     };
     let record = decoded.unwrap_or_else(|_| unreadable());
     Ok(LeasedCapture {

@@ -98,6 +98,7 @@ impl Work<'_> {
             identify: EventStatus::new(state),
             track: EventStatus::new(state),
             attempts: Vec::new(),
+            trace: capture.trace,
         };
         let sequence = *self.next_sequence;
         *self.next_sequence += 1;
