@@ -15,6 +15,7 @@ mod certificates;
 mod chaos;
 mod command;
 mod crash;
+mod cut_off;
 mod dead_letters;
 mod dead_letters_command;
 mod delivery;
