@@ -156,6 +156,7 @@ impl DeadLetters {
         total: &mut u64,
     ) -> Result<(), RelayError> {
         loop {
+            let _replays = self.0.holds.hold_replays().await;
             match self.0.outbox.replay(selection.clone(), now).await? {
                 Ok(0) => return Ok(()),
                 Ok(replayed) => *total += replayed,

@@ -137,6 +137,8 @@ impl Privacy {
         receipt: &mut ErasureReceipt,
     ) -> Result<(), RelayError> {
         loop {
+            // A dead letter that went back into its lane meanwhile could be on its way.
+            let _replays = self.0.holds.hold_replays().await;
             let found = self.0.outbox.find_subject(subject.clone()).await?;
             // What is on its way to Segment is settled before it is counted.
             let _holds = self.hold(&found.lanes).await?;
