@@ -10,7 +10,7 @@ use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
 
 use super::{Failure, signals::cancel_on_signal, spec_violations};
-use crate::{config::Config, server::Relay, telemetry};
+use crate::{config::Config, panics, server::Relay, telemetry};
 
 /// Arguments of `serve`.
 #[derive(Args, Debug)]
@@ -37,6 +37,7 @@ pub(super) async fn run(args: &ServeArgs) -> Result<(), Failure> {
         )));
     }
     telemetry::start(&config.log);
+    panics::install();
     let outbox = config.outbox.path.clone();
     let relay = Relay::open(config).await?;
     let listener = TcpListener::bind(listen)
