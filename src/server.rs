@@ -37,6 +37,8 @@ use connections::Connections;
 use tls::Tls;
 pub use tls::TlsError;
 
+/// Longest question for health, in bytes: it has the name of a service.
+const MAX_HEALTH_BYTES: usize = 1_024;
 /// This part of the drain's time-out is kept for requests to Segment.
 const SHARE_FOR_DELIVERY: u32 = 4;
 /// How often the outbox forgets what is old.
@@ -197,7 +199,8 @@ impl Relay {
         let closing = CancellationToken::new();
         let drain = self.drain_on(shutdown.clone(), closing.clone());
         let mut routes = self.services.routes();
-        routes = routes.add_service(health_service);
+        // Anybody may ask for it.
+        routes = routes.add_service(health_service.max_decoding_message_size(MAX_HEALTH_BYTES));
         if self.config.server.reflection {
             routes = routes.add_service(reflection()?.build_v1()?);
             routes = routes.add_service(reflection()?.build_v1alpha()?);

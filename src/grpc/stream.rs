@@ -139,7 +139,13 @@ async fn submit(
             .submit(vec![NewCapture { room, ..new }])
             .await
             .map_err(RelayError::from),
-        Err(error) => Err(error),
+        Err(error) => {
+            if matches!(error, RelayError::OutOfScope) {
+                let (name, rpc) = (Some(caller.name.as_str()), "CaptureStream");
+                services.audit.refused(name, None, rpc, error.reason());
+            }
+            Err(error)
+        }
     };
     InFlight {
         correlation_id,

@@ -180,6 +180,13 @@ async fn the_audit_log_says_who_changed_what_without_secrets() {
         .create_integration(crate::auth::by("read", created))
         .await
         .expect_err("refused");
+    let others = segment_relay::proto::GetIntegrationRequest {
+        integration_id: "acme".into(),
+    };
+    integrations
+        .get_integration(crate::auth::by("scoped", others))
+        .await
+        .expect_err("refused");
     world.stop().await;
 
     let text = std::fs::read_to_string(&path).expect("written");
@@ -211,6 +218,10 @@ async fn the_audit_log_says_who_changed_what_without_secrets() {
         "{:?}",
         entries[3]
     );
+    assert_eq!(texts(&entries[4]), ["scoped", "call.refused", ""]);
+    let refused =
+        "INTEGRATION_OUT_OF_SCOPE /jebbit.segmentrelay.v1.IntegrationService/GetIntegration";
+    assert!(entries[4].3.starts_with(refused), "{:?}", entries[4]);
     assert!(
         !text.contains("write-key-of") && !text.contains("planted"),
         "{text}"
