@@ -24,11 +24,11 @@ use crate::{
     delivery::{Delivery, DeliveryParts},
     grpc::{AccessLayer, RELAY_SERVICE, Services},
     metrics::{self, BacklogBoard, Metrics, MetricsError},
-    notify::{self, SenderOptions},
+    notify::{self, Notices, SenderOptions},
     outbox::{OpenError, Outbox, OutboxError, SqliteOutbox},
     proto,
-    registry::{Registry, RegistryError},
-    segment::{SegmentClient, SetupError},
+    registry::{Registry, RegistryError, Told},
+    segment::SetupError,
     time::UnixMillis,
     vault::{Vault, VaultError},
 };
@@ -140,18 +140,25 @@ impl Relay {
             &vault,
         )?);
         let dyn_outbox: Arc<dyn Outbox> = Arc::clone(&outbox) as Arc<dyn Outbox>;
+        let notices = match &config.notify {
+            Some(_) => Notices::new(Arc::clone(&dyn_outbox)),
+            None => Notices::nobody(),
+        };
+        let told = Told {
+            audit: &audit,
+            notices: &notices,
+        };
         let registry = Registry::load(
             Arc::clone(&dyn_outbox),
             &config.integrations,
-            &audit,
+            &told,
             UnixMillis::now(),
         );
         let registry = Arc::new(registry.await?);
-        let segment = Arc::new(SegmentClient::new(&config.segment)?);
         let draining = CancellationToken::new();
         let services = parts::services(
-            &config, dyn_outbox, registry, segment, audit, metrics, &draining,
-        );
+            &config, dyn_outbox, registry, notices, audit, metrics, &draining,
+        )?;
         let delivery = parts::delivery_parts(&config, &services);
         let access = AccessLayer::new(
             Arc::new(parts::authenticator(&config).await?),
