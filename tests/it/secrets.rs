@@ -235,6 +235,7 @@ fn with_tls_and_callers_the_relay_serves_the_network_and_the_command_reaches_it(
         ),
     );
     let mut relay = segment_relay(&["serve", "--config", &shown(&config)])
+        .env("SEGMENT_RELAY__LOG__FILTER", "trace")
         .stdout(Stdio::piped())
         .stderr(Stdio::piped())
         .spawn()
