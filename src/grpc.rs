@@ -3,6 +3,7 @@
 mod accept;
 mod access;
 mod body;
+mod carry;
 mod convert;
 mod dead_letters;
 mod error;

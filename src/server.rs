@@ -24,11 +24,11 @@ use crate::{
     delivery::{Delivery, DeliveryParts},
     grpc::{AccessLayer, RELAY_SERVICE, Services},
     metrics::{self, BacklogBoard, MetricsError},
-    notify::{self, SenderOptions},
+    notify::{self, Notices, SenderOptions},
     outbox::{OpenError, Outbox, OutboxError, SqliteOutbox},
     proto,
-    registry::{Registry, RegistryError},
-    segment::{SegmentClient, SetupError},
+    registry::{Registry, RegistryError, Told},
+    segment::SetupError,
     telemetry::OtlpError,
     time::UnixMillis,
     vault::{Vault, VaultError},
@@ -38,6 +38,8 @@ use connections::Connections;
 use tls::Tls;
 pub use tls::TlsError;
 
+/// Longest question for health, in bytes: it has the name of a service.
+const MAX_HEALTH_BYTES: usize = 1_024;
 /// This part of the drain's time-out is kept for requests to Segment.
 const SHARE_FOR_DELIVERY: u32 = 4;
 /// How often the outbox forgets what is old.
@@ -141,18 +143,25 @@ impl Relay {
             &vault,
         )?);
         let dyn_outbox: Arc<dyn Outbox> = Arc::clone(&outbox) as Arc<dyn Outbox>;
+        let notices = match &config.notify {
+            Some(_) => Notices::new(Arc::clone(&dyn_outbox)),
+            None => Notices::nobody(),
+        };
+        let told = Told {
+            audit: &audit,
+            notices: &notices,
+        };
         let registry = Registry::load(
             Arc::clone(&dyn_outbox),
             &config.integrations,
-            &audit,
+            &told,
             UnixMillis::now(),
         );
         let registry = Arc::new(registry.await?);
-        let segment = Arc::new(SegmentClient::new(&config.segment)?);
         let draining = CancellationToken::new();
         let services = parts::services(
-            &config, dyn_outbox, registry, segment, audit, metrics, &draining,
-        );
+            &config, dyn_outbox, registry, notices, audit, metrics, &draining,
+        )?;
         let delivery = parts::delivery_parts(&config, &services);
         let access = AccessLayer::new(
             Arc::new(parts::authenticator(&config).await?),
@@ -201,7 +210,8 @@ impl Relay {
         let closing = CancellationToken::new();
         let drain = self.drain_on(shutdown.clone(), closing.clone());
         let mut routes = self.services.routes();
-        routes = routes.add_service(health_service);
+        // Anybody may ask for it.
+        routes = routes.add_service(health_service.max_decoding_message_size(MAX_HEALTH_BYTES));
         if self.config.server.reflection {
             routes = routes.add_service(reflection()?.build_v1()?);
             routes = routes.add_service(reflection()?.build_v1alpha()?);

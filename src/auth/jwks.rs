@@ -49,7 +49,7 @@ pub struct Jwks {
     source: JwksSource,
     client: Option<reqwest::Client>,
     keys: RwLock<Arc<Keys>>,
-    /// When the set was asked for last.
+    /// When the set was asked for last, and that was answered.
     asked: Mutex<Option<Instant>>,
 }
 
@@ -126,14 +126,22 @@ impl Jwks {
             return Ok(());
         }
         *asked = Some(Instant::now());
-        let text = match (&self.source, &self.client) {
-            (JwksSource::Url(url), Some(client)) => fetch(client, url).await?,
-            (JwksSource::File(path), _) => read(path)?,
-            (JwksSource::Url(_), None) => Vec::new(),
-        };
-        let keys = parse(&text)?;
+        let text = self.read().await;
+        // A server that is slow to fail would otherwise be asked by each who waits, in turn.
+        *asked = Some(Instant::now());
+        let keys = parse(&text?)?;
         *self.keys.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(keys);
         Ok(())
+    }
+}
+
+impl Jwks {
+    async fn read(&self) -> Result<Vec<u8>, JwksError> {
+        match (&self.source, &self.client) {
+            (JwksSource::Url(url), Some(client)) => fetch(client, url).await,
+            (JwksSource::File(path), _) => read(path),
+            (JwksSource::Url(_), None) => Ok(Vec::new()),
+        }
     }
 }
 

@@ -75,6 +75,12 @@ impl JwtVerifier {
         if !ring_provider::ALGORITHMS.contains(&header.alg) {
             return Err(AuthError::BadJwt("its algorithm is not taken"));
         }
+        // RFC 7515, 4.1.11: who does not know an extension that is critical refuses.
+        if header.crit.is_some() {
+            return Err(AuthError::BadJwt(
+                "it has extensions that are not known here",
+            ));
+        }
         let kid = header.kid.as_deref();
         let mut keys = self.jwks.keys();
         if keys.find(kid).is_none() {

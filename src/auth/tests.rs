@@ -8,7 +8,7 @@ use serde_json::{Value, json};
 
 use super::*;
 use crate::{
-    config::{JwksSource, Jwt},
+    config::{Endpoint, JwksSource, Jwt},
     permission::{Permission, Scope},
 };
 
@@ -162,6 +162,13 @@ async fn a_good_token_names_its_caller_and_nothing_else_does() {
             issuer.sign_with(&json!({ "alg": "RS256", "kid": "k1" }), &claims()),
             "its signature is wrong",
         ),
+        (
+            issuer.sign_with(
+                &json!({ "alg": "EdDSA", "kid": "k1", "crit": ["exp"] }),
+                &claims(),
+            ),
+            "it has extensions that are not known here",
+        ),
         ("a.b.c".into(), "it is malformed"),
         ("..".into(), "it is malformed"),
     ] {
@@ -248,4 +255,25 @@ async fn key_sets_without_a_usable_key_are_refused() {
     }
     let missing = Jwks::open(JwksSource::File("/nowhere".into())).await;
     assert!(matches!(missing, Err(JwksError::File { .. })));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_key_server_that_never_answers_is_not_asked_by_each_who_waits() {
+    let silent = tokio::net::TcpListener::bind("127.0.0.1:0").await;
+    let silent = silent.expect("a free port");
+    let address = silent.local_addr().expect("an address");
+    let url = Endpoint::new(&format!("http://{address}/jwks")).expect("a URL");
+    let jwks = Jwks::open(JwksSource::Url(url))
+        .await
+        .expect("tried again later");
+    let verifier = JwtVerifier::new(options(Path::new("/nowhere")), jwks);
+    let token = Issuer::new("k1").sign(&changed("exp", json!(now() + 3_600)));
+    tokio::time::advance(Duration::from_secs(60)).await;
+    let begun = tokio::time::Instant::now();
+    let calls = (0..20).map(|_| verifier.verify(&token));
+    for refused in futures_util::future::join_all(calls).await {
+        assert_eq!(refused, Err(AuthError::NoKeys));
+    }
+    let waited = begun.elapsed();
+    assert!(waited < Duration::from_secs(15), "{waited:?}");
 }

@@ -16,6 +16,7 @@ use super::{
 };
 use crate::{
     config::Config,
+    panics,
     server::Relay,
     telemetry::{self, Telemetry},
 };
@@ -49,6 +50,7 @@ pub(super) async fn run(args: &ServeArgs) -> Result<(), Failure> {
         )));
     }
     let telemetry = telemetry::start(&config)?;
+    panics::install();
     let outbox = config.outbox.path.clone();
     let filter = config.log.filter.clone();
     let relay = Relay::open(config).await?;

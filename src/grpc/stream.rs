@@ -147,7 +147,13 @@ async fn submit(
             let submitted = submitted.instrument(step("enqueue")).await;
             submitted.map_err(RelayError::from)
         }
-        Err(error) => Err(error),
+        Err(error) => {
+            if matches!(error, RelayError::OutOfScope) {
+                let (name, rpc) = (Some(caller.name.as_str()), "CaptureStream");
+                services.audit.refused(name, None, rpc, error.reason());
+            }
+            Err(error)
+        }
     };
     InFlight {
         correlation_id,

@@ -26,35 +26,32 @@ pub(super) fn services(
     config: &Config,
     outbox: Arc<dyn Outbox>,
     registry: Arc<Registry>,
-    segment: Arc<SegmentClient>,
+    notices: Notices,
     audit: Audit,
     metrics: Metrics,
     draining: &CancellationToken,
-) -> Services {
+) -> Result<Services, RunError> {
     let limits = Arc::new(config.server.clone());
     let broken_after = config.notify.as_ref().map(|notify| notify.broken_after);
-    Services {
+    Ok(Services {
         gate: Arc::new(Gate::new(
             limits.max_calls_in_flight,
             limits.max_watchers,
             draining.clone(),
         )),
         registry,
-        segment,
+        segment: Arc::new(SegmentClient::new(&config.segment)?),
         vitals: Arc::default(),
         conditions: Arc::new(Conditions::new(broken_after.unwrap_or(BROKEN_AFTER))),
         holds: Arc::default(),
-        notices: match &config.notify {
-            Some(_) => Notices::new(Arc::clone(&outbox)),
-            None => Notices::nobody(),
-        },
+        notices,
         outbox,
         limits,
         usage: Arc::new(Usage::new(config.limits.clone())),
         audit,
         metrics,
         traces: telemetry::traces(config),
-    }
+    })
 }
 
 /// What counts and times, for whoever reads it.

@@ -1,6 +1,6 @@
 //! Who may do what: tokens, permissions, scopes.
 
-use std::{collections::BTreeSet, str::FromStr};
+use std::{collections::BTreeSet, str::FromStr, time::Duration};
 
 use prost::Message;
 use segment_relay::{
@@ -646,6 +646,42 @@ async fn eu_data_goes_nowhere_without_eu_credentials() {
     );
     assert!(world.sandbox.stats().events_accepted == 2);
     world.stop().await;
+}
+
+#[tokio::test]
+async fn a_key_set_without_end_or_elsewhere_is_none() {
+    let vectors: serde_json::Value =
+        serde_json::from_str(include_str!("../vectors/jwt.json")).expect("JSON");
+    let bearer = format!(
+        "Bearer {}",
+        vectors["tokens"]["RS256 2048"].as_str().expect("a token")
+    );
+    let (issuer, elsewhere) = (
+        crate::receiver::Receiver::start().await,
+        crate::receiver::Receiver::start().await,
+    );
+    elsewhere.answer(&vectors["jwks"].to_string());
+    let settings = format!(
+        "[jwt]\nissuer = \"https://issuer.example\"\naudience = \"segment-relay\"\n\
+         jwks_url = \"http://{}/jwks\"\n",
+        issuer.address
+    );
+    let path = "/jebbit.segmentrelay.v1.IntegrationService/ListIntegrations";
+    for endless in [true, false] {
+        if endless {
+            issuer.answer_without_end();
+        } else {
+            issuer.redirect_to(format!("http://{}/jwks", elsewhere.address));
+        }
+        // A set without end would be read until the time-out, which is later.
+        let starts = tokio::time::timeout(Duration::from_secs(8), World::with(&settings));
+        let world = starts.await.expect("started in time");
+        let refused = call(&world, path, with(&bearer, Vec::new())).await;
+        let refused = refused.expect_err("there are no keys");
+        assert_eq!(reason(&refused), "TOKEN_KEYS_UNAVAILABLE");
+        world.stop().await;
+    }
+    assert!(elsewhere.received().is_empty(), "a redirect was followed");
 }
 
 #[tokio::test]

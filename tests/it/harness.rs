@@ -38,6 +38,7 @@ pub(crate) struct World {
     endpoints: String,
     directory: TempDir,
     store: PathBuf,
+    metrics: SocketAddr,
     shutdown: CancellationToken,
     relay: JoinHandle<Result<(), RunError>>,
     sandbox_shutdown: CancellationToken,
@@ -86,11 +87,17 @@ impl World {
             "[delivery]\nretry_base_ms = 10\nretry_max_ms = 50\n"
         };
         let settings = format!("{short_waits}{endpoints}{settings}");
-        let (address, shutdown, relay) = run_relay(&settings, &directory).await;
+        let Started {
+            address,
+            metrics,
+            shutdown,
+            relay,
+        } = run_relay(&settings, &directory).await;
         Self {
             sandbox,
             address,
             channel: connect(address),
+            metrics,
             settings,
             endpoints,
             store: directory.path().join("outbox"),
@@ -104,11 +111,12 @@ impl World {
     /// Drains the relay and starts another on the same outbox.
     pub(crate) async fn restart(&mut self) {
         self.drain().await;
-        let (address, shutdown, relay) = run_relay(&self.settings, &self.directory).await;
-        self.address = address;
-        self.shutdown = shutdown;
-        self.relay = relay;
-        self.channel = connect(address);
+        let started = run_relay(&self.settings, &self.directory).await;
+        self.address = started.address;
+        self.metrics = started.metrics;
+        self.shutdown = started.shutdown;
+        self.relay = started.relay;
+        self.channel = connect(self.address);
     }
 
     /// The same with other settings.
@@ -124,6 +132,10 @@ impl World {
     }
 
     async fn drain(&mut self) {
+        // Where the test has begun the drain, they may be gone already.
+        if !self.shutdown.is_cancelled() {
+            crate::scan::of_metrics(self.metrics).await;
+        }
         self.shutdown.cancel();
         let ended = tokio::time::timeout(PATIENCE, &mut self.relay).await;
         ended
@@ -225,14 +237,15 @@ async fn listener() -> TcpListener {
     TcpListener::bind("127.0.0.1:0").await.expect("a free port")
 }
 
-async fn run_relay(
-    settings: &str,
-    directory: &TempDir,
-) -> (
-    SocketAddr,
-    CancellationToken,
-    JoinHandle<Result<(), RunError>>,
-) {
+/// A relay that runs.
+struct Started {
+    address: SocketAddr,
+    metrics: SocketAddr,
+    shutdown: CancellationToken,
+    relay: JoinHandle<Result<(), RunError>>,
+}
+
+async fn run_relay(settings: &str, directory: &TempDir) -> Started {
     let outside = Outside {
         validate: &|_| Vec::new(),
         read_key_file: &|_| Err(std::io::ErrorKind::NotFound.into()),
@@ -245,15 +258,22 @@ async fn run_relay(
         ("SEGMENT_RELAY__SECRETS__KEY_FILE", key.as_str()),
         ("SEGMENT_RELAY__OTLP__ENDPOINT", collector.as_str()),
         ("SEGMENT_RELAY__TRACES__SAMPLE_RATIO", "1"),
+        ("SEGMENT_RELAY__METRICS__LISTEN", "127.0.0.1:0"),
     ];
     let config = Config::load(Some(("test.toml", settings)), environment, &outside);
     let config = config.unwrap_or_else(|faults| panic!("{faults}"));
     let relay = Relay::open(config).await.expect("opens");
     let listener = listener().await;
     let address = listener.local_addr().expect("an address");
+    let metrics = relay.metrics_address().expect("there are metrics");
     let shutdown = CancellationToken::new();
-    let task = tokio::spawn(relay.run(listener, shutdown.clone()));
-    (address, shutdown, task)
+    let relay = tokio::spawn(relay.run(listener, shutdown.clone()));
+    Started {
+        address,
+        metrics,
+        shutdown,
+        relay,
+    }
 }
 
 /// Connects with the first call.

@@ -5,7 +5,7 @@ use std::{fs, path::Path};
 use rustix::process::Signal;
 use segment_relay::{
     proto::{
-        self, CaptureRequest, integration_service_client::IntegrationServiceClient,
+        self, CaptureRequest, WaitFor, integration_service_client::IntegrationServiceClient,
         segment_relay_client::SegmentRelayClient,
     },
     sandbox::Rule,
@@ -29,11 +29,11 @@ async fn create(relay: &Process) {
     created.expect("created");
 }
 
-async fn capture(relay: &Process, number: usize) {
+async fn capture(relay: &Process, number: usize, wait_for: WaitFor) {
     let mut request = Request::new(CaptureRequest {
         integration_id: "acme".into(),
         capture: Some(numbered(number)),
-        ..CaptureRequest::default()
+        wait_for: wait_for.into(),
     });
     let context = format!("00-{TRACE_ID}-b7ad6b7169203331-01");
     let context = context.parse().expect("ASCII");
@@ -91,7 +91,7 @@ async fn a_line_within_a_trace_has_its_ids_also_where_nobody_gets_the_spans() {
         ..Rule::default()
     };
     sandbox.set_rules(vec![rule]).expect("a fine rule");
-    capture(&relay, 1).await;
+    capture(&relay, 1, WaitFor::Accepted).await;
     let line = relay.log.line(|line| line.contains("not delivered")).await;
     assert_eq!(has(&line, "reason").as_deref(), Some("SERVER_ERROR"));
     let id = has(&line, "trace_id").expect("an id");
@@ -110,14 +110,14 @@ async fn the_filter_changes_while_the_relay_runs_and_a_bad_one_changes_nothing()
     let relay = Process::start_configured(&directory.path().join("outbox"), &urls, &file).await;
     create(&relay).await;
     let delivered = |line: &str| line.contains("delivered");
-    capture(&relay, 1).await;
+    capture(&relay, 1, WaitFor::Delivered).await;
 
     write("info,segment_relay::delivery=debug");
     relay.signal(Signal::HUP);
     relay.log.line(|line| line.contains("another filter")).await;
     // Nothing of what came before was written.
     assert_eq!(relay.log.count(delivered), 0);
-    capture(&relay, 2).await;
+    capture(&relay, 2, WaitFor::Delivered).await;
     relay.log.line(delivered).await;
 
     write("info,,=");
@@ -128,7 +128,7 @@ async fn the_filter_changes_while_the_relay_runs_and_a_bad_one_changes_nothing()
         .await;
     assert!(line.contains("log.filter"), "{line}");
     let before = relay.log.count(delivered);
-    capture(&relay, 3).await;
+    capture(&relay, 3, WaitFor::Delivered).await;
     relay.log.nth(before, delivered).await;
 }
 
@@ -149,7 +149,7 @@ async fn a_storm_is_cut_and_counted() {
     };
     sandbox.set_rules(vec![rule]).expect("a fine rule");
     for number in 0..4 {
-        capture(&relay, number).await;
+        capture(&relay, number, WaitFor::Accepted).await;
     }
     // Retried every 50 ms at the most, by up to four lanes.
     let stormy = sandbox.wait_for(|stats| stats.requests >= 60, crate::harness::PATIENCE);

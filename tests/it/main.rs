@@ -16,6 +16,7 @@ mod chaos;
 mod collector;
 mod command;
 mod crash;
+mod cut_off;
 mod dead_letters;
 mod dead_letters_command;
 mod delivery;

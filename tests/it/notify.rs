@@ -123,6 +123,38 @@ async fn every_change_of_an_integration_is_told_with_a_signature() {
 }
 
 #[tokio::test]
+async fn what_the_configuration_file_changes_is_told_too() {
+    let receiver = Receiver::start().await;
+    let filed = |name: &str| {
+        format!(
+            "{}[[integrations]]\nintegration_id = \"filed\"\nevent_name = \"{name}\"\n\
+             [[integrations.credentials]]\ndata_region = \"eu\"\nwrite_key = \"write-key-of-the-file\"\n",
+            settings(&receiver)
+        )
+    };
+    let mut world = World::with(&filed("One")).await;
+    receiver.wait_for(1).await;
+    world.restart().await;
+    let world = world.restart_with(&filed("Two")).await;
+    receiver.wait_for(2).await;
+    let world = world.restart_with(&settings(&receiver)).await;
+    let received = receiver.wait_for(3).await;
+    assert_eq!(
+        types(&received),
+        [
+            "integration.created",
+            "integration.updated",
+            "integration.deleted",
+        ]
+    );
+    let updated = verified(&received[1]);
+    assert_eq!(updated["data"]["integration_id"], "filed");
+    assert_eq!(updated["data"]["caller"], "configuration");
+    assert_eq!(updated["data"]["changed"], "event_name");
+    world.stop().await;
+}
+
+#[tokio::test]
 async fn a_notice_that_is_not_taken_is_kept_over_a_restart_and_sent_with_the_same_id() {
     let receiver = Receiver::start().await;
     receiver.fail_with(&[503]);
@@ -145,6 +177,32 @@ async fn a_notice_that_is_not_taken_is_kept_over_a_restart_and_sent_with_the_sam
         .expect("delivered");
     assert_eq!(receiver.received().len(), 2);
     world.stop().await;
+}
+
+#[tokio::test]
+async fn a_receivers_answer_is_not_read_and_its_redirects_are_not_followed() {
+    let (receiver, elsewhere) = (Receiver::start().await, Receiver::start().await);
+    receiver.answer_without_end();
+    let world = World::with(&settings(&receiver)).await;
+    world.create(acme()).await;
+    let test = TestIntegrationRequest {
+        integration_id: "acme".into(),
+    };
+    let mut integrations = world.integrations();
+    integrations
+        .test_integration(test.clone())
+        .await
+        .expect("tested");
+    let received = receiver.wait_for(2).await;
+    assert_eq!(
+        types(&received),
+        ["integration.created", "integration.tested"]
+    );
+    receiver.redirect_to(format!("http://{}/hook", elsewhere.address));
+    integrations.test_integration(test).await.expect("tested");
+    receiver.wait_for(3).await;
+    world.stop().await;
+    assert!(elsewhere.received().is_empty(), "a webhook went elsewhere");
 }
 
 #[tokio::test]
@@ -180,6 +238,13 @@ async fn the_audit_log_says_who_changed_what_without_secrets() {
         .create_integration(crate::auth::by("read", created))
         .await
         .expect_err("refused");
+    let others = segment_relay::proto::GetIntegrationRequest {
+        integration_id: "acme".into(),
+    };
+    integrations
+        .get_integration(crate::auth::by("scoped", others))
+        .await
+        .expect_err("refused");
     world.stop().await;
 
     let text = std::fs::read_to_string(&path).expect("written");
@@ -211,6 +276,10 @@ async fn the_audit_log_says_who_changed_what_without_secrets() {
         "{:?}",
         entries[3]
     );
+    assert_eq!(texts(&entries[4]), ["scoped", "call.refused", ""]);
+    let refused =
+        "INTEGRATION_OUT_OF_SCOPE /jebbit.segmentrelay.v1.IntegrationService/GetIntegration";
+    assert!(entries[4].3.starts_with(refused), "{:?}", entries[4]);
     assert!(
         !text.contains("write-key-of") && !text.contains("planted"),
         "{text}"

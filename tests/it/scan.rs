@@ -1,15 +1,20 @@
-//! All that is logged during the tests, at the level trace, is searched for what
-//! must never stand there. Whatever is found ends the test run at once, since the
-//! line may be any test's.
+//! All that is logged during the tests, at the level trace, and all metrics of their
+//! relays are searched for what must never stand there. Whatever is found ends the
+//! test run at once, since the line may be any test's.
 
 use std::{
     io::{self, BufRead, BufReader, Read, Write},
+    net::SocketAddr,
     sync::{Arc, LazyLock, Mutex, Once},
 };
 
 use base64::{Engine, engine::general_purpose::STANDARD};
-
-use tokio::sync::Notify;
+use sha2::{Digest, Sha256};
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
+    net::TcpStream,
+    sync::Notify,
+};
 
 use crate::harness::{PATIENCE, WRITE_KEY};
 
@@ -33,6 +38,10 @@ static PLANTED: LazyLock<Vec<String>> = LazyLock::new(|| {
     ]
     .map(String::from)
     .into();
+    // Whose data something is: the user id of an address tells it too.
+    for address in ["test@aol.com", "person-1@example.com"] {
+        planted.push(hex::encode(Sha256::digest(address)));
+    }
     // As it stands in a header.
     planted.push(STANDARD.encode(format!("{WRITE_KEY}:")));
     // As its bytes are printed one by one.
@@ -47,7 +56,7 @@ pub(crate) fn check(line: &str) {
         .find(|planted| line.contains(planted.as_str()))
     {
         let mut err = io::stderr().lock();
-        let _ = writeln!(err, "\n{found:?} was logged:\n{line}");
+        let _ = writeln!(err, "\n{found:?} was logged or counted:\n{line}");
         std::process::abort();
     }
 }
@@ -83,6 +92,19 @@ pub(crate) fn this_process() {
                 .any(|planted| "person-1@example.com".contains(planted))
         );
     });
+}
+
+/// Searches the metrics that a relay gives to whoever scrapes them.
+pub(crate) async fn of_metrics(address: SocketAddr) {
+    let mut scraper = TcpStream::connect(address).await.expect("connects");
+    let request = "GET /metrics HTTP/1.1\r\nhost: relay\r\nconnection: close\r\n\r\n";
+    let sent = scraper.write_all(request.as_bytes()).await;
+    sent.expect("sent");
+    let mut text = String::new();
+    let read = scraper.read_to_string(&mut text).await;
+    read.expect("answered");
+    assert!(text.contains("\nsegment_relay_"), "no metrics: {text}");
+    text.lines().for_each(check);
 }
 
 /// What another process has written to its standard error.
@@ -131,8 +153,10 @@ pub(crate) fn of_process(stderr: impl Read + Send + 'static) -> Written {
     let written = Written::default();
     let kept = written.clone();
     std::thread::spawn(move || {
-        for line in BufReader::new(stderr).lines() {
+        // Whatever it is, it is searched: also what is no UTF-8.
+        for line in BufReader::new(stderr).split(b'\n') {
             let Ok(line) = line else { return };
+            let line = String::from_utf8_lossy(&line).into_owned();
             check(&line);
             let mut lines = kept.lines.lock().expect("sound");
             lines.push(line);

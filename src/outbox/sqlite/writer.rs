@@ -3,6 +3,7 @@
 mod apply;
 mod counters;
 mod erase;
+mod log;
 mod rekey;
 mod replay;
 
@@ -97,6 +98,17 @@ enum Owed {
     Done(Reply<()>),
 }
 
+impl Owed {
+    /// Whether payloads are to be gone from the log too by now.
+    fn ends_cleaning(&self) -> bool {
+        match self {
+            Self::Maintained(_, more) => !more,
+            Self::Erased(_, receipt) => receipt.completed,
+            _ => false,
+        }
+    }
+}
+
 /// What is told to others once the transaction is durable.
 #[derive(Default)]
 struct News {
@@ -189,6 +201,9 @@ impl Writer {
                 refuse(command, error);
             }
             self.reload();
+        }
+        if result.is_ok() && owed.iter().any(Owed::ends_cleaning) {
+            log::cut(&self.connection);
         }
         for debt in owed {
             // Whoever asked may have gone; then nobody needs the answer.

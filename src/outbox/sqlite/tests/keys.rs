@@ -5,7 +5,7 @@ use secrecy::ExposeSecret;
 use super::*;
 use crate::{
     config::Secrets,
-    outbox::{Submitted, conformance::lane},
+    outbox::{Erasure, Submitted, conformance::lane},
     proto,
     vault::new_key,
 };
@@ -107,6 +107,38 @@ async fn write_keys_are_never_on_the_disk_and_payloads_only_where_that_is_wanted
         outbox.close().await;
         assert!(!on_disk(path, "planted-write-key"));
     }
+}
+
+#[tokio::test]
+async fn of_what_was_delivered_or_erased_no_payload_is_left_on_the_disk() {
+    let directory = tempfile::tempdir().expect("a directory");
+    let path = directory.path();
+    let outbox = open(path);
+    submit(
+        &outbox,
+        vec![planted("p-1"), planted("p-2"), planted("p-3")],
+    )
+    .await;
+    assert!(on_disk(path, "planted@example.com"));
+    let leased = lease(&outbox, "acme", 2).await;
+    settle(&outbox, leased, |_, _| Outcome::Delivered).await;
+    let subject = SubjectQuery {
+        user_ids: vec![conformance::user_of("p-2"), conformance::user_of("p-3")],
+        integration_id: None,
+    };
+    let found = outbox.find_subject(subject.clone()).await.expect("found");
+    let erasure = Erasure {
+        subject,
+        captures: found.captures,
+        receipt: proto::ErasureReceipt::default(),
+    };
+    let receipt = outbox.erase(erasure).await.expect("erased");
+    assert_eq!(receipt.waiting_event_count, 4);
+    // Neither in the tables, nor in free pages, nor in the log; while it runs.
+    while outbox.maintain().await.expect("maintained") {}
+    assert!(!on_disk(path, "planted@example.com"));
+    outbox.close().await;
+    assert!(!on_disk(path, "planted@example.com"));
 }
 
 #[tokio::test]
