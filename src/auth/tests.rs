@@ -220,6 +220,36 @@ async fn an_unknown_key_has_the_set_read_again_but_not_all_the_time() {
     assert_eq!(verifier.verify(&first.sign(&claims())).await, unknown);
 }
 
+#[tokio::test(start_paused = true)]
+async fn keys_that_cannot_be_read_again_are_used_on() {
+    let directory = tempfile::tempdir().expect("a directory");
+    let issuer = Issuer::new("k1");
+    let path = put(&directory, &[issuer.jwk()]);
+    let verifier = verifier(&path).await;
+    let unknown = Issuer::new("k2");
+    for broken in [Some("{\"keys\": ["), Some("{\"keys\": []}"), None] {
+        match broken {
+            Some(text) => std::fs::write(&path, text).expect("written"),
+            None => std::fs::remove_file(&path).expect("removed"),
+        }
+        tokio::time::advance(Duration::from_secs(11)).await;
+        let refused = verifier.verify(&unknown.sign(&claims())).await;
+        assert_eq!(
+            refused,
+            Err(AuthError::BadJwt("its key is not the issuer's"))
+        );
+        let other = json!({ "jti": broken, "aud": "segment-relay" });
+        let mut claims = claims();
+        for (name, value) in other.as_object().expect("an object") {
+            claims[name] = value.clone();
+        }
+        verifier
+            .verify(&issuer.sign(&claims))
+            .await
+            .expect("known as before");
+    }
+}
+
 #[tokio::test]
 async fn tokens_can_be_bound_to_integrations_and_addresses_are_no_names() {
     let directory = tempfile::tempdir().expect("a directory");

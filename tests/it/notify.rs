@@ -1,17 +1,29 @@
 //! Webhooks, and the audit log.
 
+use std::{sync::Arc, time::Duration};
+
 use base64::{Engine, engine::general_purpose::STANDARD};
 use segment_relay::{
+    config::{Endpoint, Notify},
+    integration::IntegrationId,
+    metrics::Metrics,
+    notice::{Happening, Notice},
+    notify::{self, Notices, SenderOptions},
+    outbox::{Limits, Outbox, SqliteOptions, SqliteOutbox},
     proto::{
         DeleteIntegrationRequest, Integration, TestIntegrationRequest, UpdateIntegrationRequest,
         WaitFor,
     },
     sandbox::Rule,
+    secret::WebhookSecret,
+    time::UnixMillis,
+    vault::Vault,
 };
 use serde_json::Value;
+use tokio_util::sync::CancellationToken;
 
 use crate::{
-    harness::{WRITE_KEY, World, acme, numbered},
+    harness::{PATIENCE, WRITE_KEY, World, acme, numbered},
     receiver::{Received, Receiver},
 };
 
@@ -177,6 +189,67 @@ async fn a_notice_that_is_not_taken_is_kept_over_a_restart_and_sent_with_the_sam
         .expect("delivered");
     assert_eq!(receiver.received().len(), 2);
     world.stop().await;
+}
+
+#[tokio::test]
+async fn a_notice_is_tried_again_and_again_but_not_for_ever() {
+    let receiver = Receiver::start().await;
+    let directory = tempfile::tempdir().expect("a directory");
+    let mib = 1024 * 1024;
+    let options = SqliteOptions {
+        directory: directory.path().to_owned(),
+        limits: Limits {
+            max_events: 10,
+            max_bytes: mib,
+            max_integration_events: 10,
+            max_integration_bytes: mib,
+        },
+        group_commit_max: 10,
+        remember: Duration::from_secs(3_600),
+        encrypt_payloads: false,
+        metrics: Metrics::off(),
+    };
+    let vault = Arc::new(Vault::forgetful().expect("random"));
+    let outbox = SqliteOutbox::open(&options, &vault).expect("opens");
+    let outbox: Arc<dyn Outbox> = Arc::new(outbox);
+    let notices = Notices::new(Arc::clone(&outbox));
+    let (now, id) = (
+        UnixMillis::now(),
+        IntegrationId::new("acme").expect("an id"),
+    );
+    let days = |days: u64| UnixMillis(now.0 - days as i64 * 24 * 3_600_000);
+    // The first is too old to be tried twice, the second is not.
+    receiver.fail_with(&[500, 500, 404, 307, 503]);
+    for (happening, time) in [(Happening::Parked, days(4)), (Happening::Broken, days(2))] {
+        notices.tell(Notice::new(happening, &id, &[], time)).await;
+    }
+    let sender = SenderOptions {
+        notify: Notify {
+            url: Endpoint::new(&format!("http://{}/hook", receiver.address)).expect("a URL"),
+            secret: WebhookSecret::new(&format!("whsec_{SECRET}")).expect("a secret"),
+            broken_after: Duration::from_secs(300),
+        },
+        // 5, 30, 120 and 600 s at the most.
+        haste: 10_000,
+    };
+    let stop = CancellationToken::new();
+    let running = tokio::spawn(notify::run(notices, sender, stop.clone()));
+    let received = receiver.wait_for(6).await;
+    let told: Vec<_> = types(&received);
+    assert_eq!(told[0], "integration.parked");
+    assert_eq!(told[1..], ["integration.broken"; 5]);
+    let empty = async {
+        while !outbox.notices(10).await.expect("read").is_empty() {
+            tokio::task::yield_now().await;
+        }
+    };
+    tokio::time::timeout(PATIENCE, empty)
+        .await
+        .expect("done with");
+    assert_eq!(receiver.received().len(), 6);
+    stop.cancel();
+    running.await.expect("ended");
+    outbox.close().await;
 }
 
 #[tokio::test]

@@ -1,5 +1,6 @@
 mod keys;
 mod model;
+mod notices;
 
 use std::sync::LazyLock;
 
