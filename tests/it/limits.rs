@@ -294,6 +294,23 @@ async fn what_anybody_may_ask_is_small_and_rare() {
     world.stop().await;
 }
 
+#[tokio::test]
+async fn a_call_whose_message_does_not_come_ends_in_time() {
+    let world = World::with("[server]\nrequest_timeout_ms = 200\n").await;
+    let mut grpc = tonic::client::Grpc::new(world.channel.clone());
+    grpc.ready().await.expect("connected");
+    let path = "/jebbit.segmentrelay.v1.SegmentRelay/Capture";
+    let path = path.parse().expect("a path");
+    let codec = tonic_prost::ProstCodec::<CaptureBatchRequest, CaptureBatchRequest>::default();
+    let never = tonic::Request::new(tokio_stream::pending());
+    let call = grpc.streaming(never, path, codec);
+    let ended = tokio::time::timeout(PATIENCE, call).await;
+    let refused = ended.expect("ended in time").expect_err("no answer");
+    assert_eq!(refused.code(), Code::Cancelled, "{refused:?}");
+    works(&world).await;
+    world.stop().await;
+}
+
 /// A peer that speaks HTTP/2 by hand: it has sent its preface and settings.
 async fn by_hand(world: &World) -> TcpStream {
     let mut peer = TcpStream::connect(world.address).await.expect("connects");
