@@ -84,7 +84,9 @@ impl JwtVerifier {
         let kid = header.kid.as_deref();
         let mut keys = self.jwks.keys();
         if keys.find(kid).is_none() {
-            self.jwks.refresh_for_unknown().await;
+            if !self.jwks.refresh_for_unknown().await {
+                return Err(AuthError::NoKeys);
+            }
             keys = self.jwks.keys();
         }
         let Some(key) = keys.find(kid) else {
