@@ -242,6 +242,7 @@ impl Worker {
         self.parts
             .rates
             .take(id, region, count, UnixMillis::now())?;
+        self.parts.conditions.recall(&self.key, &leased);
         let events: Vec<&[u8]> = leased
             .iter()
             .flat_map(|capture| EventType::ALL.map(|event| capture.payload(event)))

@@ -166,6 +166,47 @@ async fn what_the_configuration_file_changes_is_told_too() {
     world.stop().await;
 }
 
+async fn tried_three_times(world: &World) {
+    let requests = world.sandbox.stats().requests;
+    let tried = world
+        .sandbox
+        .wait_for(|stats| stats.requests >= requests + 3, PATIENCE)
+        .await;
+    tried.expect("it is tried on");
+}
+
+#[tokio::test]
+async fn a_source_that_failed_before_a_restart_is_told_of_once_and_when_it_works_again() {
+    let receiver = Receiver::start().await;
+    let mut world = World::with(&settings(&receiver)).await;
+    world.create(acme()).await;
+    for (status, captured) in [(401, 1), (500, 2)] {
+        world.misbehave(Rule {
+            status: Some(status),
+            ..Rule::default()
+        });
+        world.accept(numbered(captured)).await;
+        // Created or healthy, then parked or broken.
+        receiver.wait_for(captured * 2).await;
+        tried_three_times(&world).await;
+        world.restart().await;
+        tried_three_times(&world).await;
+        world.behave();
+        receiver.wait_for(captured * 2 + 1).await;
+    }
+    assert_eq!(
+        types(&receiver.received()),
+        [
+            "integration.created",
+            "integration.parked",
+            "integration.healthy",
+            "integration.broken",
+            "integration.healthy",
+        ]
+    );
+    world.stop().await;
+}
+
 #[tokio::test]
 async fn a_notice_that_is_not_taken_is_kept_over_a_restart_and_sent_with_the_same_id() {
     let receiver = Receiver::start().await;
