@@ -24,6 +24,7 @@ mod drain;
 mod faults;
 mod harness;
 mod integrations;
+mod jwt;
 mod limits;
 mod log;
 mod notify;
