@@ -22,6 +22,8 @@ use crate::{
 
 /// Captures that one transaction erases at the most.
 const CHUNK: usize = 500;
+/// Searches of one erasure at the most: captures of the person may keep coming.
+const MAX_SEARCHES: usize = 1_000;
 /// Longest wait for the requests that carry the person's events.
 const HOLD_TIMEOUT: Duration = Duration::from_secs(60);
 
@@ -136,7 +138,7 @@ impl Privacy {
         subject: SubjectQuery,
         receipt: &mut ErasureReceipt,
     ) -> Result<(), RelayError> {
-        loop {
+        for _ in 0..MAX_SEARCHES {
             // A dead letter that went back into its lane meanwhile could be on its way.
             let _replays = self.0.holds.hold_replays().await;
             let found = self.0.outbox.find_subject(subject.clone()).await?;
@@ -163,6 +165,8 @@ impl Privacy {
                 return Ok(());
             }
         }
+        let coming = "captures of the person keep coming; what came before is gone".to_owned();
+        Err(OutboxError::Unavailable(coming).into())
     }
 
     /// Holds lanes in their order, so that two erasures never wait for each other.
