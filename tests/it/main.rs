@@ -8,6 +8,7 @@
     reason = "tests stop at the first thing that is not as it should be"
 )]
 
+mod allocations;
 mod auth;
 mod batch;
 mod capture;
@@ -32,3 +33,5 @@ mod secrets;
 mod services;
 mod stream;
 mod tls;
+#[path = "../../benches/workload/mod.rs"]
+mod workload;

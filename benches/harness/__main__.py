@@ -1,0 +1,62 @@
+"""Runs the benchmarks: the parts that are named, or all of them. See benches/run."""
+
+import argparse
+import json
+import sys
+import time
+
+import backlog
+import durable
+import machine
+import overload
+import peers
+import pure
+import served
+import tables
+from processes import BENCH, Tools
+
+PARTS = {
+    "pure": pure,
+    "served": served,
+    "durable": durable,
+    "peers": peers,
+    "backlog": backlog,
+    "overload": overload,
+}
+
+
+def arguments():
+    parser = argparse.ArgumentParser(prog="benches/run", description=__doc__)
+    parser.add_argument("parts", nargs="*", metavar="PART", help=", ".join(PARTS) + "; default: all")
+    parser.add_argument("--quick", action="store_true", help="short runs and small backlogs: to see that it works")
+    parser.add_argument("--no-build", action="store_true", help="use what is built already")
+    args = parser.parse_args()
+    unknown = [part for part in args.parts if part not in PARTS]
+    if unknown:
+        parser.error(f"no such part: {', '.join(unknown)}; there are {', '.join(PARTS)}")
+    return args
+
+
+def main():
+    args = arguments()
+    BENCH.mkdir(parents=True, exist_ok=True)
+    path = BENCH / ("quick.json" if args.quick else "results.json")
+    # Parts that are not run again keep what they have.
+    results = json.loads(path.read_text()) if path.exists() else {}
+    wanted = args.parts or list(PARTS)
+    if wanted:
+        tools = Tools.build(skip=args.no_build)
+    for name in wanted:
+        start = time.monotonic()
+        print(f"== {name}", file=sys.stderr, flush=True)
+        result = PARTS[name].run(tools, args.quick)
+        result["took_seconds"] = round(time.monotonic() - start, 1)
+        result["machine"] = machine.describe()
+        results[name] = result
+        path.write_text(json.dumps(results, indent=1) + "\n")
+        print(tables.render(name, result), flush=True)
+    print(f"results: {path.relative_to(BENCH.parent.parent) if path.is_relative_to(BENCH.parent.parent) else path}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,106 @@
+"""(e) A large backlog: memory, the start after a crash, the drain, and the space given back."""
+
+import signal
+import threading
+import time
+
+import load
+from processes import Relay, Sandbox, free_port, say, scratch
+
+EVENTS = (1_000_000, 10_000_000)
+QUICK_EVENTS = (100_000, 400_000)
+# Longest wait for the file to shrink after the drain.
+SHRINK_SECONDS = 60
+
+
+def run(tools, quick):
+    return {"rows": [one(tools, events) for events in (QUICK_EVENTS if quick else EVENTS)]}
+
+
+class Sampler:
+    """Memory over time, twice a second."""
+
+    def __init__(self, relay, sandbox):
+        self.samples, self.stopped = [], threading.Event()
+        self.start = time.monotonic()
+        self.thread = threading.Thread(target=self.sample, args=(relay, sandbox), daemon=True)
+        self.thread.start()
+
+    def sample(self, relay, sandbox):
+        while not self.stopped.wait(0.5):
+            at = round(time.monotonic() - self.start, 1)
+            self.samples.append((at, relay.memory(), relay.disk_bytes(), sandbox.events()))
+
+    def stop(self):
+        self.stopped.set()
+        self.thread.join()
+        return self.samples
+
+
+def one(tools, events):
+    captures = events // 2
+    port = free_port()
+    # Tries go on every second at least, so that the drain begins when the outage ends.
+    settings = {"DELIVERY__RETRY_MAX_MS": 1_000, "OUTBOX__MAX_EVENTS": 2 * events}
+    with scratch() as directory, Sandbox(tools) as sandbox:
+        sandbox.control({"status": 503})
+        with Relay(tools, sandbox, directory, settings, port) as relay:
+            tools.ask("setup", "--address", relay.address, "--integrations", 4)
+            say(f"  {events:,} events: filling")
+            row = fill(tools, sandbox, relay, captures)
+            relay.stop(signal.SIGKILL)
+        say("  starting after SIGKILL")
+        start = time.monotonic()
+        with Relay(tools, sandbox, directory, settings, port) as relay:
+            row["serves_after_seconds"] = relay.serves_after_seconds
+            tools.ask("ready", "--address", relay.address)
+            row["accepts_after_seconds"] = time.monotonic() - start
+            row["rss_after_start_bytes"] = relay.memory()
+            say("  draining")
+            row |= drain(sandbox, relay, row["accepted"] * 2)
+    return {"events": events, **row}
+
+
+def fill(tools, sandbox, relay, captures):
+    sampler = Sampler(relay, sandbox)
+    words = ["--mode", "batch", "--in-flight", "16", "--captures", captures]
+    start = time.monotonic()
+    result = load.run(tools, relay, words, 900, warm_up=0)
+    took = time.monotonic() - start
+    time.sleep(1)
+    return {
+        "accepted": result["accepted_ever"],
+        "refused": result["refused"],
+        "fill_seconds": took,
+        "fill_captures_per_second": result["accepted_ever"] / took,
+        "rss_filled_bytes": relay.memory(),
+        "peak_rss_filling_bytes": result["peak_rss_bytes"],
+        "disk_filled_bytes": relay.disk_bytes(),
+        "filling": sampler.stop(),
+    }
+
+
+def drain(sandbox, relay, events):
+    relay.reset_peak()
+    sampler = Sampler(relay, sandbox)
+    cpu = relay.cpu()
+    sandbox.control(None)
+    # Slower than a tenth of the target is a failure, not patience.
+    took = sandbox.wait_for_events(events, timeout=60 + events / 16_000)
+    used = relay.cpu() - cpu
+    start = time.monotonic()
+    sizes = [relay.disk_bytes()]
+    while time.monotonic() - start < SHRINK_SECONDS:
+        time.sleep(1)
+        sizes.append(relay.disk_bytes())
+        if len(sizes) > 5 and sizes[-1] == sizes[-5]:
+            break
+    return {
+        "drain_seconds": took,
+        "drain_events_per_second": events / took,
+        "drain_cpu_us_per_event": used * 1e6 / events,
+        "peak_rss_draining_bytes": relay.memory("VmHWM"),
+        "disk_drained_bytes": sizes[-1],
+        "shrunk_after_seconds": round(time.monotonic() - start, 1),
+        "draining": sampler.stop(),
+    }
