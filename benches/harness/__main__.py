@@ -6,6 +6,7 @@ import sys
 import time
 
 import backlog
+import document
 import durable
 import machine
 import overload
@@ -13,6 +14,7 @@ import peers
 import pure
 import served
 import tables
+import targets
 from processes import BENCH, Tools
 
 PARTS = {
@@ -29,11 +31,15 @@ def arguments():
     parser = argparse.ArgumentParser(prog="benches/run", description=__doc__)
     parser.add_argument("parts", nargs="*", metavar="PART", help=", ".join(PARTS) + "; default: all")
     parser.add_argument("--quick", action="store_true", help="short runs and small backlogs: to see that it works")
+    parser.add_argument("--docs", action="store_true", help="write docs/performance.md and its plots from the results")
+    parser.add_argument("--only-docs", action="store_true", help="the same from the last results, without running anything")
     parser.add_argument("--no-build", action="store_true", help="use what is built already")
     args = parser.parse_args()
     unknown = [part for part in args.parts if part not in PARTS]
     if unknown:
         parser.error(f"no such part: {', '.join(unknown)}; there are {', '.join(PARTS)}")
+    if args.quick and (args.docs or args.only_docs):
+        parser.error("figures of a quick run don't belong into the documentation")
     return args
 
 
@@ -43,9 +49,8 @@ def main():
     path = BENCH / ("quick.json" if args.quick else "results.json")
     # Parts that are not run again keep what they have.
     results = json.loads(path.read_text()) if path.exists() else {}
-    wanted = args.parts or list(PARTS)
-    if wanted:
-        tools = Tools.build(skip=args.no_build)
+    wanted = [] if args.only_docs else args.parts or list(PARTS)
+    tools = Tools.build(skip=args.no_build) if wanted else None
     for name in wanted:
         start = time.monotonic()
         print(f"== {name}", file=sys.stderr, flush=True)
@@ -55,7 +60,10 @@ def main():
         results[name] = result
         path.write_text(json.dumps(results, indent=1) + "\n")
         print(tables.render(name, result), flush=True)
-    print(f"results: {path.relative_to(BENCH.parent.parent) if path.is_relative_to(BENCH.parent.parent) else path}")
+    print("\n".join(targets.render(results)))
+    print(f"results: {path}")
+    if args.docs or args.only_docs:
+        document.write(results, path)
 
 
 if __name__ == "__main__":

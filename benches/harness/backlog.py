@@ -5,10 +5,11 @@ import threading
 import time
 
 import load
-from processes import Relay, Sandbox, free_port, say, scratch
+from processes import Failed, Relay, Sandbox, free_port, say, scratch
 
 EVENTS = (1_000_000, 10_000_000)
 QUICK_EVENTS = (100_000, 400_000)
+STEPS = 20
 # Longest wait for the file to shrink after the drain.
 SHRINK_SECONDS = 60
 
@@ -18,18 +19,16 @@ def run(tools, quick):
 
 
 class Sampler:
-    """Memory over time, twice a second."""
+    """Memory while a backlog drains, twice a second: pairs of waiting events and resident bytes."""
 
-    def __init__(self, relay, sandbox):
+    def __init__(self, relay, sandbox, events):
         self.samples, self.stopped = [], threading.Event()
-        self.start = time.monotonic()
-        self.thread = threading.Thread(target=self.sample, args=(relay, sandbox), daemon=True)
+        self.thread = threading.Thread(target=self.sample, args=(relay, sandbox, events), daemon=True)
         self.thread.start()
 
-    def sample(self, relay, sandbox):
+    def sample(self, relay, sandbox, events):
         while not self.stopped.wait(0.5):
-            at = round(time.monotonic() - self.start, 1)
-            self.samples.append((at, relay.memory(), relay.disk_bytes(), sandbox.events()))
+            self.samples.append((events - sandbox.events(), relay.memory()))
 
     def stop(self):
         self.stopped.set()
@@ -42,12 +41,12 @@ def one(tools, events):
     port = free_port()
     # Tries go on every second at least, so that the drain begins when the outage ends.
     settings = {"DELIVERY__RETRY_MAX_MS": 1_000, "OUTBOX__MAX_EVENTS": 2 * events}
-    with scratch() as directory, Sandbox(tools) as sandbox:
+    with scratch() as directory, Sandbox(tools, checks=False) as sandbox:
         sandbox.control({"status": 503})
         with Relay(tools, sandbox, directory, settings, port) as relay:
             tools.ask("setup", "--address", relay.address, "--integrations", 4)
             say(f"  {events:,} events: filling")
-            row = fill(tools, sandbox, relay, captures)
+            row = fill(tools, relay, captures)
             relay.stop(signal.SIGKILL)
         say("  starting after SIGKILL")
         start = time.monotonic()
@@ -57,32 +56,37 @@ def one(tools, events):
             row["accepts_after_seconds"] = time.monotonic() - start
             row["rss_after_start_bytes"] = relay.memory()
             say("  draining")
-            row |= drain(sandbox, relay, row["accepted"] * 2)
+            # With the one that showed that it accepts.
+            row |= drain(sandbox, relay, (row["accepted"] + 1) * 2)
     return {"events": events, **row}
 
 
-def fill(tools, sandbox, relay, captures):
-    sampler = Sampler(relay, sandbox)
-    words = ["--mode", "batch", "--in-flight", "16", "--captures", captures]
-    start = time.monotonic()
-    result = load.run(tools, relay, words, 900, warm_up=0)
-    took = time.monotonic() - start
-    time.sleep(1)
+def fill(tools, relay, captures):
+    """Fills in steps, with a look at the memory after each."""
+    accepted, peak, samples, seconds = 0, 0, [(0, relay.memory())], 0.0
+    for _ in range(STEPS):
+        words = ["--mode", "batch", "--in-flight", "16", "--captures", captures // STEPS]
+        start = time.monotonic()
+        result = load.run(tools, relay, words, 300, warm_up=0)
+        seconds += time.monotonic() - start
+        if result["refused"]:
+            raise Failed(f"captures were refused: {result['refused']}")
+        accepted += result["accepted_ever"]
+        peak = max(peak, result["peak_rss_bytes"])
+        samples.append((2 * accepted, relay.memory()))
     return {
-        "accepted": result["accepted_ever"],
-        "refused": result["refused"],
-        "fill_seconds": took,
-        "fill_captures_per_second": result["accepted_ever"] / took,
+        "accepted": accepted,
+        "fill_captures_per_second": accepted / seconds,
         "rss_filled_bytes": relay.memory(),
-        "peak_rss_filling_bytes": result["peak_rss_bytes"],
+        "peak_rss_filling_bytes": peak,
         "disk_filled_bytes": relay.disk_bytes(),
-        "filling": sampler.stop(),
+        "filling": samples,
     }
 
 
 def drain(sandbox, relay, events):
     relay.reset_peak()
-    sampler = Sampler(relay, sandbox)
+    sampler = Sampler(relay, sandbox, events)
     cpu = relay.cpu()
     sandbox.control(None)
     # Slower than a tenth of the target is a failure, not patience.

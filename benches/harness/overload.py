@@ -10,7 +10,7 @@ DELIVERY_CAPACITY = 10_000
 
 def run(tools, quick):
     seconds = 3 if quick else 8
-    return {"machine": machine(tools, seconds), "delivery": delivery(tools, seconds)}
+    return {"by_machine": machine(tools, seconds), "by_delivery": delivery(tools, seconds)}
 
 
 def machine(tools, seconds):

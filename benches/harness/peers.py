@@ -36,7 +36,7 @@ def run(tools, quick):
                 rows[name].append(peer(sandbox, command, pairs))
         for name, words in modes.items():
             say(f"  round {number + 1} of {rounds}: segment-relay, {name}")
-            with world(tools) as (sandbox, relay):
+            with world(tools, checks=True) as (sandbox, relay):
                 relay_rows[name].append(ours(tools, sandbox, relay, words, pairs))
     return {"pairs": pairs, "versions": versions(), "peers": rows, "relay": relay_rows}
 

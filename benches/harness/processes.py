@@ -114,11 +114,11 @@ class Process:
 
 
 class Sandbox(Process):
-    """`segment-relay sandbox`, which checks every event as Segment does."""
+    """`segment-relay sandbox`, which checks every event as Segment does, or only counts them."""
 
-    def __init__(self, tools):
+    def __init__(self, tools, checks=True):
         words = ["sandbox", "--quiet", "--keep", "0", "--listen", "127.0.0.1:0", "--eu-listen", "127.0.0.1:0"]
-        super().__init__([tools.relay, *words])
+        super().__init__([tools.relay, *words, *([] if checks else ["--count-only"])])
         self.url, self.eu_url = [word for word in self.first_line.split() if word.startswith("http://")]
 
     def stats(self):
@@ -199,9 +199,13 @@ def scratch():
 
 
 @contextlib.contextmanager
-def world(tools, settings=None, integrations=4):
+def world(tools, settings=None, integrations=4, checks=False):
     """A sandbox and a relay with integrations."""
-    with scratch() as directory, Sandbox(tools) as sandbox, Relay(tools, sandbox, directory, settings) as relay:
+    with (
+        scratch() as directory,
+        Sandbox(tools, checks) as sandbox,
+        Relay(tools, sandbox, directory, settings) as relay,
+    ):
         tools.ask("setup", "--address", relay.address, "--integrations", integrations)
         yield sandbox, relay
 

@@ -151,7 +151,7 @@ def backlog(result):
 
 def overload(result):
     lines = []
-    for limit, one in (("the machine", result["machine"]), ("delivery", result["delivery"])):
+    for limit, one in (("the machine", result["by_machine"]), ("delivery", result["by_delivery"])):
         rows = [
             [
                 f"{row['factor']} x",

@@ -156,6 +156,11 @@ impl Record {
     }
 }
 
+/// Quantiles of the curves.
+const CURVE: [f64; 11] = [
+    0.1, 0.25, 0.5, 0.75, 0.9, 0.95, 0.98, 0.99, 0.995, 0.999, 0.9999,
+];
+
 /// Percentiles in milliseconds; nothing where nothing was recorded.
 pub(crate) fn latencies(histogram: &Histogram<u64>) -> serde_json::Value {
     if histogram.is_empty() {
@@ -168,5 +173,6 @@ pub(crate) fn latencies(histogram: &Histogram<u64>) -> serde_json::Value {
         "p99": at(0.99),
         "p999": at(0.999),
         "max": histogram.max() as f64 / 1_000.0,
+        "curve": CURVE.map(|share| [share, at(share)]),
     })
 }
