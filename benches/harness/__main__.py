@@ -11,11 +11,12 @@ import durable
 import machine
 import overload
 import peers
+import profiles
 import pure
 import served
 import tables
 import targets
-from processes import BENCH, Tools
+from processes import BENCH, Failed, Tools
 
 PARTS = {
     "pure": pure,
@@ -24,6 +25,7 @@ PARTS = {
     "peers": peers,
     "backlog": backlog,
     "overload": overload,
+    "profile": profiles,
 }
 
 
@@ -51,10 +53,17 @@ def main():
     results = json.loads(path.read_text()) if path.exists() else {}
     wanted = [] if args.only_docs else args.parts or list(PARTS)
     tools = Tools.build(skip=args.no_build) if wanted else None
+    failures = []
     for name in wanted:
         start = time.monotonic()
         print(f"== {name}", file=sys.stderr, flush=True)
-        result = PARTS[name].run(tools, args.quick)
+        try:
+            result = PARTS[name].run(tools, args.quick)
+        except Failed as failure:
+            # The other parts are worth having all the same.
+            failures.append(f"{name}: {failure}")
+            print(f"benches/run: {failures[-1]}", file=sys.stderr, flush=True)
+            continue
         result["took_seconds"] = round(time.monotonic() - start, 1)
         result["machine"] = machine.describe()
         results[name] = result
@@ -64,7 +73,8 @@ def main():
     print(f"results: {path}")
     if args.docs or args.only_docs:
         document.write(results, path)
+    return 1 if failures else 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

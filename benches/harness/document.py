@@ -25,7 +25,7 @@ def write(results, source):
         images = [f"![{title}](performance/{plot}.svg)" for plot, part, title in TITLES if part == name]
         text = fill(text, name, "\n".join([tables.render(name, result), *images]))
     text = fill(text, "targets", "\n".join(targets.render(results)))
-    text = fill(text, "machine", "\n".join(["", *machines(results), ""]))
+    text = fill(text, "machine", "\n\n".join(machines(results)))
     PAGE.write_text(text)
     PLOTS.mkdir(exist_ok=True)
     from peers import venv

@@ -13,7 +13,7 @@ def describe():
         if line.startswith("model name"):
             cpu = line.split(":", 1)[1].strip()
             break
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    commit = subprocess.run(["git", "describe", "--always", "--dirty", "--exclude", "*"], capture_output=True, text=True, check=False)
     rustc = subprocess.run(["rustc", "--version"], capture_output=True, text=True, check=False)
     return {
         "cores": os.cpu_count(),

@@ -16,7 +16,7 @@ SOURCES = pathlib.Path(__file__).resolve().parents[1] / "peers"
 
 
 def run(tools, quick):
-    pairs = 10_000 if quick else 100_000
+    pairs = 10_000 if quick else 50_000
     rounds = 1 if quick else 3
     node, python = install()
     # As they come, and with the largest requests that they take.

@@ -106,8 +106,8 @@ def durable(result):
     for one in limits["store"]:
         what = "queue and remembered ids" if one["remember"] else "queue alone"
         rate = count(one["captures_per_second"])
-        rows.append([f"SQLite, {what}, 64 a group", rate, percentiles(one["transaction_ms"])])
-    rows.append(["the outbox, 64 a group", count(limits["outbox"]["captures_per_second"]), "-"])
+        rows.append([f"SQLite, {what}, {one['group']} a group", rate, percentiles(one["transaction_ms"])])
+    rows.append(["the outbox, calls of 64, up to 512 a group", count(limits["outbox"]["captures_per_second"]), "-"])
     lines += ["", *table(["limit", "captures/s", "sync or transaction p50 / p99 / p99.9 ms"], rows), ""]
     half, sync = result["half_load"], result["disk_after"][0]["sync_ms"]
     latency = half["half"]["latency_ms"]
@@ -171,7 +171,22 @@ def overload(result):
     return lines[:-1]
 
 
+def profile(result):
+    lines = []
+    for mode, threads in result["modes"].items():
+        totals = {thread: sum(kinds.values()) for thread, kinds in threads.items()}
+        # Threads that do next to nothing are left out.
+        columns = [thread for thread in sorted(totals, key=totals.get, reverse=True) if totals[thread] >= 1]
+        kinds = {kind: sum(threads[thread].get(kind, 0) for thread in columns) for one in threads.values() for kind in one}
+        rows = [["all", "100", *(f"{totals[thread]:.0f}" for thread in columns)]]
+        for kind in sorted(kinds, key=kinds.get, reverse=True):
+            rows.append([kind, f"{kinds[kind]:.0f}", *(f"{threads[thread].get(kind, 0):.0f}" for thread in columns)])
+        lines += [*table([f"% of CPU time: {mode}", "all threads", *columns], rows), ""]
+    return lines[:-1]
+
+
 RENDERERS = {
+    "profile": profile,
     "pure": pure,
     "served": served,
     "durable": durable,

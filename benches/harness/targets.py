@@ -43,10 +43,11 @@ def durable(result):
         yield least(f"{mode}, sustained: accepted captures/s", one["accepted_per_second"], 80_000)
         yield least(f"{mode}, sustained: delivered events/s", one["delivered_events_per_second"], 160_000)
     limits = result["limits"]
-    for store in limits["store"]:
+    # Calls of 64 meet in commits of up to 512, so the larger group is the measure.
+    for store in (one for one in limits["store"] if one["group"] == 512):
         what = "SQLite that also remembers ids" if store["remember"] else "SQLite as a plain queue"
         share = limits["outbox"]["captures_per_second"] / store["captures_per_second"]
-        yield least(f"the outbox against {what}, groups of 64", share, 0.85, ratio)
+        yield least(f"the outbox against {what}, groups of 512", share, 0.85, ratio)
     # The first group is a single capture's bytes.
     syncs = [limits["disk"][0]["sync_ms"]["p50"], result["disk_after"][0]["sync_ms"]["p50"]]
     p99 = result["half_load"]["half"]["latency_ms"]["p99"]
