@@ -8,6 +8,7 @@
     reason = "tests stop at the first thing that is not as it should be"
 )]
 
+mod allocations;
 mod auth;
 mod batch;
 mod capture;
@@ -37,3 +38,5 @@ mod services;
 mod stream;
 mod tls;
 mod traces;
+#[path = "../../benches/workload/mod.rs"]
+mod workload;
