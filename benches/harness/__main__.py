@@ -16,6 +16,7 @@ import pure
 import served
 import tables
 import targets
+import tracing
 from processes import BENCH, Failed, Tools
 
 PARTS = {
@@ -25,6 +26,7 @@ PARTS = {
     "peers": peers,
     "backlog": backlog,
     "overload": overload,
+    "tracing": tracing,
     "profile": profiles,
 }
 

@@ -187,6 +187,14 @@ class Bare(Process):
         self.address = self.first_line.rsplit(" ", 1)[1]
 
 
+class Collector(Process):
+    """Takes traces and metrics, and drops them."""
+
+    def __init__(self, tools):
+        super().__init__([tools.load, "collector"])
+        self.address = self.first_line.rsplit(" ", 1)[1]
+
+
 @contextlib.contextmanager
 def scratch():
     """A directory on the disk that target/ is on: /tmp may be memory."""

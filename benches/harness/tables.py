@@ -171,6 +171,30 @@ def overload(result):
     return lines[:-1]
 
 
+def tracing(result):
+    rows = []
+    for mode, settings in result["modes"].items():
+        without = settings["no export"]
+        for name, rounds in settings.items():
+            # Pair by pair, since the machine's speed drifts.
+            pairs = list(zip(rounds, without, strict=True))
+            rates = [one["accepted_per_second"] / other["accepted_per_second"] for one, other in pairs]
+            costs = [one["cpu_us_per_capture"] / other["cpu_us_per_capture"] for one, other in pairs]
+            rows.append(
+                [
+                    f"{mode}: {name}",
+                    count(median(rounds, "accepted_per_second")),
+                    f"{statistics.median(rates):.2f}",
+                    f"{median(rounds, 'cpu_us_per_capture'):.1f}",
+                    f"{statistics.median(costs):.2f}",
+                    percentiles(middle(rounds)),
+                    mib(max(one["peak_rss_bytes"] for one in rounds)),
+                ]
+            )
+    head = ["", "captures/s", "ratio", "CPU µs a capture", "ratio", "p50 / p99 / p99.9 ms", "peak RSS MiB"]
+    return table(head, rows)
+
+
 def profile(result):
     lines = []
     for mode, threads in result["modes"].items():
@@ -193,4 +217,5 @@ RENDERERS = {
     "peers": peers,
     "backlog": backlog,
     "overload": overload,
+    "tracing": tracing,
 }

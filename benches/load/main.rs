@@ -7,6 +7,7 @@
 
 mod bare;
 mod call;
+mod collector;
 mod disk;
 mod record;
 mod run;
@@ -33,6 +34,8 @@ struct Cli {
 enum Command {
     /// A tonic server that decodes the relay's requests and does nothing
     Bare,
+    /// A collector of traces and metrics that drops what it gets
+    Collector,
     /// Send captures
     Run(run::RunArgs),
     /// Create the integrations that the captures are for
@@ -49,6 +52,7 @@ fn main() {
     let runtime = tokio::runtime::Runtime::new().expect("a runtime");
     let result = match Cli::parse().command {
         Command::Bare => runtime.block_on(bare::serve()),
+        Command::Collector => runtime.block_on(collector::serve()),
         Command::Run(args) => runtime.block_on(run::run(args)),
         Command::Setup(args) => runtime.block_on(setup::setup(args)),
         Command::Ready(args) => runtime.block_on(setup::ready(args)),
