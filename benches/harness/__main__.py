@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import signal
 import sys
 import time
 
@@ -49,6 +50,9 @@ def arguments():
 
 def main():
     args = arguments()
+    # Whoever stops it gets the machine back: what was started is ended on the way out.
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, lambda *_: sys.exit("benches/run: stopped"))
     BENCH.mkdir(parents=True, exist_ok=True)
     path = BENCH / ("quick.json" if args.quick else "results.json")
     # Parts that are not run again keep what they have.
