@@ -22,8 +22,6 @@ def run(tools, quick):
                 settings |= {
                     "OTLP__ENDPOINT": f"http://{collector.address}",
                     "TRACES__SAMPLE_RATIO": ratio,
-                    # None is dropped: what is measured is the cost of all of them.
-                    "TRACES__MAX_QUEUED_SPANS": 1_000_000,
                 }
             sandbox, relay = stack.enter_context(world(tools, settings))
             relays[name] = (relay, load.Settled(sandbox))
