@@ -31,6 +31,7 @@ mod endpoint;
 mod entry;
 mod fault;
 mod integrations;
+mod nats;
 mod reader;
 mod sections;
 mod security;
@@ -41,7 +42,10 @@ mod value;
 pub use callers::KnownCaller;
 pub use endpoint::{Endpoint, EndpointError};
 pub use fault::{Fault, Faults, MAX_FAULTS, Place};
-pub use sections::{Delivery, Endpoints, Log, LogFormat, Metrics, Outbox, Segment, Server};
+pub use nats::Nats;
+pub use sections::{
+    Delivery, Endpoints, Log, LogFormat, Metrics, Outbox, OutboxKind, Segment, Server,
+};
 pub use security::{JwksSource, Jwt, Limits, Notify, Secrets, Tls};
 
 use document::Document;
@@ -83,6 +87,8 @@ pub struct Config {
     pub delivery: Delivery,
     /// Where and how much is stored.
     pub outbox: Outbox,
+    /// The servers of the shared outbox.
+    pub nats: Nats,
     /// What the relay counts and times.
     pub metrics: Metrics,
     /// The relay's own log.
@@ -111,6 +117,7 @@ impl fmt::Debug for Config {
             .field("segment", &self.segment)
             .field("delivery", &self.delivery)
             .field("outbox", &self.outbox)
+            .field("nats", &self.nats)
             .field("metrics", &self.metrics)
             .field("log", &self.log)
             .field("integrations", &ids)
@@ -217,6 +224,14 @@ impl Config {
         let segment = Segment::take(&mut reader);
         let delivery = Delivery::take(&mut reader);
         let outbox = Outbox::take(&mut reader);
+        let nats = Nats::take(&mut reader);
+        if let (Some(outbox), Some(nats)) = (&outbox, &nats) {
+            reader.check(
+                outbox.kind == OutboxKind::Embedded || !nats.servers.is_empty(),
+                ["outbox.kind", "nats.servers"],
+                "kind = \"jetstream\" needs [nats] servers",
+            );
+        }
         let metrics = Metrics::take(&mut reader);
         let log = Log::take(&mut reader);
         let integrations = integrations::take(&mut reader, outside);
@@ -233,6 +248,7 @@ impl Config {
                 segment: segment?,
                 delivery: delivery?,
                 outbox: outbox?,
+                nats: nats?,
                 metrics: metrics?,
                 log: log?,
                 integrations,

@@ -8,8 +8,7 @@ use crate::config::{Log, LogFormat};
 
 /// Starts logging. To be called once; a second call changes nothing.
 pub fn start(log: &Log) {
-    // The configuration has parsed the filter already.
-    let filter = EnvFilter::try_new(&log.filter).unwrap_or_else(|_| EnvFilter::new("info"));
+    let filter = filter(&log.filter);
     let terminal = std::io::stderr().is_terminal();
     let text = match log.format {
         LogFormat::Auto => terminal,
@@ -26,4 +25,16 @@ pub fn start(log: &Log) {
     } else {
         subscriber.json().flatten_event(true).try_init()
     };
+}
+
+/// What is logged. The NATS client's connection would log payloads and credentials at the
+/// level trace: it never gets that far, whatever the directives say.
+#[must_use]
+pub fn filter(directives: &str) -> EnvFilter {
+    // The configuration has parsed them already.
+    let filter = EnvFilter::try_new(directives).unwrap_or_else(|_| EnvFilter::new("info"));
+    match "async_nats::connection=debug".parse() {
+        Ok(bound) => filter.add_directive(bound),
+        Err(_) => filter,
+    }
 }

@@ -1,16 +1,17 @@
 //! `segment-relay serve`: telemetry, config, build, spawn, signal, drain.
 
-use std::{
-    io::Write,
-    path::{Path, PathBuf},
-};
+use std::{io::Write, path::PathBuf};
 
 use clap::Args;
 use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
 
 use super::{Failure, signals::cancel_on_signal, spec_violations};
-use crate::{config::Config, server::Relay, telemetry};
+use crate::{
+    config::{Config, OutboxKind},
+    server::Relay,
+    telemetry,
+};
 
 /// Arguments of `serve`.
 #[derive(Args, Debug)]
@@ -37,7 +38,10 @@ pub(super) async fn run(args: &ServeArgs) -> Result<(), Failure> {
         )));
     }
     telemetry::start(&config.log);
-    let outbox = config.outbox.path.clone();
+    let outbox = match config.outbox.kind {
+        OutboxKind::Embedded => config.outbox.path.display().to_string(),
+        OutboxKind::JetStream => format!("JetStream, {}", config.nats.prefix),
+    };
     let relay = Relay::open(config).await?;
     let listener = TcpListener::bind(listen)
         .await
@@ -66,9 +70,9 @@ fn exposure(config: &Config) -> Option<&'static str> {
 }
 
 /// One line on standard output, for people and for scripts that wait for it.
-fn announce(listener: &TcpListener, outbox: &Path) -> Result<(), Failure> {
+fn announce(listener: &TcpListener, outbox: &str) -> Result<(), Failure> {
     let address = listener.local_addr()?;
-    tracing::info!(%address, outbox = %outbox.display(), "serving");
+    tracing::info!(%address, outbox, "serving");
     let mut out = std::io::stdout().lock();
     writeln!(out, "segment-relay serves gRPC on {address}")?;
     Ok(out.flush()?)

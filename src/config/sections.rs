@@ -230,9 +230,20 @@ impl Delivery {
     }
 }
 
+/// Which store the outbox is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum OutboxKind {
+    /// A directory of this relay alone.
+    Embedded,
+    /// NATS JetStream, shared by several relays.
+    JetStream,
+}
+
 /// `[outbox]`: where and how much is stored.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Outbox {
+    /// Which store it is.
+    pub kind: OutboxKind,
     /// Directory of the store.
     pub path: PathBuf,
     /// Waiting events of all integrations, 2 to 1,000,000,000.
@@ -256,7 +267,12 @@ impl Outbox {
     pub(super) fn take(from: &mut Reader<'_>) -> Option<Self> {
         const EVENTS: u64 = 1_000_000_000;
         const BYTES: u64 = 16 * MIB * MIB;
+        const KINDS: &[(&str, OutboxKind)] = &[
+            ("embedded", OutboxKind::Embedded),
+            ("jetstream", OutboxKind::JetStream),
+        ];
         let outbox = Self {
+            kind: from.take("outbox.kind", one_of(KINDS))?,
             path: from.take("outbox.path", path)?,
             max_events: from.take("outbox.max_events", number("events", 2..=EVENTS))?,
             max_bytes: from.take("outbox.max_bytes", number("bytes", MIB..=BYTES))?,

@@ -17,6 +17,7 @@
 //! holds locked: a second one on the same directory is refused.
 
 mod calls;
+pub(super) mod export;
 mod keys;
 mod reader;
 mod row;
@@ -38,6 +39,7 @@ use tokio::sync::{mpsc, oneshot};
 use super::{FoundSubject, Limits, OutboxError, Signals, SubjectQuery, sealing::Sealing};
 use crate::{metrics::Metrics, vault::Vault};
 
+pub use export::ExportError;
 pub use keys::KeyError;
 use reader::ReadCommand;
 use subjects::SubjectScan;

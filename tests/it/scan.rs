@@ -66,7 +66,7 @@ pub(crate) fn this_process() {
     static ONCE: Once = Once::new();
     ONCE.call_once(|| {
         tracing_subscriber::fmt()
-            .with_max_level(tracing::level_filters::LevelFilter::TRACE)
+            .with_env_filter(segment_relay::telemetry::filter("trace"))
             .with_span_events(tracing_subscriber::fmt::format::FmtSpan::FULL)
             .with_writer(|| Scanner)
             .with_ansi(false)
