@@ -6,7 +6,7 @@ use tokio::sync::{oneshot, watch};
 
 use super::{
     JetStreamOutbox, Shared,
-    intake::Submission,
+    intake::{self, Submission},
     message::{Waiting, decode},
     wire::unavailable,
 };
@@ -33,33 +33,31 @@ impl Shared {
             return Err(unavailable("it cannot be written now"));
         }
         let (reply, answer) = oneshot::channel();
-        let mut partitions: HashMap<usize, Vec<usize>> = HashMap::new();
+        let mut intakes: HashMap<usize, Vec<usize>> = HashMap::new();
         for (place, capture) in captures.iter().enumerate() {
-            partitions
-                .entry(self.layout.partition(&capture.integration_id))
-                .or_default()
-                .push(place);
+            let intake = intake::place(self, &capture.integration_id);
+            intakes.entry(intake).or_default().push(place);
         }
         let sealed = captures
             .into_iter()
             .map(|capture| self.sealing.capture(capture));
         let captures = sealed.collect::<Result<Vec<_>, _>>()?;
-        if partitions.len() <= 1 {
-            let partition = partitions.keys().next().copied().unwrap_or(0);
-            self.send(partition, Submission { captures, reply }).await?;
+        if intakes.len() <= 1 {
+            let intake = intakes.keys().next().copied().unwrap_or(0);
+            self.send(intake, Submission { captures, reply }).await?;
             return Ok(Receipt(answer));
         }
-        // Captures of several integrations: each partition answers for its own.
+        // Captures of several integrations: each intake answers for its own.
         let mut captures: Vec<_> = captures.into_iter().map(Some).collect();
         let mut parts = Vec::new();
-        for (partition, places) in partitions {
+        for (intake, places) in intakes {
             let (reply, answer) = oneshot::channel();
             let own = places
                 .iter()
                 .filter_map(|place| captures.get_mut(*place)?.take())
                 .collect();
             self.send(
-                partition,
+                intake,
                 Submission {
                     captures: own,
                     reply,
@@ -75,8 +73,8 @@ impl Shared {
         Ok(Receipt(answer))
     }
 
-    async fn send(&self, partition: usize, submission: Submission) -> Result<(), OutboxError> {
-        let intake = self.intakes.get(partition).ok_or(OutboxError::Closed)?;
+    async fn send(&self, intake: usize, submission: Submission) -> Result<(), OutboxError> {
+        let intake = self.intakes.get(intake).ok_or(OutboxError::Closed)?;
         intake
             .send(submission)
             .await
@@ -122,7 +120,7 @@ impl Shared {
     }
 }
 
-/// The places of a partition's captures in the submission, and what becomes of them.
+/// The places of an intake's captures in the submission, and what becomes of them.
 type Part = (
     Vec<usize>,
     oneshot::Receiver<Result<Vec<Submitted>, OutboxError>>,

@@ -24,6 +24,9 @@ use crate::{
 pub(super) const BATCH_CAPTURES: usize = 450;
 /// Bytes of one batch, about.
 const BATCH_BYTES: usize = 4 * 1024 * 1024;
+/// Batches of a relay that are under way at once at a stream. Each integration has its place
+/// in one of them, so that its captures keep their order.
+const AT_ONCE: usize = 4;
 /// Submissions that wait; a full queue makes callers wait.
 const QUEUE: usize = 4_096;
 /// How long a batch without a clear answer is tried again.
@@ -41,6 +44,22 @@ pub(super) type IntakeSender = mpsc::Sender<Submission>;
 
 pub(super) fn channel() -> (IntakeSender, mpsc::Receiver<Submission>) {
     mpsc::channel(QUEUE)
+}
+
+/// How many intakes the partitions have together.
+pub(super) fn count(partitions: usize) -> usize {
+    partitions * AT_ONCE
+}
+
+/// The intake of an integration.
+pub(super) fn place(shared: &Shared, id: &IntegrationId) -> usize {
+    let hash = crc32fast::hash(id.as_str().as_bytes());
+    shared.layout.partition(id) * AT_ONCE + hash as usize % AT_ONCE
+}
+
+/// The partition of an intake.
+pub(super) fn partition(place: usize) -> usize {
+    place / AT_ONCE
 }
 
 /// A submission of which some captures are still to be stored.

@@ -173,7 +173,7 @@ impl JetStreamOutbox {
         let tasks = TaskTracker::new();
         let mut inbound = Vec::new();
         let mut intakes = Vec::new();
-        for _ in 0..layout.partitions {
+        for _ in 0..intake::count(layout.partitions) {
             let (sender, receiver) = intake::channel();
             intakes.push(sender);
             inbound.push(receiver);
@@ -194,7 +194,8 @@ impl JetStreamOutbox {
             tasks,
         });
         scout::look(&shared).await?;
-        for (partition, receiver) in inbound.into_iter().enumerate() {
+        for (place, receiver) in inbound.into_iter().enumerate() {
+            let partition = intake::partition(place);
             shared
                 .tasks
                 .spawn(intake::run(Arc::clone(&shared), partition, receiver));

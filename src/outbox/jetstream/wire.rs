@@ -21,7 +21,7 @@ const NOT_BEGUN: [u64; 2] = [10_176, 10_210];
 /// Tries of a batch that was not begun.
 const BEGIN_TRIES: u32 = 20;
 /// Batches under way at once: a stream takes 50 of all relays together.
-const BATCHES: usize = 6;
+const BATCHES: usize = 12;
 
 /// A message to delete is not there: the HTTP-like code, and the code of its own.
 const NOT_FOUND: u64 = 404;
