@@ -19,6 +19,7 @@ const TOKEN: &str = "nats.token";
 const TLS: &str = "nats.tls";
 const CA: &str = "nats.ca_file";
 const CERTIFICATE: &str = "nats.certificate_file";
+const REPLICAS: &str = "nats.replicas";
 const KEY: &str = "nats.key_file";
 /// Servers that can be named.
 const MAX_SERVERS: usize = 32;
@@ -89,6 +90,12 @@ impl Nats {
             [TLS, CA, CERTIFICATE],
             "ca_file and certificate_file need tls = true",
         );
+        let replicas: usize = from.take(REPLICAS, number("servers", 1..=5))?;
+        from.check(
+            replicas % 2 == 1,
+            [REPLICAS],
+            "replicas must be 1, 3 or 5: an even number bears no more failures than one less",
+        );
         Some(Self {
             servers,
             credentials_file,
@@ -99,7 +106,7 @@ impl Nats {
             ca_file,
             identity: certificate.zip(key),
             prefix: from.take("nats.prefix", prefix)?,
-            replicas: from.take("nats.replicas", replicas)?,
+            replicas,
             partitions: from.take("nats.partitions", number("streams", 1..=16))?,
             max_stream_bytes: from
                 .take("nats.max_stream_bytes", number("bytes", 0..=MAX_BYTES))
@@ -149,11 +156,4 @@ fn prefix(raw: Raw<'_>) -> Parsed<String> {
     };
     let expected = || Expected::new("1 to 32 of A-Z, a-z, 0-9, - and _");
     text(raw).ok().filter(is_fine).ok_or_else(expected)
-}
-
-fn replicas(raw: Raw<'_>) -> Parsed<usize> {
-    number("replicas", 1..=5)(raw)
-        .ok()
-        .filter(|count: &usize| count % 2 == 1)
-        .ok_or_else(|| Expected::new("1, 3 or 5: a quorum is more than half of them"))
 }

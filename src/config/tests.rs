@@ -6,6 +6,7 @@ use super::*;
 
 mod defaults;
 mod integrations;
+mod nats;
 mod security;
 
 /// Loads `text` as `f.toml`; an integration breaks no rule and no key file
