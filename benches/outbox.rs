@@ -51,6 +51,7 @@ fn capture(number: u64) -> NewCapture {
         accept_time: UnixMillis::now(),
         user_id: Some(format!("{id:064x}")),
         room: None,
+        trace: None,
         content: Content::Send {
             shard: SHARD,
             events: EventPair {

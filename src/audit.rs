@@ -18,6 +18,9 @@ use serde::Serialize;
 
 use crate::time::UnixMillis;
 
+/// Target of audits in the log.
+pub const TARGET: &str = "audit";
+
 /// Refusals that are noted in a second and at once; the others are counted.
 const REFUSALS: (NonZeroU32, NonZeroU32) =
     (NonZeroU32::new(10).unwrap(), NonZeroU32::new(100).unwrap());
@@ -85,7 +88,7 @@ impl Audit {
     /// Notes what was done.
     pub fn note(&self, entry: &Entry<'_>) {
         tracing::info!(
-            target: "audit",
+            target: TARGET,
             caller = entry.caller,
             action = entry.action,
             integration = entry.integration,

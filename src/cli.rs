@@ -19,6 +19,7 @@ use crate::{
     integration::{Integration, Revision},
     proto,
     server::RunError,
+    telemetry::OtlpError,
     time::UnixMillis,
     vault::VaultError,
     violation::Violation,
@@ -74,6 +75,9 @@ enum Failure {
     /// The relay could not run: exit code 1.
     #[error(transparent)]
     Run(#[from] RunError),
+    /// The way to the collector can't be set up: exit code 1.
+    #[error(transparent)]
+    Otlp(#[from] OtlpError),
     /// A call failed: exit code 1, or 2 where the arguments are wrong.
     #[error(transparent)]
     Client(#[from] ClientError),
@@ -96,7 +100,12 @@ impl Failure {
         match self {
             Self::Usage(_) | Self::Config(_) => 2,
             Self::Client(error) => error.exit_code(),
-            Self::Run(_) | Self::Demo(_) | Self::Vault(_) | Self::Io(_) | Self::Other(_) => 1,
+            Self::Run(_)
+            | Self::Otlp(_)
+            | Self::Demo(_)
+            | Self::Vault(_)
+            | Self::Io(_)
+            | Self::Other(_) => 1,
         }
     }
 }

@@ -35,6 +35,7 @@ mod nats;
 mod reader;
 mod sections;
 mod security;
+mod telemetry;
 #[cfg(test)]
 mod tests;
 mod value;
@@ -43,10 +44,10 @@ pub use callers::KnownCaller;
 pub use endpoint::{Endpoint, EndpointError};
 pub use fault::{Fault, Faults, MAX_FAULTS, Place};
 pub use nats::Nats;
-pub use sections::{
-    Delivery, Endpoints, Log, LogFormat, Metrics, Outbox, OutboxKind, Segment, Server,
-};
+pub use sections::{Delivery, Endpoints, Outbox, OutboxKind, Segment, Server};
 pub use security::{JwksSource, Jwt, Limits, Notify, Secrets, Tls};
+pub use telemetry::{Log, LogFormat, Metrics, Otlp, OtlpProtocol, Traces};
+pub use value::OtlpHeaders;
 
 use document::Document;
 use reader::{Environment, Reader};
@@ -89,6 +90,10 @@ pub struct Config {
     pub outbox: Outbox,
     /// The servers of the shared outbox.
     pub nats: Nats,
+    /// The collector of traces and metrics; `None` without.
+    pub otlp: Option<Otlp>,
+    /// What is traced.
+    pub traces: Traces,
     /// What the relay counts and times.
     pub metrics: Metrics,
     /// The relay's own log.
@@ -118,6 +123,8 @@ impl fmt::Debug for Config {
             .field("delivery", &self.delivery)
             .field("outbox", &self.outbox)
             .field("nats", &self.nats)
+            .field("otlp", &self.otlp)
+            .field("traces", &self.traces)
             .field("metrics", &self.metrics)
             .field("log", &self.log)
             .field("integrations", &ids)
@@ -232,6 +239,8 @@ impl Config {
                 "kind = \"jetstream\" needs [nats] servers",
             );
         }
+        let otlp = Otlp::take(&mut reader);
+        let traces = Traces::take(&mut reader);
         let metrics = Metrics::take(&mut reader);
         let log = Log::take(&mut reader);
         let integrations = integrations::take(&mut reader, outside);
@@ -249,6 +258,8 @@ impl Config {
                 delivery: delivery?,
                 outbox: outbox?,
                 nats: nats?,
+                otlp: otlp?,
+                traces: traces?,
                 metrics: metrics?,
                 log: log?,
                 integrations,

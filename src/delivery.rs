@@ -23,6 +23,7 @@ mod rate;
 mod report;
 #[cfg(test)]
 mod simulation;
+mod spans;
 mod turns;
 mod verdict;
 mod vitals;

@@ -12,13 +12,14 @@ use crate::{
     integration::IntegrationId,
     mapping::{Field, Mapped, Subject},
     proto,
+    text::hex_digits,
     violation::Violation,
 };
 
 /// Largest serialised event that Segment takes, in bytes: 32 KB.
 pub const MAX_EVENT_BYTES: usize = 32 * 1024;
-/// Hex digits of a message id before its suffix: 128 bits.
-const MESSAGE_ID_HEX: usize = 32;
+/// Bytes of the hash that a message id shows before its suffix.
+const MESSAGE_ID_BYTES: usize = 16;
 
 /// The type of an event in Segment's Spec.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -56,16 +57,21 @@ impl EventType {
 /// Segment removes repeats by it. 38 to 41 characters.
 #[must_use]
 pub fn message_id(integration: &IntegrationId, capture_id: &str, event: EventType) -> String {
+    with_suffix(&message_id_stem(integration, capture_id), event)
+}
+
+/// What the ids of both events begin with.
+fn message_id_stem(integration: &IntegrationId, capture_id: &str) -> String {
     let mut hash = Sha256::new();
     hash.update(integration.as_str().as_bytes());
     // An integration id holds no NUL, so no two pairs read the same.
     hash.update([0]);
     hash.update(capture_id.as_bytes());
-    let mut id = hex::encode(hash.finalize());
-    id.truncate(MESSAGE_ID_HEX);
-    id.push('-');
-    id.push_str(event.name());
-    id
+    hex_digits(&hash.finalize()[..MESSAGE_ID_BYTES])
+}
+
+fn with_suffix(stem: &str, event: EventType) -> String {
+    [stem, "-", event.name()].concat()
 }
 
 /// Both events of a capture, serialised.
@@ -120,9 +126,10 @@ pub fn build(
             category_preferences: mapped.consent,
         }),
     };
+    let stem = message_id_stem(integration, &mapped.capture_id);
     let identify = Identify {
         context: &context,
-        message_id: message_id(integration, &mapped.capture_id, EventType::Identify),
+        message_id: with_suffix(&stem, EventType::Identify),
         timestamp: &timestamp,
         traits: Traits {
             subject,
@@ -134,7 +141,7 @@ pub fn build(
     let track = Track {
         context: &context,
         event: mapped.event_name,
-        message_id: message_id(integration, &mapped.capture_id, EventType::Track),
+        message_id: with_suffix(&stem, EventType::Track),
         timestamp: &timestamp,
         properties: Properties {
             questions: Questions(&mapped.fields),

@@ -3,6 +3,7 @@
 mod accept;
 mod access;
 mod body;
+mod carry;
 mod convert;
 mod dead_letters;
 mod error;
@@ -12,6 +13,7 @@ mod peer;
 mod privacy;
 mod relay;
 mod rpcs;
+mod spans;
 mod stream;
 mod timer;
 mod usage;
@@ -33,6 +35,7 @@ use crate::{
     },
     registry::Registry,
     segment::SegmentClient,
+    trace::Traces,
 };
 
 pub use access::{AccessLayer, AccessService};
@@ -85,6 +88,8 @@ pub struct Services {
     pub audit: Audit,
     /// Counts and times.
     pub metrics: Metrics,
+    /// Whether somebody gets the spans.
+    pub traces: Traces,
     /// Bounds.
     pub limits: Arc<config::Server>,
 }

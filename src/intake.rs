@@ -7,7 +7,7 @@ use sha2::{Digest, Sha256};
 use crate::{
     event,
     integration::Integration,
-    mapping::{self, CaptureFault},
+    mapping::{self, CaptureFault, Mapped},
     outbox::{Content, NewCapture, shard_of},
     proto::{self, DeliveryReason},
     time::UnixMillis,
@@ -24,6 +24,19 @@ pub fn prepare(
 ) -> Result<NewCapture, CaptureFault> {
     let digest = digest(&mut capture);
     let mapped = mapping::map(integration, &capture, received)?;
+    assemble(integration, mapped, digest, received)
+}
+
+/// Builds the events of a valid capture, and says what is to be stored.
+///
+/// # Errors
+/// An event would be too large.
+pub fn assemble(
+    integration: &Integration,
+    mapped: Mapped<'_>,
+    digest: [u8; 16],
+    received: UnixMillis,
+) -> Result<NewCapture, CaptureFault> {
     let events = event::build(integration.id(), &mapped).map_err(CaptureFault::Invalid)?;
     let content = match (events, &mapped.subject) {
         (Some(_), _) if !integration.enabled => Content::Skip {
@@ -47,13 +60,15 @@ pub fn prepare(
         user_id: mapped.subject.map(|subject| subject.user_id),
         content,
         room: None,
+        trace: None,
     })
 }
 
 /// Fingerprint of a capture's content. Its id is left out, so that a capture
 /// whose id was derived is the same when it comes again with that id. Maps are
 /// sorted, so equal content has equal bytes.
-fn digest(capture: &mut proto::Capture) -> [u8; 16] {
+#[must_use]
+pub fn digest(capture: &mut proto::Capture) -> [u8; 16] {
     let id = std::mem::take(&mut capture.capture_id);
     let hash = Sha256::digest(capture.encode_to_vec());
     capture.capture_id = id;

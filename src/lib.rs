@@ -18,7 +18,7 @@
 //! [`server`] puts them together from the [`config`]; before every call stands
 //! [`auth`], and beside the path lie [`audit`] and [`notify`]. [`cli`] is the command,
 //! with the thin [`client`]s, the [`sandbox`] and the [`demo`]. Below them all lie
-//! [`notice`], [`permission`], [`status`], [`region`], [`secret`], [`text`], [`time`], [`vault`] and
+//! [`notice`], [`panics`], [`permission`], [`status`], [`region`], [`secret`], [`text`], [`time`], [`trace`], [`vault`] and
 //! [`violation`].
 
 pub mod audit;
@@ -37,6 +37,7 @@ pub mod metrics;
 pub mod notice;
 pub mod notify;
 pub mod outbox;
+pub mod panics;
 pub mod permission;
 pub mod proto;
 pub mod region;
@@ -49,5 +50,6 @@ pub mod status;
 pub mod telemetry;
 pub mod text;
 pub mod time;
+pub mod trace;
 pub mod vault;
 pub mod violation;

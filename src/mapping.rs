@@ -16,7 +16,7 @@ use crate::{
     integration::{FieldMapping, Integration, Privacy, RELAY_KEYS, Unmapped, reserved_trait},
     proto::{self, AttributeValue, DataRegion},
     region::Region,
-    text::{MAX_NAME_CHARS, check_line},
+    text::{MAX_NAME_CHARS, check_line, hex_digits},
     time::UnixMillis,
     violation::{Violation, Violations, entry_path},
 };
@@ -38,8 +38,8 @@ const MAX_CONSENT_CATEGORIES: usize = 100;
 const EARLIEST_OCCUR_TIME: UnixMillis = UnixMillis(946_684_800_000);
 /// How far ahead of the relay's clock a capture may lie, in milliseconds: 24 h.
 const MAX_AHEAD_MILLIS: i64 = 24 * 3_600 * 1_000;
-/// Hex digits of a derived capture id: 128 bits.
-const DERIVED_ID_CHARS: usize = 32;
+/// Bytes of the hash that a derived capture id shows.
+const DERIVED_ID_BYTES: usize = 16;
 
 /// A capture that breaks no rule, ready to become events.
 #[derive(Debug)]
@@ -142,9 +142,7 @@ pub fn capture_id(capture: &proto::Capture) -> Cow<'_, str> {
     // NUL is a control character, so it can't be part of either.
     hash.update([0]);
     hash.update(capture.session_id.as_bytes());
-    let mut id = hex::encode(hash.finalize());
-    id.truncate(DERIVED_ID_CHARS);
-    Cow::Owned(id)
+    Cow::Owned(hex_digits(&hash.finalize()[..DERIVED_ID_BYTES]))
 }
 
 fn check_texts(found: &mut Violations, capture: &proto::Capture) {

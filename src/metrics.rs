@@ -16,14 +16,20 @@ use std::{
 };
 
 use opentelemetry::{KeyValue, metrics::MeterProvider};
-use opentelemetry_sdk::metrics::SdkMeterProvider;
+use opentelemetry_otlp::MetricExporter;
+use opentelemetry_sdk::{
+    Resource,
+    metrics::{PeriodicReader, SdkMeterProvider},
+};
 
-use crate::{integration::IntegrationId, region::Region};
+use crate::{config::Endpoint, integration::IntegrationId, region::Region, segment::Answer};
 
 pub use backlog::{BacklogBoard, BacklogOf, DiskSpace};
 pub use endpoint::serve;
 use instruments::Instruments;
 
+/// Longest time for the last metrics to leave.
+const CLOSE_TIMEOUT: Duration = Duration::from_secs(2);
 /// Label of the integrations that are too many to have one each.
 const OTHER: &str = "other";
 
@@ -36,6 +42,30 @@ struct Inner {
     labels: Labels,
     provider: SdkMeterProvider,
     registry: prometheus::Registry,
+}
+
+/// A request to Segment that has ended.
+pub struct AttemptFacts<'a> {
+    /// Whose endpoint it went to.
+    pub region: Region,
+    /// The endpoint.
+    pub endpoint: &'a Endpoint,
+    /// What came of it.
+    pub answer: &'a Answer,
+    /// The events in it.
+    pub events: u64,
+    /// Their bytes.
+    pub bytes: u64,
+}
+
+/// How a collector gets them.
+pub struct Export {
+    /// What sends them.
+    pub exporter: MetricExporter,
+    /// How often.
+    pub interval: Duration,
+    /// What is known of this process.
+    pub resource: Resource,
 }
 
 /// Why metrics can't be set up.
@@ -56,11 +86,15 @@ impl Metrics {
         Self(None)
     }
 
-    /// Prometheus reads them.
+    /// Prometheus reads them, and a collector gets them.
     ///
     /// # Errors
     /// The exporter can't be set up.
-    pub fn new(max_integrations: usize, board: Arc<BacklogBoard>) -> Result<Self, MetricsError> {
+    pub fn new(
+        max_integrations: usize,
+        board: Arc<BacklogBoard>,
+        export: Option<Export>,
+    ) -> Result<Self, MetricsError> {
         let registry = prometheus::Registry::new();
         let exporter = opentelemetry_prometheus::exporter()
             .with_registry(registry.clone())
@@ -68,7 +102,14 @@ impl Metrics {
             .without_target_info()
             .build()
             .map_err(|error| MetricsError(error.to_string()))?;
-        let provider = SdkMeterProvider::builder().with_reader(exporter).build();
+        let mut provider = SdkMeterProvider::builder().with_reader(exporter);
+        if let Some(export) = export {
+            let reader = PeriodicReader::builder(export.exporter)
+                .with_interval(export.interval)
+                .build();
+            provider = provider.with_reader(reader).with_resource(export.resource);
+        }
+        let provider = provider.build();
         let meter = provider.meter("segment-relay");
         let instruments = Instruments::new(&meter);
         instruments::observe(&meter, &board, max_integrations);
@@ -79,6 +120,12 @@ impl Metrics {
             provider,
             registry,
         }))))
+    }
+
+    /// Whether somebody reads them.
+    #[must_use]
+    pub fn are_read(&self) -> bool {
+        self.0.is_some()
     }
 
     /// All of them in Prometheus's text format; empty where nobody reads them.
@@ -93,10 +140,11 @@ impl Metrics {
             .unwrap_or_default()
     }
 
-    /// Ends the reading.
+    /// Ends the reading; a collector gets the last ones, for which it has two
+    /// seconds.
     pub fn close(&self) {
         if let Some(inner) = &self.0
-            && let Err(error) = inner.provider.shutdown()
+            && let Err(error) = inner.provider.shutdown_with_timeout(CLOSE_TIMEOUT)
         {
             tracing::debug!(%error, "metrics did not end cleanly");
         }
@@ -106,8 +154,9 @@ impl Metrics {
     pub fn rpc(&self, method: &'static str, code: &'static str, took: Duration) {
         let Some(inner) = &self.0 else { return };
         let labels = [
-            KeyValue::new("rpc_method", method),
-            KeyValue::new("rpc_response_status_code", code),
+            KeyValue::new("rpc.system.name", "grpc"),
+            KeyValue::new("rpc.method", method),
+            KeyValue::new("rpc.response.status_code", code),
         ];
         let seconds = took.as_secs_f64();
         inner.instruments.rpc_duration.record(seconds, &labels);
@@ -150,22 +199,34 @@ impl Metrics {
         inner.instruments.delivery_latency.record(seconds, &labels);
     }
 
-    /// A request to Segment has ended. The status is 0 where no answer came.
-    pub fn attempt(&self, region: Region, status: u16, took: Duration, events: u64, bytes: u64) {
+    /// A request to Segment has ended.
+    pub fn attempt(&self, attempt: &AttemptFacts<'_>) {
         let Some(inner) = &self.0 else { return };
-        let region = KeyValue::new("region", region.name());
-        let labels = [
+        let region = KeyValue::new("region", attempt.region.name());
+        let mut labels = vec![
             region.clone(),
-            KeyValue::new("http_status", i64::from(status)),
+            KeyValue::new("http.request.method", "POST"),
+            KeyValue::new("server.address", attempt.endpoint.host().to_owned()),
+            KeyValue::new("server.port", i64::from(attempt.endpoint.port())),
         ];
+        let (status, error) = (attempt.answer.http_status(), attempt.answer.error_type());
+        if status != 0 {
+            labels.push(KeyValue::new(
+                "http.response.status_code",
+                i64::from(status),
+            ));
+        }
+        if !error.is_empty() {
+            labels.push(KeyValue::new("error.type", error));
+        }
         let instruments = &inner.instruments;
         instruments
             .attempt_duration
-            .record(took.as_secs_f64(), &labels);
+            .record(attempt.answer.latency.as_secs_f64(), &labels);
         instruments
             .batch_events
-            .record(events, std::slice::from_ref(&region));
-        instruments.batch_bytes.record(bytes, &[region]);
+            .record(attempt.events, std::slice::from_ref(&region));
+        instruments.batch_bytes.record(attempt.bytes, &[region]);
     }
 
     /// A commit of the outbox has ended.

@@ -33,6 +33,7 @@ use crate::{
     region::Region,
     status::CaptureRecord,
     time::UnixMillis,
+    trace::TraceLink,
 };
 
 pub use dead_letters::{DeadLetter, DeadLetterCount, DeadLetterFilter, Selection};
@@ -98,6 +99,8 @@ pub struct NewCapture {
     pub user_id: Option<String>,
     /// What is to be sent.
     pub content: Content,
+    /// The call that brings it, where it is traced.
+    pub trace: Option<TraceLink>,
     /// Its room among all requests, which is free again once it is stored.
     pub room: Option<OwnedSemaphorePermit>,
 }

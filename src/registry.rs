@@ -14,6 +14,8 @@ use tokio_util::sync::CancellationToken;
 use crate::{
     audit::{Audit, Entry},
     integration::{Integration, IntegrationId, Revision, apply_update, changed_fields},
+    notice::{Happening, Notice},
+    notify::Notices,
     outbox::{Outbox, OutboxError},
     permission::Scope,
     proto,
@@ -81,7 +83,7 @@ impl Registry {
     pub async fn load(
         outbox: Arc<dyn Outbox>,
         configured: &[proto::Integration],
-        audit: &Audit,
+        told: &Told<'_>,
         now: UnixMillis,
     ) -> Result<Self, RegistryError> {
         let mut known = BTreeMap::new();
@@ -104,21 +106,26 @@ impl Registry {
                 .iter()
                 .any(|spec| spec.integration_id == id.as_str())
             {
-                registry.let_go(id, audit).await?;
+                registry.let_go(id, told, now).await?;
             }
         }
         for spec in configured {
-            registry.configure(spec, audit, now).await?;
+            registry.configure(spec, told, now).await?;
         }
         Ok(registry)
     }
 
-    async fn let_go(&self, id: &IntegrationId, audit: &Audit) -> Result<(), RegistryError> {
+    async fn let_go(
+        &self,
+        id: &IntegrationId,
+        told: &Told<'_>,
+        now: UnixMillis,
+    ) -> Result<(), RegistryError> {
         let waiting = self.outbox.backlog(id).await?.events;
         if waiting == 0 {
-            note(audit, "integration.deleted", id, String::new());
             self.outbox.delete_integration(id).await?;
             self.change(|known| known.remove(id));
+            told.of(Happening::Deleted, id, "", now).await;
             return Ok(());
         }
         tracing::warn!(
@@ -136,12 +143,12 @@ impl Registry {
     async fn configure(
         &self,
         spec: &proto::Integration,
-        audit: &Audit,
+        told: &Told<'_>,
         now: UnixMillis,
     ) -> Result<(), RegistryError> {
         let before = IntegrationId::new(&spec.integration_id).and_then(|id| self.get(&id));
         let mut next = make(spec, first_revision(now, true))?;
-        if let Some(before) = before {
+        let (happening, changed) = if let Some(before) = before {
             next.revision = next_revision(&before, &next, now);
             next.revision.read_only = true;
             let mut same = next.clone();
@@ -152,11 +159,12 @@ impl Registry {
                 return Ok(());
             }
             let changed = changed_fields(&before, &next).join(" ");
-            note(audit, "integration.updated", next.id(), changed);
+            (Happening::Updated, changed)
         } else {
-            note(audit, "integration.created", next.id(), String::new());
-        }
-        self.store(next).await?;
+            (Happening::Created, String::new())
+        };
+        let stored = self.store(next).await?;
+        told.of(happening, stored.id(), &changed, now).await;
         Ok(())
     }
 
@@ -360,14 +368,30 @@ impl Registry {
     }
 }
 
-/// Notes a change that the configuration file brings.
-fn note(audit: &Audit, action: &str, id: &IntegrationId, detail: String) {
-    audit.note(&Entry {
-        caller: "configuration",
-        action,
-        integration: id.as_str(),
-        detail,
-    });
+/// Who is told of the changes that the configuration file brings.
+pub struct Told<'a> {
+    /// Takes notes.
+    pub audit: &'a Audit,
+    /// Tells people.
+    pub notices: &'a Notices,
+}
+
+impl Told<'_> {
+    async fn of(&self, happening: Happening, id: &IntegrationId, changed: &str, now: UnixMillis) {
+        const CALLER: &str = "configuration";
+        self.audit.note(&Entry {
+            caller: CALLER,
+            action: happening.as_str(),
+            integration: id.as_str(),
+            detail: changed.to_owned(),
+        });
+        let mut facts = vec![("caller", CALLER.into())];
+        if happening == Happening::Updated {
+            facts.push(("changed", changed.into()));
+        }
+        let notice = Notice::new(happening, id, &facts, now);
+        self.notices.tell(notice).await;
+    }
 }
 
 fn make(spec: &proto::Integration, revision: Revision) -> Result<Integration, RegistryError> {

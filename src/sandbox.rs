@@ -16,7 +16,7 @@
 //!
 //! `check` (a request), `event` (one event) and `light` (one JSON value) judge
 //! without any I/O, `state` keeps what came in, `fault` decides about misbehaviour,
-//! `http`, `batch`, `answer` and `query` speak HTTP, `render` prints for terminals.
+//! `http`, `batch`, `answer` and `query` speak HTTP, `tally` counts where nothing is judged, `render` prints for terminals.
 
 mod answer;
 mod batch;
@@ -29,6 +29,7 @@ mod light;
 mod query;
 mod render;
 mod state;
+mod tally;
 #[cfg(test)]
 mod tests;
 
@@ -84,6 +85,9 @@ pub struct SandboxOptions {
     pub remember_message_ids: usize,
     /// How many connections each listener serves at the same time; further ones wait.
     pub max_connections: usize,
+    /// Events are counted and not looked at, for load tests: none is checked, kept or
+    /// known again, and rules see no write keys and no events.
+    pub count_only: bool,
     /// Seed for the `share` of rules that have no seed of their own.
     pub seed: u64,
 }
@@ -96,6 +100,7 @@ impl Default for SandboxOptions {
             keep_bytes: 64 * 1024 * 1024,
             remember_message_ids: 1_000_000,
             max_connections: 1_024,
+            count_only: false,
             seed: 0,
         }
     }
@@ -117,6 +122,7 @@ pub struct Sandbox {
     faults: Faults,
     store: Store,
     max_connections: usize,
+    count_only: bool,
 }
 
 impl Sandbox {
@@ -127,6 +133,7 @@ impl Sandbox {
             store: Store::new(&options, SUBSCRIPTION_ENTRIES),
             faults: Faults::new(options.seed),
             max_connections: options.max_connections.max(1),
+            count_only: options.count_only,
             keys: Keys::new(options.write_keys),
         }
     }

@@ -70,6 +70,18 @@ impl Answer {
         }
     }
 
+    /// What went wrong, as one of few words or the status (semantic conventions for
+    /// HTTP, `error.type`); empty after a 2xx.
+    #[must_use]
+    pub fn error_type(&self) -> String {
+        match self.reply {
+            Reply::Status { status, .. } if (200..300).contains(&status) => String::new(),
+            Reply::Status { status, .. } => status.to_string(),
+            Reply::TimedOut => "timeout".to_owned(),
+            Reply::Broken { .. } => "connection".to_owned(),
+        }
+    }
+
     /// What went wrong, for people; empty after a 2xx.
     #[must_use]
     pub fn error(&self) -> String {
@@ -141,6 +153,12 @@ impl SegmentClient {
             },
             gzip: options.gzip,
         })
+    }
+
+    /// Where a region's events go.
+    #[must_use]
+    pub fn endpoint(&self, region: Region) -> &Endpoint {
+        &self.regions.get(region).endpoint
     }
 
     /// Sends serialised events in one request and waits for the whole answer,

@@ -24,12 +24,13 @@ use crate::{
     config::Config,
     delivery::{Delivery, DeliveryParts},
     grpc::{AccessLayer, RELAY_SERVICE, Services},
-    metrics::{self, BacklogBoard, Metrics, MetricsError},
-    notify::{self, SenderOptions},
+    metrics::{self, BacklogBoard, MetricsError},
+    notify::{self, Notices, SenderOptions},
     outbox::{JetStreamError, OpenError, OutboxError},
     proto,
-    registry::{Registry, RegistryError},
-    segment::{SegmentClient, SetupError},
+    registry::{Registry, RegistryError, Told},
+    segment::SetupError,
+    telemetry::OtlpError,
     time::UnixMillis,
     vault::VaultError,
 };
@@ -40,6 +41,8 @@ pub use store::{connection, jetstream_options, layout};
 use tls::Tls;
 pub use tls::TlsError;
 
+/// Longest question for health, in bytes: it has the name of a service.
+const MAX_HEALTH_BYTES: usize = 1_024;
 /// This part of the drain's time-out is kept for requests to Segment.
 const SHARE_FOR_DELIVERY: u32 = 4;
 
@@ -70,6 +73,9 @@ pub enum RunError {
     /// The keys of the tokens' issuer can't be had.
     #[error(transparent)]
     Jwks(#[from] JwksError),
+    /// The way to the collector can't be set up.
+    #[error(transparent)]
+    Otlp(#[from] OtlpError),
     /// Metrics can't be set up.
     #[error(transparent)]
     MetricsSetup(#[from] MetricsError),
@@ -122,35 +128,42 @@ impl Relay {
             })?,
         };
         let board = Arc::new(BacklogBoard::default());
-        let (metrics, metrics_listener) = match config.metrics.listen {
-            None => (Metrics::off(), None),
+        let metrics = parts::metrics(&config, &board)?;
+        let metrics_listener = match config.metrics.listen {
+            None => None,
             Some(address) => {
                 let listener = TcpListener::bind(address).await;
-                let listener = listener.map_err(|source| RunError::Metrics { address, source })?;
-                let most = config.metrics.max_integrations;
-                (Metrics::new(most, Arc::clone(&board))?, Some(listener))
+                Some(listener.map_err(|source| RunError::Metrics { address, source })?)
             }
         };
         let store = Store::open(&config, &metrics).await?;
         let outbox = Arc::clone(&store.outbox);
+        let notices = match &config.notify {
+            Some(_) => Notices::new(Arc::clone(&outbox)),
+            None => Notices::nobody(),
+        };
+        let told = Told {
+            audit: &audit,
+            notices: &notices,
+        };
         let registry = Registry::load(
             Arc::clone(&outbox),
             &config.integrations,
-            &audit,
+            &told,
             UnixMillis::now(),
         );
         let registry = Arc::new(registry.await?);
-        let segment = Arc::new(SegmentClient::new(&config.segment)?);
         let draining = CancellationToken::new();
         let services = parts::services(
-            &config, outbox, registry, segment, audit, metrics, &draining,
-        );
+            &config, outbox, registry, notices, audit, metrics, &draining,
+        )?;
         let delivery = parts::delivery_parts(&config, &services);
         let access = AccessLayer::new(
             Arc::new(parts::authenticator(&config).await?),
             Arc::clone(&services.usage),
             services.audit.clone(),
             services.metrics.clone(),
+            services.traces,
         );
         let tls = match &config.tls {
             Some(options) => Some(Arc::new(Tls::new(options.clone())?)),
@@ -192,7 +205,8 @@ impl Relay {
         let closing = CancellationToken::new();
         let drain = self.drain_on(shutdown.clone(), closing.clone());
         let mut routes = self.services.routes();
-        routes = routes.add_service(health_service);
+        // Anybody may ask for it.
+        routes = routes.add_service(health_service.max_decoding_message_size(MAX_HEALTH_BYTES));
         if self.config.server.reflection {
             routes = routes.add_service(reflection()?.build_v1()?);
             routes = routes.add_service(reflection()?.build_v1alpha()?);
@@ -227,7 +241,9 @@ impl Relay {
         self.services.outbox.close().await;
         // To the end, so that a drain can be watched.
         scraped.cancel();
-        self.services.metrics.close();
+        let metrics = self.services.metrics.clone();
+        // The last ones may have to wait for a collector.
+        let _ = tokio::task::spawn_blocking(move || metrics.close()).await;
         tracing::info!("stopped");
         Ok(())
     }
@@ -242,7 +258,7 @@ impl Relay {
             tasks.spawn(Arc::clone(tls).follow(stop.clone()));
         }
         tasks.spawn(Arc::clone(&self.services.registry).follow(stop.clone()));
-        if self.metrics_listener.is_some() {
+        if self.services.metrics.are_read() {
             tasks.spawn(backlog::follow(
                 Arc::clone(&self.services.outbox),
                 self.config.outbox.path.clone(),

@@ -16,6 +16,7 @@ use crate::{
     proto::{DeliveryReason, DeliveryState},
     region::Region,
     time::UnixMillis,
+    trace::TraceLink,
 };
 
 /// Longest error text that is kept, in bytes.
@@ -70,6 +71,18 @@ impl State {
             Self::Delivered { .. } => DeliveryState::Delivered,
             Self::Skipped { .. } => DeliveryState::Skipped,
             Self::DeadLettered { .. } => DeliveryState::DeadLettered,
+        }
+    }
+
+    /// Its name in metrics and spans.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Queued => "queued",
+            Self::Retrying { .. } => "retrying",
+            Self::Delivered { .. } => "delivered",
+            Self::Skipped { .. } => "skipped",
+            Self::DeadLettered { .. } => "dead_lettered",
         }
     }
 
@@ -216,6 +229,8 @@ pub struct CaptureRecord {
     pub track: EventStatus,
     /// At most [`MAX_ATTEMPTS_KEPT`], oldest first.
     pub attempts: Vec<Attempt>,
+    /// The call that brought it, where it was traced.
+    pub trace: Option<TraceLink>,
 }
 
 impl CaptureRecord {
@@ -327,6 +342,7 @@ mod tests {
             identify: EventStatus::new(State::Queued),
             track: EventStatus::new(State::Queued),
             attempts: Vec::new(),
+            trace: None,
         };
         for number in 0..40_u16 {
             record.note_attempt(Attempt {

@@ -14,7 +14,10 @@ use jsonwebtoken::{
     AlgorithmFamily, DecodingKey,
     jwk::{JwkSet, PublicKeyUse},
 };
-use tokio::{sync::Mutex, time::Instant};
+use tokio::{
+    sync::{Mutex, Semaphore},
+    time::Instant,
+};
 
 use crate::config::{Endpoint, JwksSource};
 
@@ -24,6 +27,9 @@ const MAX_BYTES: usize = 1024 * 1024;
 const TIMEOUT: Duration = Duration::from_secs(10);
 /// An unknown key has the set read again, but not more often than this.
 const MIN_INTERVAL: Duration = Duration::from_secs(10);
+
+/// Calls that wait for the set at once; more are refused.
+const MAX_WAITING: usize = 256;
 
 /// Why the keys can't be had.
 #[derive(Debug, thiserror::Error)]
@@ -49,8 +55,10 @@ pub struct Jwks {
     source: JwksSource,
     client: Option<reqwest::Client>,
     keys: RwLock<Arc<Keys>>,
-    /// When the set was asked for last.
+    /// When the set was asked for last, and that was answered.
     asked: Mutex<Option<Instant>>,
+    /// Those who wait because their key is not known.
+    waiting: Semaphore,
 }
 
 /// Keys by their ids.
@@ -96,6 +104,7 @@ impl Jwks {
             client,
             keys: RwLock::default(),
             asked: Mutex::default(),
+            waiting: Semaphore::new(MAX_WAITING),
         };
         match jwks.refresh(Duration::ZERO).await {
             Err(error) if matches!(jwks.source, JwksSource::Url(_)) => {
@@ -111,11 +120,16 @@ impl Jwks {
         Arc::clone(&self.keys.read().unwrap_or_else(PoisonError::into_inner))
     }
 
-    /// Reads them again because a token names one that is not known.
-    pub(super) async fn refresh_for_unknown(&self) {
+    /// Reads them again because a token names one that is not known. Returns whether
+    /// that could be done: not where too many wait for it.
+    pub(super) async fn refresh_for_unknown(&self) -> bool {
+        let Ok(_place) = self.waiting.try_acquire() else {
+            return false;
+        };
         if let Err(error) = self.refresh(MIN_INTERVAL).await {
             tracing::warn!(%error, "the former keys are used on");
         }
+        true
     }
 
     /// Reads the keys, unless that was done within `least`. Who comes meanwhile
@@ -126,14 +140,22 @@ impl Jwks {
             return Ok(());
         }
         *asked = Some(Instant::now());
-        let text = match (&self.source, &self.client) {
-            (JwksSource::Url(url), Some(client)) => fetch(client, url).await?,
-            (JwksSource::File(path), _) => read(path)?,
-            (JwksSource::Url(_), None) => Vec::new(),
-        };
-        let keys = parse(&text)?;
+        let text = self.read().await;
+        // A server that is slow to fail would otherwise be asked by each who waits, in turn.
+        *asked = Some(Instant::now());
+        let keys = parse(&text?)?;
         *self.keys.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(keys);
         Ok(())
+    }
+}
+
+impl Jwks {
+    async fn read(&self) -> Result<Vec<u8>, JwksError> {
+        match (&self.source, &self.client) {
+            (JwksSource::Url(url), Some(client)) => fetch(client, url).await,
+            (JwksSource::File(path), _) => read(path),
+            (JwksSource::Url(_), None) => Ok(Vec::new()),
+        }
     }
 }
 

@@ -75,10 +75,18 @@ impl JwtVerifier {
         if !ring_provider::ALGORITHMS.contains(&header.alg) {
             return Err(AuthError::BadJwt("its algorithm is not taken"));
         }
+        // RFC 7515, 4.1.11: who does not know an extension that is critical refuses.
+        if header.crit.is_some() {
+            return Err(AuthError::BadJwt(
+                "it has extensions that are not known here",
+            ));
+        }
         let kid = header.kid.as_deref();
         let mut keys = self.jwks.keys();
         if keys.find(kid).is_none() {
-            self.jwks.refresh_for_unknown().await;
+            if !self.jwks.refresh_for_unknown().await {
+                return Err(AuthError::NoKeys);
+            }
             keys = self.jwks.keys();
         }
         let Some(key) = keys.find(kid) else {

@@ -8,7 +8,7 @@ use serde_json::{Value, json};
 
 use super::*;
 use crate::{
-    config::{JwksSource, Jwt},
+    config::{Endpoint, JwksSource, Jwt},
     permission::{Permission, Scope},
 };
 
@@ -162,6 +162,13 @@ async fn a_good_token_names_its_caller_and_nothing_else_does() {
             issuer.sign_with(&json!({ "alg": "RS256", "kid": "k1" }), &claims()),
             "its signature is wrong",
         ),
+        (
+            issuer.sign_with(
+                &json!({ "alg": "EdDSA", "kid": "k1", "crit": ["exp"] }),
+                &claims(),
+            ),
+            "it has extensions that are not known here",
+        ),
         ("a.b.c".into(), "it is malformed"),
         ("..".into(), "it is malformed"),
     ] {
@@ -213,6 +220,36 @@ async fn an_unknown_key_has_the_set_read_again_but_not_all_the_time() {
     assert_eq!(verifier.verify(&first.sign(&claims())).await, unknown);
 }
 
+#[tokio::test(start_paused = true)]
+async fn keys_that_cannot_be_read_again_are_used_on() {
+    let directory = tempfile::tempdir().expect("a directory");
+    let issuer = Issuer::new("k1");
+    let path = put(&directory, &[issuer.jwk()]);
+    let verifier = verifier(&path).await;
+    let unknown = Issuer::new("k2");
+    for broken in [Some("{\"keys\": ["), Some("{\"keys\": []}"), None] {
+        match broken {
+            Some(text) => std::fs::write(&path, text).expect("written"),
+            None => std::fs::remove_file(&path).expect("removed"),
+        }
+        tokio::time::advance(Duration::from_secs(11)).await;
+        let refused = verifier.verify(&unknown.sign(&claims())).await;
+        assert_eq!(
+            refused,
+            Err(AuthError::BadJwt("its key is not the issuer's"))
+        );
+        let other = json!({ "jti": broken, "aud": "segment-relay" });
+        let mut claims = claims();
+        for (name, value) in other.as_object().expect("an object") {
+            claims[name] = value.clone();
+        }
+        verifier
+            .verify(&issuer.sign(&claims))
+            .await
+            .expect("known as before");
+    }
+}
+
 #[tokio::test]
 async fn tokens_can_be_bound_to_integrations_and_addresses_are_no_names() {
     let directory = tempfile::tempdir().expect("a directory");
@@ -248,4 +285,30 @@ async fn key_sets_without_a_usable_key_are_refused() {
     }
     let missing = Jwks::open(JwksSource::File("/nowhere".into())).await;
     assert!(matches!(missing, Err(JwksError::File { .. })));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_key_server_that_never_answers_is_not_asked_by_each_who_waits() {
+    let silent = tokio::net::TcpListener::bind("127.0.0.1:0").await;
+    let silent = silent.expect("a free port");
+    let address = silent.local_addr().expect("an address");
+    let url = Endpoint::new(&format!("http://{address}/jwks")).expect("a URL");
+    let jwks = Jwks::open(JwksSource::Url(url))
+        .await
+        .expect("tried again later");
+    let verifier = JwtVerifier::new(options(Path::new("/nowhere")), jwks);
+    let token = Issuer::new("k1").sign(&changed("exp", json!(now() + 3_600)));
+    tokio::time::advance(Duration::from_secs(60)).await;
+    let begun = tokio::time::Instant::now();
+    let calls = (0..300).map(|_| async {
+        let refused = verifier.verify(&token).await;
+        assert_eq!(refused, Err(AuthError::NoKeys));
+        begun.elapsed()
+    });
+    let waits = futures_util::future::join_all(calls).await;
+    let longest = waits.iter().max().expect("300 of them");
+    assert!(*longest < Duration::from_secs(15), "{longest:?}");
+    // And not by any number of them.
+    let at_once = waits.iter().filter(|wait| wait.is_zero()).count();
+    assert_eq!(at_once, 300 - 256);
 }

@@ -49,7 +49,7 @@ pub(super) async fn run(args: &OutboxArgs) -> Result<u8, Failure> {
                 .to_owned(),
         ));
     }
-    telemetry::start(&config.log);
+    let telemetry = telemetry::start(&config)?;
     let vault = Arc::new(Vault::load(&config.secrets, true)?);
     let handle = NatsHandle::connect(
         &server::connection(&config.nats),
@@ -67,6 +67,7 @@ pub(super) async fn run(args: &OutboxArgs) -> Result<u8, Failure> {
     if shows {
         let _ = writeln!(std::io::stderr());
     }
+    telemetry.flush().await;
     let moved = moved.map_err(|error| Failure::Other(error.to_string()))?;
     let mut out = std::io::stdout();
     writeln!(

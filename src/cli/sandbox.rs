@@ -43,6 +43,11 @@ pub(super) struct SandboxArgs {
     #[arg(long)]
     quiet: bool,
 
+    /// Count events without looking at them, for load tests: none is checked, kept or
+    /// known again
+    #[arg(long, conflicts_with_all = ["write_key", "reject_containing"])]
+    count_only: bool,
+
     #[command(flatten)]
     fault: FaultArgs,
 }
@@ -129,6 +134,7 @@ pub(super) async fn run(args: SandboxArgs) -> Result<(), Failure> {
     let sandbox = Arc::new(Sandbox::new(SandboxOptions {
         write_keys: args.write_key.clone(),
         keep_entries: args.keep,
+        count_only: args.count_only,
         ..SandboxOptions::default()
     }));
     if let Some(rule) = args.fault.rule() {

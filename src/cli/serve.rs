@@ -6,15 +6,24 @@ use clap::Args;
 use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
 
-use super::{Failure, signals::cancel_on_signal, spec_violations};
+use super::{
+    Failure,
+    signals::{Reloads, cancel_on_signal},
+    spec_violations,
+};
 use crate::{
     config::{Config, OutboxKind},
+    panics,
     server::Relay,
-    telemetry,
+    telemetry::{self, Telemetry},
 };
 
 /// Arguments of `serve`.
 #[derive(Args, Debug)]
+#[command(
+    after_help = "SIGTERM and SIGINT drain the relay, a second one ends it at once. SIGHUP makes it read [log] filter \
+    again; all other settings are read at the start alone."
+)]
 pub(super) struct ServeArgs {
     /// TOML file; what it leaves out has the defaults of `segment-relay config`
     #[arg(long, value_name = "FILE")]
@@ -37,11 +46,13 @@ pub(super) async fn run(args: &ServeArgs) -> Result<(), Failure> {
              127.0.0.1 behind a proxy, or say --insecure"
         )));
     }
-    telemetry::start(&config.log);
+    let telemetry = telemetry::start(&config)?;
+    panics::install();
     let outbox = match config.outbox.kind {
         OutboxKind::Embedded => config.outbox.path.display().to_string(),
         OutboxKind::JetStream => format!("JetStream, {}", config.nats.prefix),
     };
+    let filter = config.log.filter.clone();
     let relay = Relay::open(config).await?;
     let listener = TcpListener::bind(listen)
         .await
@@ -49,8 +60,40 @@ pub(super) async fn run(args: &ServeArgs) -> Result<(), Failure> {
     announce(&listener, &outbox)?;
     let shutdown = CancellationToken::new();
     tokio::spawn(cancel_on_signal(shutdown.clone())?);
-    relay.run(listener, shutdown).await?;
-    Ok(())
+    let mut reloads = Reloads::new()?;
+    let ended = {
+        let reload = async {
+            let mut current = filter;
+            loop {
+                reloads.next().await;
+                change_filter(args, &telemetry, &mut current);
+            }
+        };
+        tokio::select! {
+            ended = relay.run(listener, shutdown) => ended,
+            () = telemetry.tell_of_storms() => Ok(()),
+            () = reload => Ok(()),
+        }
+    };
+    telemetry.flush().await;
+    Ok(ended?)
+}
+
+/// Takes the log's filter from the configuration as it is now.
+fn change_filter(args: &ServeArgs, telemetry: &Telemetry, current: &mut String) {
+    match Config::read(args.config.as_deref(), &spec_violations) {
+        Ok(config) if config.log.filter == *current => {
+            tracing::info!(filter = %current, "SIGHUP: the log's filter has not changed");
+        }
+        Ok(config) => {
+            telemetry.set_filter(&config.log.filter);
+            *current = config.log.filter;
+            tracing::warn!(filter = %current, "SIGHUP: the log has another filter");
+        }
+        Err(faults) => {
+            tracing::error!(%faults, "SIGHUP: the configuration has faults; nothing was changed");
+        }
+    }
 }
 
 /// What keeps the relay from being safe on a network.

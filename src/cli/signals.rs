@@ -1,4 +1,4 @@
-//! SIGTERM and SIGINT.
+//! SIGTERM and SIGINT, and SIGHUP.
 
 use tokio::signal;
 use tokio_util::sync::CancellationToken;
@@ -55,5 +55,37 @@ impl Signals {
         if signal::ctrl_c().await.is_err() {
             std::future::pending::<()>().await;
         }
+    }
+}
+
+/// SIGHUPs.
+#[cfg(unix)]
+pub(super) struct Reloads(signal::unix::Signal);
+
+#[cfg(unix)]
+impl Reloads {
+    pub(super) fn new() -> std::io::Result<Self> {
+        signal::unix::signal(signal::unix::SignalKind::hangup()).map(Self)
+    }
+
+    pub(super) async fn next(&mut self) {
+        if self.0.recv().await.is_none() {
+            std::future::pending::<()>().await;
+        }
+    }
+}
+
+/// There are none.
+#[cfg(not(unix))]
+pub(super) struct Reloads;
+
+#[cfg(not(unix))]
+impl Reloads {
+    pub(super) fn new() -> std::io::Result<Self> {
+        Ok(Self)
+    }
+
+    pub(super) async fn next(&mut self) {
+        std::future::pending::<()>().await;
     }
 }

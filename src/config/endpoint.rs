@@ -56,6 +56,18 @@ impl Endpoint {
     /// # Errors
     /// As [`Endpoint::new`].
     pub fn with_path(url: &str, default_path: &str) -> Result<Self, EndpointError> {
+        let endpoint = Self::plain(url, default_path)?;
+        if endpoint.is_tls() || endpoint.is_loopback() {
+            return Ok(endpoint);
+        }
+        Err(EndpointError::PlainHttp)
+    }
+
+    /// The same, with http to any host: for what holds no secrets.
+    ///
+    /// # Errors
+    /// As [`Endpoint::new`], but for [`EndpointError::PlainHttp`].
+    pub fn plain(url: &str, default_path: &str) -> Result<Self, EndpointError> {
         // Before parsing: `Uri` drops a fragment silently, and what does not
         // parse may hold a password all the same.
         if url.contains('@') {
@@ -92,14 +104,7 @@ impl Endpoint {
             ),
             host,
         };
-        if *scheme == Scheme::HTTP {
-            return if endpoint.is_loopback() {
-                Ok(endpoint)
-            } else {
-                Err(EndpointError::PlainHttp)
-            };
-        }
-        if *scheme == Scheme::HTTPS {
+        if *scheme == Scheme::HTTP || *scheme == Scheme::HTTPS {
             return Ok(endpoint);
         }
         Err(EndpointError::Scheme)
@@ -115,6 +120,13 @@ impl Endpoint {
     #[must_use]
     pub fn host(&self) -> &str {
         &self.host
+    }
+
+    /// The port, also where the URL leaves it to its scheme.
+    #[must_use]
+    pub fn port(&self) -> u16 {
+        let written = self.url.parse::<Uri>().ok().and_then(|uri| uri.port_u16());
+        written.unwrap_or(if self.is_tls() { 443 } else { 80 })
     }
 
     /// Whether it is reached by https.
@@ -192,6 +204,26 @@ mod tests {
         for url in ["https://10.0.0.1", "https://[::2]", "https://localhost.io"] {
             assert!(!Endpoint::new(url).expect(url).is_loopback(), "{url}");
         }
+    }
+
+    #[test]
+    fn the_port_is_the_one_that_is_connected_to() {
+        for (url, port) in [
+            ("https://h", 443),
+            ("http://127.0.0.1/x", 80),
+            ("https://h:8443", 8443),
+            ("http://[::1]:81", 81),
+        ] {
+            assert_eq!(Endpoint::new(url).expect(url).port(), port);
+        }
+    }
+
+    #[test]
+    fn what_holds_no_secrets_may_cross_the_network_in_clear() {
+        let endpoint = Endpoint::plain("http://otel-collector:4317", "/").expect("fine");
+        assert_eq!(endpoint.as_str(), "http://otel-collector:4317/");
+        let astray = Endpoint::plain("http://user:pass@host", "/").err();
+        assert_eq!(astray, Some(EndpointError::UserInfo));
     }
 
     #[test]

@@ -6,10 +6,7 @@ use std::{net::SocketAddr, path::PathBuf, time::Duration};
 use super::{
     endpoint::Endpoint,
     reader::Reader,
-    value::{
-        address, boolean, endpoint, filter, hours, millis, number, one_of, optional_address,
-        optional_path, path,
-    },
+    value::{address, boolean, endpoint, hours, millis, number, one_of, optional_path, path},
 };
 
 const SECOND_MS: u64 = 1000;
@@ -288,63 +285,5 @@ impl Outbox {
             encryption: from.take("outbox.encryption", boolean)?,
         };
         Some(outbox)
-    }
-}
-
-/// `[metrics]`: who reads what the relay counts and times.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Metrics {
-    /// Where Prometheus scrapes; nobody does without it.
-    pub listen: Option<SocketAddr>,
-    /// Integrations with labels of their own, 0 to 10,000.
-    pub max_integrations: usize,
-}
-
-impl Metrics {
-    pub(super) fn take(from: &mut Reader<'_>) -> Option<Self> {
-        Some(Self {
-            listen: from.take("metrics.listen", optional_address)?,
-            max_integrations: from.take(
-                "metrics.max_integrations",
-                number("integrations", 0..=10_000),
-            )?,
-        })
-    }
-}
-
-/// `[log]`: the relay's own log.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Log {
-    /// The form of a line.
-    pub format: LogFormat,
-    /// Directives that `tracing_subscriber::EnvFilter` has parsed.
-    pub filter: String,
-    /// Where the audit log goes beside the log.
-    pub audit_file: Option<PathBuf>,
-}
-
-/// The form of a log line.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum LogFormat {
-    /// Text on a terminal, JSON otherwise.
-    Auto,
-    /// For people.
-    Text,
-    /// For programs.
-    Json,
-}
-
-impl Log {
-    pub(super) fn take(from: &mut Reader<'_>) -> Option<Self> {
-        const FORMATS: &[(&str, LogFormat)] = &[
-            ("auto", LogFormat::Auto),
-            ("text", LogFormat::Text),
-            ("json", LogFormat::Json),
-        ];
-        Some(Self {
-            format: from.take("log.format", one_of(FORMATS))?,
-            filter: from.take("log.filter", filter)?,
-            audit_file: from.take("log.audit_file", optional_path)?,
-        })
     }
 }

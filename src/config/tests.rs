@@ -8,6 +8,7 @@ mod defaults;
 mod integrations;
 mod nats;
 mod security;
+mod telemetry;
 
 /// Loads `text` as `f.toml`; an integration breaks no rule and no key file
 /// exists.

@@ -1,8 +1,15 @@
 //! The kinds of values: each parses what a source gives into a type, or says
 //! what it expects.
 
-use std::{fmt::Display, net::SocketAddr, ops::RangeInclusive, path::PathBuf, time::Duration};
+use std::{
+    fmt::{self, Display},
+    net::SocketAddr,
+    ops::RangeInclusive,
+    path::PathBuf,
+    time::Duration,
+};
 
+use http::{HeaderMap, HeaderName, HeaderValue};
 use secrecy::SecretString;
 use toml::de::DeValue;
 use tracing_subscriber::EnvFilter;
@@ -210,6 +217,67 @@ pub(super) fn optional_url(
             .map_err(|error| Expected::new(error).hide()),
         None => Err(Expected::new("a URL")),
     }
+}
+
+/// A URL to which http is good enough, or nothing.
+pub(super) fn plain_url(raw: Raw<'_>) -> Parsed<Option<Endpoint>> {
+    match raw.text() {
+        Some("") => Ok(None),
+        Some(url) => Endpoint::plain(url, "/")
+            .map(Some)
+            .map_err(|error| Expected::new(error).hide()),
+        None => Err(Expected::new("a URL")),
+    }
+}
+
+/// Headers as `name=value` with commas between them. Prints their names alone.
+#[derive(Clone, Default)]
+pub struct OtlpHeaders(HeaderMap);
+
+impl OtlpHeaders {
+    /// Whether there are none.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
+
+    /// The headers, each of them marked as sensitive.
+    #[must_use]
+    pub fn expose(&self) -> &HeaderMap {
+        &self.0
+    }
+}
+
+impl fmt::Debug for OtlpHeaders {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_list().entries(self.0.keys()).finish()
+    }
+}
+
+/// Headers of OTLP. No fault shows them.
+pub(super) fn otlp_headers(raw: Raw<'_>) -> Parsed<OtlpHeaders> {
+    let expected = || Expected::new("headers as name=value, with commas between them").hide();
+    let text = raw.text().ok_or_else(expected)?;
+    let mut headers = HeaderMap::new();
+    for header in text.split(',').filter(|header| !header.trim().is_empty()) {
+        let (name, value) = header.split_once('=').ok_or_else(expected)?;
+        let name = HeaderName::from_bytes(name.trim().as_bytes()).map_err(|_| expected())?;
+        let mut value = HeaderValue::from_str(value.trim()).map_err(|_| expected())?;
+        value.set_sensitive(true);
+        headers.insert(name, value);
+    }
+    Ok(OtlpHeaders(headers))
+}
+
+/// A number from 0 to 1.
+pub(super) fn ratio(raw: Raw<'_>) -> Parsed<f64> {
+    raw.typed(|value| match value {
+        DeValue::Float(number) => number.as_str().parse().ok(),
+        DeValue::Integer(number) => number.as_str().parse().ok(),
+        _ => None,
+    })
+    .filter(|number| (0.0..=1.0).contains(number))
+    .ok_or_else(|| Expected::new("a number from 0 to 1"))
 }
 
 /// An IP address with a port.

@@ -8,7 +8,14 @@ use std::{
 };
 
 use super::verdict::Verdict;
-use crate::{integration::IntegrationId, region::Region, time::UnixMillis};
+use crate::{
+    integration::IntegrationId,
+    outbox::{LaneKey, LeasedCapture},
+    proto::DeliveryReason,
+    region::Region,
+    status::CaptureRecord,
+    time::UnixMillis,
+};
 
 /// How a source takes its events.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -54,6 +61,30 @@ impl Track {
         self.condition = next;
         changed.then_some(next)
     }
+
+    /// How a source stood before the relay was started, by what its events have
+    /// been through since they were queued.
+    fn of_history(record: &CaptureRecord, after: Duration) -> Option<Self> {
+        let mut attempts = record.attempts.iter();
+        let first = attempts.find(|attempt| attempt.time >= record.queue_time)?;
+        let last = attempts.next_back().unwrap_or(first);
+        let failing_since = Some(first.time);
+        let condition = match last.reason {
+            DeliveryReason::Unauthorized => Condition::Parked,
+            DeliveryReason::Network | DeliveryReason::Timeout | DeliveryReason::ServerError => {
+                if last.time.since(first.time) >= after {
+                    Condition::Broken
+                } else {
+                    Condition::Healthy
+                }
+            }
+            _ => return None,
+        };
+        Some(Self {
+            condition,
+            failing_since,
+        })
+    }
 }
 
 /// The conditions of all sources.
@@ -70,6 +101,21 @@ impl Conditions {
         Self {
             broken_after,
             tracks: Mutex::default(),
+        }
+    }
+
+    /// Remembers how a source stood before the relay was started, so that people are
+    /// told once that it fails, and that it works again.
+    pub(super) fn recall(&self, lane: &LaneKey, leased: &[LeasedCapture]) {
+        let source = (lane.integration_id.clone(), lane.region);
+        let mut tracks = self.tracks.lock().unwrap_or_else(PoisonError::into_inner);
+        if tracks.contains_key(&source) {
+            return;
+        }
+        let mut records = leased.iter().map(|capture| &capture.record);
+        let known = records.find_map(|record| Track::of_history(record, self.broken_after));
+        if let Some(track) = known {
+            tracks.insert(source, track);
         }
     }
 
@@ -96,7 +142,6 @@ impl Conditions {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::proto::DeliveryReason;
 
     #[test]
     fn a_source_is_parked_at_once_broken_after_a_while_and_healthy_with_one_success() {

@@ -15,7 +15,7 @@ use super::{
 };
 use crate::{
     outbox::{LaneKey, OutboxError},
-    region::PerRegion,
+    region::{PerRegion, Region},
 };
 
 /// Delivery under way.
@@ -44,6 +44,10 @@ impl Delivery {
             stop: stop.clone(),
             tasks: tasks.clone(),
         };
+        for region in Region::ALL {
+            // A gauge that has never been set is no 0 to whoever reads it.
+            dispatcher.parts.metrics.breaker(region, false);
+        }
         tasks.spawn(dispatcher.run());
         Ok(Self { stop, tasks })
     }

@@ -1,12 +1,13 @@
 //! One at a time works with what waits in a lane: its worker from a lease to the
-//! settlement, or whoever takes events away from it.
+//! settlement, or whoever takes events away from it. And nothing comes back from the
+//! dead letters while a person's data is erased.
 
 use std::{
     collections::HashMap,
     sync::{Arc, Mutex, PoisonError},
 };
 
-use tokio::sync::OwnedMutexGuard;
+use tokio::sync::{MutexGuard, OwnedMutexGuard};
 
 use crate::outbox::LaneKey;
 
@@ -15,7 +16,10 @@ const KEPT: usize = 4_096;
 
 /// Who holds which lane.
 #[derive(Debug, Default)]
-pub struct LaneHolds(Mutex<HashMap<LaneKey, Arc<tokio::sync::Mutex<()>>>>);
+pub struct LaneHolds {
+    lanes: Mutex<HashMap<LaneKey, Arc<tokio::sync::Mutex<()>>>>,
+    replays: tokio::sync::Mutex<()>,
+}
 
 impl LaneHolds {
     /// Waits until nobody holds the lane, and holds it for as long as the guard lives.
@@ -24,8 +28,14 @@ impl LaneHolds {
         self.of(lane).lock_owned().await
     }
 
+    /// Waits until nobody moves dead letters into lanes, and keeps others from it for as
+    /// long as the guard lives. Whoever holds lanes too takes this first.
+    pub async fn hold_replays(&self) -> MutexGuard<'_, ()> {
+        self.replays.lock().await
+    }
+
     fn of(&self, lane: &LaneKey) -> Arc<tokio::sync::Mutex<()>> {
-        let mut lanes = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut lanes = self.lanes.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(found) = lanes.get(lane) {
             return Arc::clone(found);
         }

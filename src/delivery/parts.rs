@@ -7,7 +7,7 @@ use super::{
 };
 use crate::{
     metrics::Metrics, notify::Notices, outbox::Outbox, region::PerRegion, registry::Registry,
-    segment::SegmentClient,
+    segment::SegmentClient, trace::Traces,
 };
 
 /// What delivery works with.
@@ -25,6 +25,8 @@ pub struct DeliveryParts {
     pub conditions: Arc<Conditions>,
     /// Counts and times.
     pub metrics: Metrics,
+    /// Whether somebody gets the spans.
+    pub traces: Traces,
     /// Who is told when that changes.
     pub notices: Notices,
     /// Who works with which lane.

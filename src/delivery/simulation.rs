@@ -151,6 +151,7 @@ impl Simulation {
                 accept_time: self.now(),
                 user_id: None,
                 room: None,
+                trace: None,
                 content: Content::Send {
                     shard: user % SHARDS,
                     events: EventPair {

@@ -3,6 +3,7 @@
 use std::{sync::Arc, time::Duration};
 
 use tokio_util::sync::CancellationToken;
+use tracing::Instrument;
 
 use super::{
     Condition, Credentials, Lane, Plan, Step,
@@ -10,15 +11,18 @@ use super::{
     breaker::{Admission, Sign},
     parts::{DeliveryParts, Shared},
     report,
+    spans::{self, BatchSpans},
     verdict::{Verdict, judge},
 };
 use crate::{
     event::EventType,
+    metrics::AttemptFacts,
     notice::{Happening, Notice},
     outbox::{LaneKey, LeasedCapture, Settlement},
     secret::WriteKey,
     segment::Answer,
     time::UnixMillis,
+    trace::{Traces, step},
 };
 
 /// A worker without work goes home after this time.
@@ -35,6 +39,14 @@ pub(super) struct Worker {
     lane: Lane,
     /// The integration as it was at the last attempt, by its etag.
     tried_with: Option<String>,
+}
+
+/// What is to be settled, and how that came about.
+struct Attempted {
+    settlement: Settlement,
+    /// Segment's answer, if something was sent.
+    answer: Option<Answer>,
+    spans: BatchSpans,
 }
 
 /// What came of one turn.
@@ -109,17 +121,28 @@ impl Worker {
                 return Turn::Wait(OUTBOX_RETRY);
             }
         };
-        let (settlement, answer) = match self.attempt(leased).await {
+        let attempted = match self.attempt(leased).await {
             Ok(attempted) => attempted,
             Err(wait) => return Turn::Wait(wait),
         };
+        let Attempted {
+            settlement,
+            answer,
+            spans,
+        } = attempted;
         if let Some(answer) = &answer {
             self.note(&admission, answer);
         }
         drop((admission, permit));
         let settlement = Arc::new(settlement);
-        self.make_durable(&settlement).await;
+        let durable = async {
+            self.make_durable(&settlement)
+                .instrument(step("settle"))
+                .await;
+        };
+        durable.instrument(spans.batch().clone()).await;
         drop(hold);
+        spans.close(&settlement);
         report::settled(&self.parts.metrics, &settlement);
         if let Some(answer) = answer {
             self.tell_of_change(&answer).await;
@@ -132,10 +155,7 @@ impl Worker {
     ///
     /// # Errors
     /// How long to wait before it may be sent.
-    async fn attempt(
-        &mut self,
-        leased: Vec<LeasedCapture>,
-    ) -> Result<(Settlement, Option<Answer>), Duration> {
+    async fn attempt(&mut self, leased: Vec<LeasedCapture>) -> Result<Attempted, Duration> {
         let id = &self.key.integration_id;
         let integration = self.parts.registry.get(id);
         self.tried_with = integration
@@ -155,14 +175,15 @@ impl Worker {
         }
         let step = self.lane.next_step(leased, credentials, UnixMillis::now());
         match (step, write_key) {
-            (Step::Send(leased), Some(write_key)) => {
-                let (settlement, answer) = self.send(write_key, leased).await?;
-                Ok((settlement, Some(answer)))
-            }
+            (Step::Send(leased), Some(write_key)) => self.send(write_key, leased).await,
             (Step::Settle(settlement), _) => {
                 let captures = settlement.captures.len();
                 tracing::warn!(lane = %self.key, captures, ?credentials, "settled unsent");
-                Ok((settlement, None))
+                Ok(Attempted {
+                    settlement,
+                    answer: None,
+                    spans: BatchSpans::open(Traces::Off, &self.key, &[]),
+                })
             }
             // Nothing is sent without a write key.
             (Step::Send(_), None) => Err(OUTBOX_RETRY),
@@ -215,45 +236,50 @@ impl Worker {
         &mut self,
         write_key: &WriteKey,
         leased: Vec<LeasedCapture>,
-    ) -> Result<(Settlement, Answer), Duration> {
+    ) -> Result<Attempted, Duration> {
         let (id, region) = (&self.key.integration_id, self.key.region);
         let count = leased.iter().map(LeasedCapture::event_count).sum();
         self.parts
             .rates
             .take(id, region, count, UnixMillis::now())?;
+        self.parts.conditions.recall(&self.key, &leased);
         let events: Vec<&[u8]> = leased
             .iter()
             .flat_map(|capture| EventType::ALL.map(|event| capture.payload(event)))
             .flatten()
             .collect();
         let retries = self.lane.failures();
-        let answer = self
-            .parts
-            .segment
-            .send(region, write_key, &events, retries)
-            .await;
         let bytes: usize = events.iter().map(|event| event.len()).sum();
-        self.parts.metrics.attempt(
+        let (segment, traces) = (&self.parts.segment, self.parts.traces);
+        let spans = BatchSpans::open(traces, &self.key, &leased);
+        let endpoint = segment.endpoint(region);
+        let span = spans
+            .batch()
+            .in_scope(|| spans::attempt(traces, endpoint, retries, events.len(), bytes));
+        let sent = segment.send(region, write_key, &events, retries);
+        let answer = sent.instrument(span.clone()).await;
+        self.parts.metrics.attempt(&AttemptFacts {
             region,
-            answer.http_status(),
-            answer.latency,
-            count.into(),
-            bytes as u64,
-        );
-        let error = answer.error();
-        if error.is_empty() {
-            tracing::debug!(lane = %self.key, events = count, latency = ?answer.latency, "delivered");
-        } else {
-            tracing::warn!(lane = %self.key, events = count, error, "not delivered");
-        }
+            endpoint,
+            answer: &answer,
+            events: count.into(),
+            bytes: bytes as u64,
+        });
         let now = UnixMillis::now();
         if let Verdict::Pause(wait) = judge(&answer) {
             self.parts.rates.pause(id, region, now, wait);
         }
-        Ok((
-            self.lane.settle(leased, &answer, now, fastrand::f64()),
-            answer,
-        ))
+        let settlement = self.lane.settle(leased, &answer, now, fastrand::f64());
+        let reason = report::reason(&settlement);
+        spans::answered(spans.batch(), &span, &answer, reason);
+        spans
+            .batch()
+            .in_scope(|| report::log(&settlement, &answer, reason));
+        Ok(Attempted {
+            settlement,
+            answer: Some(answer),
+            spans,
+        })
     }
 
     /// What Segment has answered must not be forgotten: tries until the outbox

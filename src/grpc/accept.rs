@@ -5,6 +5,7 @@ use std::{collections::BTreeMap, sync::Arc};
 
 use tokio::sync::OwnedSemaphorePermit;
 use tonic::Request;
+use tracing::{Instrument, Span};
 
 use super::{RelayError, Services, convert};
 use crate::{
@@ -19,6 +20,7 @@ use crate::{
     proto::{Capture, CaptureResult},
     status::CaptureRecord,
     time::UnixMillis,
+    trace::{TraceLink, step},
 };
 
 /// What became of one capture of a request: its record, and whether it is a duplicate.
@@ -59,9 +61,32 @@ impl Services {
         integration: &Integration,
         capture: Option<Capture>,
     ) -> Result<NewCapture, RelayError> {
-        let capture = required(capture)?;
-        Ok(intake::prepare(integration, capture, UnixMillis::now())?)
+        let (mut capture, received) = (required(capture)?, UnixMillis::now());
+        let trace = TraceLink::current();
+        let digest = intake::digest(&mut capture);
+        let mapped = step("validate").in_scope(|| mapping::map(integration, &capture, received))?;
+        let new = step("map").in_scope(|| intake::assemble(integration, mapped, digest, received));
+        Ok(NewCapture { trace, ..new? })
     }
+
+    /// Stores captures; one answer each, in their order.
+    pub(super) async fn enqueue(
+        &self,
+        captures: Vec<NewCapture>,
+    ) -> Result<Vec<Submitted>, RelayError> {
+        let stored = async {
+            let receipt = self.outbox.submit(captures).await?;
+            Ok(receipt.wait().instrument(step("group commit")).await?)
+        };
+        stored.instrument(step("enqueue")).await
+    }
+}
+
+/// Says on the call's span what it is about.
+pub(super) fn describe(integration: &IntegrationId, capture_id: &str) {
+    Span::current()
+        .record("segment_relay.integration_id", integration.as_str())
+        .record("segment_relay.capture_id", capture_id);
 }
 
 /// Who calls, as the access layer has found out.

@@ -2,6 +2,7 @@
 //! room. What it counts is counted until the answer has left.
 
 use std::{
+    net::SocketAddr,
     pin::Pin,
     sync::Arc,
     task::{Context, Poll},
@@ -9,17 +10,25 @@ use std::{
 
 use http::{HeaderMap, Request, Response};
 use tokio_util::sync::CancellationToken;
-use tonic::{Status, body::Body};
+use tonic::{Code, Status, body::Body};
 use tower_layer::Layer;
 use tower_service::Service;
+use tracing::Instrument;
 
 use super::{
-    Peer, RelayError, Usage,
+    Peer, RelayError, Throttle, Usage,
     body::{Answering, CallGuards, Metered},
     rpcs::{Need, method, need, streams_requests},
+    spans,
     timer::CallTimer,
 };
-use crate::{audit::Audit, auth::Authenticator, metrics::Metrics, permission::Caller};
+use crate::{
+    audit::Audit, auth::Authenticator, metrics::Metrics, permission::Caller, trace::Traces,
+};
+
+/// Calls at once on a connection of those that anybody may make: there are few
+/// services to watch the health of.
+const MAX_OPEN_CALLS: usize = 16;
 
 /// Puts [`AccessService`] before all services.
 #[derive(Clone)]
@@ -32,6 +41,7 @@ struct Access {
     usage: Arc<Usage>,
     audit: Audit,
     metrics: Metrics,
+    traces: Traces,
 }
 
 impl AccessLayer {
@@ -42,12 +52,14 @@ impl AccessLayer {
         usage: Arc<Usage>,
         audit: Audit,
         metrics: Metrics,
+        traces: Traces,
     ) -> Self {
         let access = Access {
             authenticator,
             usage,
             audit,
             metrics,
+            traces,
         };
         Self {
             access: Arc::new(access),
@@ -98,8 +110,10 @@ where
         let next = self.inner.clone();
         let mut inner = std::mem::replace(&mut self.inner, next);
         let access = Arc::clone(&self.access);
-        let timer = CallTimer::new(access.metrics.clone(), method(request.uri().path()));
-        Box::pin(async move {
+        let method = method(request.uri().path());
+        let span = spans::call(access.traces, method, request.headers());
+        let timer = CallTimer::new(access.metrics.clone(), method, span.clone());
+        let call = async move {
             let (request, guards) = match access.admit(request).await {
                 Ok(admitted) => admitted,
                 Err(error) => {
@@ -107,14 +121,46 @@ where
                     return Ok(Status::from(error).into_http());
                 }
             };
+            let asked = Asked::of(&request);
             let answer = inner.call(request).await?;
+            access.note_refusal(&asked, answer.headers());
             let timer = timer.see(answer.headers());
             Ok(answer.map(|body| Body::new(Answering::new(body, guards, timer))))
-        })
+        };
+        Box::pin(call.instrument(span))
+    }
+}
+
+/// What is needed of a request once its answer is there.
+struct Asked {
+    uri: http::Uri,
+    caller: Option<Arc<Caller>>,
+    address: Option<SocketAddr>,
+}
+
+impl Asked {
+    fn of(request: &Request<Body>) -> Self {
+        let peer = request.extensions().get::<Peer>();
+        Self {
+            uri: request.uri().clone(),
+            caller: request.extensions().get::<Arc<Caller>>().cloned(),
+            address: peer.and_then(|peer| peer.address),
+        }
     }
 }
 
 impl Access {
+    /// Notes a call that a service refused: it named an integration of others.
+    fn note_refusal(&self, asked: &Asked, answer: &HeaderMap) {
+        let status = answer.get(Status::GRPC_STATUS);
+        let code = status.map(|status| Code::from_bytes(status.as_bytes()));
+        if code == Some(Code::PermissionDenied) {
+            let caller = asked.caller.as_ref().map(|caller| caller.name.as_str());
+            let (rpc, reason) = (asked.uri.path(), RelayError::OutOfScope.reason());
+            self.audit.refused(caller, asked.address, rpc, reason);
+        }
+    }
+
     async fn admit(
         &self,
         mut request: Request<Body>,
@@ -123,14 +169,19 @@ impl Access {
         let activity = peer.as_ref().map(|peer| peer.activity.begin());
         let need = need(request.uri().path());
         if need == Need::Nothing {
-            return Ok((request, CallGuards::new(activity, None)));
+            let most = MAX_OPEN_CALLS;
+            let open = peer.as_ref().map(|peer| peer.activity.begin_open(most));
+            if matches!(open, Some(None)) {
+                return Err(Throttle::OPEN_CALLS.into());
+            }
+            return Ok((request, CallGuards::open(activity, open.flatten())));
         }
         let caller = self
             .known(request.headers(), request.uri().path(), peer.as_ref(), need)
             .await?;
         let permit = self.usage.enter(&caller)?;
         request.extensions_mut().insert(caller);
-        let guards = CallGuards::new(activity, Some(permit));
+        let guards = CallGuards::new(activity, permit);
         let (usage, bytes) = (Arc::clone(&self.usage), Arc::clone(guards.bytes()));
         let streams = streams_requests(request.uri().path());
         let request = request.map(|body| Body::new(Metered::new(body, usage, bytes, streams)));

@@ -13,7 +13,12 @@ use tokio::sync::OwnedSemaphorePermit;
 use tokio_util::sync::PollSemaphore;
 use tonic::{Status, body::Body};
 
-use super::{Usage, peer::ActiveCall, timer::CallTimer, usage::units};
+use super::{
+    Usage,
+    peer::{ActiveCall, OpenCall},
+    timer::CallTimer,
+    usage::units,
+};
 
 /// Bytes of a request that are held.
 #[derive(Default)]
@@ -42,14 +47,26 @@ impl HeldBytes {
 pub(super) struct CallGuards {
     _activity: Option<ActiveCall>,
     _permit: Option<OwnedSemaphorePermit>,
+    _open: Option<OpenCall>,
     bytes: Arc<HeldBytes>,
 }
 
 impl CallGuards {
-    pub(super) fn new(activity: Option<ActiveCall>, permit: Option<OwnedSemaphorePermit>) -> Self {
+    pub(super) fn new(activity: Option<ActiveCall>, permit: OwnedSemaphorePermit) -> Self {
         Self {
             _activity: activity,
-            _permit: permit,
+            _permit: Some(permit),
+            _open: None,
+            bytes: Arc::default(),
+        }
+    }
+
+    /// Those of a call that anybody may make.
+    pub(super) fn open(activity: Option<ActiveCall>, open: Option<OpenCall>) -> Self {
+        Self {
+            _activity: activity,
+            _permit: None,
+            _open: open,
             bytes: Arc::default(),
         }
     }

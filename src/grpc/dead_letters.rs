@@ -23,6 +23,7 @@ const MAX_IDS: usize = 1_000;
 /// For so long Segment removes repeats by messageId.
 const DEDUPLICATION_WINDOW: Duration = Duration::from_secs(24 * 3_600);
 
+#[derive(Clone)]
 pub(super) struct DeadLetters(pub(super) Services);
 
 #[tonic::async_trait]
@@ -69,7 +70,7 @@ impl DeadLetterService for DeadLetters {
         &self,
         request: Request<ReplayDeadLettersRequest>,
     ) -> Result<Response<ReplayDeadLettersResponse>, Status> {
-        let (caller, _permit) = self.0.enter(&request)?;
+        let (caller, permit) = self.0.enter(&request)?;
         let request = request.into_inner();
         let now = UnixMillis::now();
         let selection = parse_selection(&caller, request.filter, &request.dead_letter_ids, now)?;
@@ -77,9 +78,14 @@ impl DeadLetterService for DeadLetters {
         let event_count = if request.dry_run {
             count.events
         } else {
-            let replayed = self.replay_all(&selection, now).await?;
-            self.note(&caller, "dead_letters.replayed", replayed);
-            replayed
+            let this = self.clone();
+            let replay = async move {
+                let mut replayed = 0;
+                let ended = this.replay_all(&selection, now, &mut replayed).await;
+                this.note(&caller, "dead_letters.replayed", replayed, &ended);
+                ended.map(|()| replayed)
+            };
+            self.0.carry_out(permit, replay).await?
         };
         Ok(Response::new(ReplayDeadLettersResponse {
             event_count,
@@ -91,7 +97,7 @@ impl DeadLetterService for DeadLetters {
         &self,
         request: Request<DiscardDeadLettersRequest>,
     ) -> Result<Response<DiscardDeadLettersResponse>, Status> {
-        let (caller, _permit) = self.0.enter(&request)?;
+        let (caller, permit) = self.0.enter(&request)?;
         let request = request.into_inner();
         let now = UnixMillis::now();
         let selection = parse_selection(&caller, request.filter, &request.dead_letter_ids, now)?;
@@ -99,26 +105,31 @@ impl DeadLetterService for DeadLetters {
             let event_count = self.count(&selection, now).await?.events;
             return Ok(Response::new(DiscardDeadLettersResponse { event_count }));
         }
-        let mut event_count = 0;
-        loop {
-            let discarded = self.0.outbox.discard(selection.clone()).await;
-            match discarded.map_err(RelayError::from)? {
-                0 => break,
-                discarded => event_count += discarded,
-            }
-        }
-        self.note(&caller, "dead_letters.discarded", event_count);
+        let this = self.clone();
+        let discard = async move {
+            let mut discarded = 0;
+            let ended = this.discard_all(&selection, &mut discarded).await;
+            this.note(&caller, "dead_letters.discarded", discarded, &ended);
+            ended.map(|()| discarded)
+        };
+        let event_count = self.0.carry_out(permit, discard).await?;
         Ok(Response::new(DiscardDeadLettersResponse { event_count }))
     }
 }
 
 impl DeadLetters {
-    fn note(&self, caller: &Caller, action: &str, events: u64) {
+    /// Notes what was done, also where it broke off half-way.
+    fn note(&self, caller: &Caller, action: &str, events: u64, ended: &Result<(), RelayError>) {
+        let broke_off = match ended {
+            Ok(()) => "",
+            Err(_) if events == 0 => return,
+            Err(_) => ", then it broke off",
+        };
         self.0.audit.note(&Entry {
             caller: &caller.name,
             action,
             integration: "",
-            detail: format!("{events} events"),
+            detail: format!("{events} events{broke_off}"),
         });
     }
 
@@ -138,14 +149,28 @@ impl DeadLetters {
 
     /// Replays piece by piece, so that live traffic is stored in between. Where
     /// room ends on the way, the rest stays as it is.
-    async fn replay_all(&self, selection: &Selection, now: UnixMillis) -> Result<u64, RelayError> {
-        let mut total = 0;
+    async fn replay_all(
+        &self,
+        selection: &Selection,
+        now: UnixMillis,
+        total: &mut u64,
+    ) -> Result<(), RelayError> {
         loop {
+            let _replays = self.0.holds.hold_replays().await;
             match self.0.outbox.replay(selection.clone(), now).await? {
-                Ok(0) => return Ok(total),
-                Ok(replayed) => total += replayed,
-                Err(quota) if total == 0 => return Err(RelayError::Full(quota)),
-                Err(_) => return Ok(total),
+                Ok(0) => return Ok(()),
+                Ok(replayed) => *total += replayed,
+                Err(quota) if *total == 0 => return Err(RelayError::Full(quota)),
+                Err(_) => return Ok(()),
+            }
+        }
+    }
+
+    async fn discard_all(&self, selection: &Selection, total: &mut u64) -> Result<(), RelayError> {
+        loop {
+            match self.0.outbox.discard(selection.clone()).await? {
+                0 => return Ok(()),
+                discarded => *total += discarded,
             }
         }
     }

@@ -141,6 +141,7 @@ impl RelayError {
             Self::Throttled(throttle) => match throttle.subject {
                 "caller" => "CALLER_LIMIT",
                 "integration" => "INTEGRATION_LIMIT",
+                "connection" => "CONNECTION_LIMIT",
                 _ => "RELAY_LIMIT",
             },
             Self::Registry(error) => match error {

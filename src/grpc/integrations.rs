@@ -29,6 +29,7 @@ use crate::{
 /// Whose events a test sends. `example.com` belongs to nobody (RFC 2606).
 const TEST_EMAIL: &str = "segment-relay-test@example.com";
 
+#[derive(Clone)]
 pub(super) struct Integrations(pub(super) Services);
 
 #[tonic::async_trait]
@@ -37,14 +38,18 @@ impl IntegrationService for Integrations {
         &self,
         request: Request<CreateIntegrationRequest>,
     ) -> Result<Response<CreateIntegrationResponse>, Status> {
-        let (caller, _permit) = self.0.enter(&request)?;
+        let (caller, permit) = self.0.enter(&request)?;
         let spec = required(request.into_inner().integration)?;
         if !caller.may_touch(&spec.integration_id) {
             return Err(RelayError::OutOfScope.into());
         }
-        let created = self.0.registry.create(&spec, UnixMillis::now()).await;
-        let created = created.map_err(RelayError::from)?;
-        self.tell(&caller, Happening::Created, &created, &[]).await;
+        let this = self.clone();
+        let change = async move {
+            let created = this.0.registry.create(&spec, UnixMillis::now()).await?;
+            this.tell(&caller, Happening::Created, &created, &[]).await;
+            Ok(created)
+        };
+        let created = self.0.carry_out(permit, change).await?;
         let integration = Some(created.to_public());
         Ok(Response::new(CreateIntegrationResponse { integration }))
     }
@@ -96,22 +101,23 @@ impl IntegrationService for Integrations {
         &self,
         request: Request<UpdateIntegrationRequest>,
     ) -> Result<Response<UpdateIntegrationResponse>, Status> {
-        let (caller, _permit) = self.0.enter(&request)?;
+        let (caller, permit) = self.0.enter(&request)?;
         let request = request.into_inner();
         let change = required(request.integration)?;
         self.0.integration(&caller, &change.integration_id)?;
         let mask = request.update_mask.unwrap_or_default().paths;
-        let updated = self
-            .0
-            .registry
-            .update(change, &mask, UnixMillis::now())
-            .await;
-        let updated = updated.map_err(RelayError::from)?;
-        let changed = changed_fields(&updated.before, &updated.now);
-        let facts = [("changed", changed.join(" ").into())];
-        self.tell(&caller, Happening::Updated, &updated.now, &facts)
-            .await;
-        let integration = Some(updated.now.to_public());
+        let this = self.clone();
+        let change = async move {
+            let registry = &this.0.registry;
+            let updated = registry.update(change, &mask, UnixMillis::now()).await?;
+            let changed = changed_fields(&updated.before, &updated.now);
+            let facts = [("changed", changed.join(" ").into())];
+            this.tell(&caller, Happening::Updated, &updated.now, &facts)
+                .await;
+            Ok(updated.now)
+        };
+        let updated = self.0.carry_out(permit, change).await?;
+        let integration = Some(updated.to_public());
         Ok(Response::new(UpdateIntegrationResponse { integration }))
     }
 
@@ -119,19 +125,20 @@ impl IntegrationService for Integrations {
         &self,
         request: Request<DeleteIntegrationRequest>,
     ) -> Result<Response<DeleteIntegrationResponse>, Status> {
-        let (caller, _permit) = self.0.enter(&request)?;
+        let (caller, permit) = self.0.enter(&request)?;
         let request = request.into_inner();
         let found = self.0.integration(&caller, &request.integration_id)?;
-        let deleted = self
-            .0
-            .registry
-            .delete(&request.integration_id, &request.etag, request.force)
-            .await
-            .map_err(RelayError::from)?;
-        self.0.vitals.forget(found.id());
-        self.0.conditions.forget(found.id());
-        let facts = [("waiting_events", deleted.into())];
-        self.tell(&caller, Happening::Deleted, &found, &facts).await;
+        let this = self.clone();
+        let change = async move {
+            let (id, etag) = (&request.integration_id, &request.etag);
+            let deleted = this.0.registry.delete(id, etag, request.force).await?;
+            this.0.vitals.forget(found.id());
+            this.0.conditions.forget(found.id());
+            let facts = [("waiting_events", deleted.into())];
+            this.tell(&caller, Happening::Deleted, &found, &facts).await;
+            Ok(deleted)
+        };
+        let deleted = self.0.carry_out(permit, change).await?;
         Ok(Response::new(DeleteIntegrationResponse {
             dead_lettered_events: deleted,
         }))
@@ -141,18 +148,23 @@ impl IntegrationService for Integrations {
         &self,
         request: Request<TestIntegrationRequest>,
     ) -> Result<Response<TestIntegrationResponse>, Status> {
-        let (caller, _permit) = self.0.enter(&request)?;
+        let (caller, permit) = self.0.enter(&request)?;
         let integration = self
             .0
             .integration(&caller, &request.into_inner().integration_id)?;
-        let tests = integration
-            .regions()
-            .map(|region| self.test(&integration, region));
-        let results = futures_util::future::try_join_all(tests).await?;
-        let facts = results.iter().map(outcome).collect::<Vec<_>>();
-        let facts = [("results", facts.join(", ").into())];
-        self.tell(&caller, Happening::Tested, &integration, &facts)
-            .await;
+        let this = self.clone();
+        let test = async move {
+            let tests = integration
+                .regions()
+                .map(|region| this.test(&integration, region));
+            let results = futures_util::future::try_join_all(tests).await?;
+            let facts = results.iter().map(outcome).collect::<Vec<_>>();
+            let facts = [("results", facts.join(", ").into())];
+            this.tell(&caller, Happening::Tested, &integration, &facts)
+                .await;
+            Ok(results)
+        };
+        let results = self.0.carry_out(permit, test).await?;
         Ok(Response::new(TestIntegrationResponse { results }))
     }
 }

@@ -25,6 +25,8 @@ pub struct Peer {
 #[derive(Debug, Default)]
 pub struct Activity {
     calls: AtomicUsize,
+    /// Those that anybody may make.
+    open_calls: Arc<AtomicUsize>,
     last_end: Mutex<Option<Instant>>,
 }
 
@@ -33,6 +35,13 @@ impl Activity {
     pub(super) fn begin(self: &Arc<Self>) -> ActiveCall {
         self.calls.fetch_add(1, Ordering::Relaxed);
         ActiveCall(Arc::clone(self))
+    }
+
+    /// Notes a call that anybody may make, if there are fewer than `most` of them.
+    pub(super) fn begin_open(&self, most: usize) -> Option<OpenCall> {
+        let call = OpenCall(Arc::clone(&self.open_calls));
+        let before = self.open_calls.fetch_add(1, Ordering::Relaxed);
+        (before < most).then_some(call)
     }
 
     /// When the last call ended, or the connection began; `None` while one is under way.
@@ -46,6 +55,16 @@ impl Activity {
 /// A call that is under way.
 #[derive(Debug)]
 pub(super) struct ActiveCall(Arc<Activity>);
+
+/// A call under way whose caller nobody has asked for a name.
+#[derive(Debug)]
+pub(super) struct OpenCall(Arc<AtomicUsize>);
+
+impl Drop for OpenCall {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::Relaxed);
+    }
+}
 
 impl Drop for ActiveCall {
     fn drop(&mut self) {

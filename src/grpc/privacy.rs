@@ -22,9 +22,12 @@ use crate::{
 
 /// Captures that one transaction erases at the most.
 const CHUNK: usize = 500;
+/// Searches of one erasure at the most: captures of the person may keep coming.
+const MAX_SEARCHES: usize = 1_000;
 /// Longest wait for the requests that carry the person's events.
 const HOLD_TIMEOUT: Duration = Duration::from_secs(60);
 
+#[derive(Clone)]
 pub(super) struct Privacy(pub(super) Services);
 
 #[tonic::async_trait]
@@ -33,29 +36,23 @@ impl PrivacyService for Privacy {
         &self,
         request: Request<EraseSubjectRequest>,
     ) -> Result<Response<EraseSubjectResponse>, Status> {
-        let (caller, _permit) = self.0.enter(&request)?;
+        let (caller, permit) = self.0.enter(&request)?;
         let request = request.into_inner();
         let (subject, email_sha256) = parse_subject(&caller, &request)?;
-        let receipt = ErasureReceipt {
+        let mut receipt = ErasureReceipt {
             email_sha256,
             erase_time: Some(UnixMillis::now().to_proto()),
             caller: caller.name.clone(),
             integration_id: request.integration_id,
             ..ErasureReceipt::default()
         };
-        let receipt = self.erase(subject, receipt).await?;
-        self.0.audit.note(&Entry {
-            caller: &caller.name,
-            action: "subject.erased",
-            integration: &receipt.integration_id,
-            detail: format!(
-                "receipt {}: {} waiting events, {} dead letters, {} attempts",
-                receipt.receipt_id,
-                receipt.waiting_event_count,
-                receipt.dead_letter_count,
-                receipt.attempt_count
-            ),
-        });
+        let this = self.clone();
+        let erasure = async move {
+            let erased = this.erase(subject, &mut receipt).await;
+            this.note(&caller, &receipt);
+            erased.map(|()| receipt)
+        };
+        let receipt = self.0.carry_out(permit, erasure).await?;
         Ok(Response::new(EraseSubjectResponse {
             receipt: Some(receipt),
         }))
@@ -112,13 +109,38 @@ impl PrivacyService for Privacy {
 }
 
 impl Privacy {
-    /// Erases all that was accepted before this call, until nothing is found.
+    /// Notes an erasure, also one that broke off.
+    fn note(&self, caller: &Caller, receipt: &ErasureReceipt) {
+        let action = match (receipt.completed, receipt.receipt_id.as_str()) {
+            (true, _) => "subject.erased",
+            // Nothing is gone yet.
+            (false, "") => return,
+            (false, _) => "subject.partly_erased",
+        };
+        self.0.audit.note(&Entry {
+            caller: &caller.name,
+            action,
+            integration: &receipt.integration_id,
+            detail: format!(
+                "receipt {}: {} waiting events, {} dead letters, {} attempts",
+                receipt.receipt_id,
+                receipt.waiting_event_count,
+                receipt.dead_letter_count,
+                receipt.attempt_count
+            ),
+        });
+    }
+
+    /// Erases all that was accepted before this call, until nothing is found. The
+    /// receipt tells how far it came, also where it fails.
     async fn erase(
         &self,
         subject: SubjectQuery,
-        mut receipt: ErasureReceipt,
-    ) -> Result<ErasureReceipt, RelayError> {
-        loop {
+        receipt: &mut ErasureReceipt,
+    ) -> Result<(), RelayError> {
+        for _ in 0..MAX_SEARCHES {
+            // A dead letter that went back into its lane meanwhile could be on its way.
+            let _replays = self.0.holds.hold_replays().await;
             let found = self.0.outbox.find_subject(subject.clone()).await?;
             // What is on its way to Segment is settled before it is counted.
             let _holds = self.hold(&found.lanes).await?;
@@ -126,20 +148,25 @@ impl Privacy {
                 let piece = Erasure {
                     subject: subject.clone(),
                     captures: captures.to_vec(),
-                    receipt,
+                    receipt: receipt.clone(),
                 };
-                receipt = self.0.outbox.erase(piece).await?;
+                *receipt = self.0.outbox.erase(piece).await?;
             }
             if found.captures.is_empty() {
-                receipt.completed = true;
                 let end = Erasure {
                     subject,
                     captures: Vec::new(),
-                    receipt,
+                    receipt: ErasureReceipt {
+                        completed: true,
+                        ..receipt.clone()
+                    },
                 };
-                return Ok(self.0.outbox.erase(end).await?);
+                *receipt = self.0.outbox.erase(end).await?;
+                return Ok(());
             }
         }
+        let coming = "captures of the person keep coming; what came before is gone".to_owned();
+        Err(OutboxError::Unavailable(coming).into())
     }
 
     /// Holds lanes in their order, so that two erasures never wait for each other.

@@ -4,17 +4,19 @@ use std::time::{Duration, Instant};
 
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status, Streaming, metadata::MetadataMap};
+use tracing::Span;
 
 use super::{
     RelayError, Services,
-    accept::{Accepted, accepted, caller, capture_result, echo_id, required, tally},
+    accept::{Accepted, accepted, caller, capture_result, describe, echo_id, required, tally},
     convert, stream, watch,
 };
 use crate::{
     event::{self, EventType, message_id},
+    intake,
     integration::Integration,
     mapping::{self, CaptureFault, MAX_CAPTURE_ID_CHARS},
-    outbox::{NewCapture, Submitted},
+    outbox::NewCapture,
     proto::{
         Capture, CaptureBatchRequest, CaptureBatchResponse, CaptureRequest, CaptureResponse,
         CaptureStreamRequest, CaptureStreamResponse, GetCaptureRequest, GetCaptureResponse,
@@ -23,6 +25,7 @@ use crate::{
     },
     status::CaptureRecord,
     time::UnixMillis,
+    trace::{TraceLink, step},
 };
 
 /// Captures of one batch at the most.
@@ -69,6 +72,9 @@ impl SegmentRelay for Relay {
         }
         let integration = self.0.integration(&caller, &request.integration_id)?;
         let count = request.captures.len();
+        Span::current()
+            .record("segment_relay.integration_id", integration.id().as_str())
+            .record("segment_relay.captures", count);
         self.0.usage.capture(&caller, integration.id(), count)?;
         let mut answers = self.accept_batch(&integration, request.captures).await?;
         let outcomes = answers.iter().map(|(_, answer)| answer);
@@ -161,15 +167,11 @@ impl SegmentRelay for Relay {
 }
 
 impl Relay {
-    async fn submit(&self, captures: Vec<NewCapture>) -> Result<Vec<Submitted>, RelayError> {
-        let receipt = self.0.outbox.submit(captures).await?;
-        Ok(receipt.wait().await?)
-    }
-
     /// Validates and stores one capture.
     async fn accept(&self, integration: &Integration, capture: Option<Capture>) -> Accepted {
         let new = self.0.prepare(integration, capture)?;
-        let submitted = self.submit(vec![new]).await?;
+        describe(integration.id(), &new.capture_id);
+        let submitted = self.0.enqueue(vec![new]).await?;
         submitted
             .into_iter()
             .next()
@@ -184,20 +186,24 @@ impl Relay {
     ) -> Result<Vec<(String, Accepted)>, RelayError> {
         let mut answers = Vec::with_capacity(captures.len());
         let mut taken = Vec::with_capacity(captures.len());
-        for capture in captures {
-            let id = echo_id(&capture);
-            match self.0.prepare(integration, Some(capture)) {
-                Ok(new) => {
-                    answers.push((id, None));
-                    taken.push(new);
+        let trace = TraceLink::current();
+        // One step for all of them: a trace of thousands of steps tells nobody anything.
+        step("validate and map").in_scope(|| {
+            for capture in captures {
+                let id = echo_id(&capture);
+                match intake::prepare(integration, capture, UnixMillis::now()) {
+                    Ok(new) => {
+                        answers.push((id, None));
+                        taken.push(NewCapture { trace, ..new });
+                    }
+                    Err(fault) => answers.push((id, Some(Err(fault.into())))),
                 }
-                Err(error) => answers.push((id, Some(Err(error)))),
             }
-        }
+        });
         let submitted = if taken.is_empty() {
             Vec::new()
         } else {
-            self.submit(taken).await?
+            self.0.enqueue(taken).await?
         };
         let mut submitted = submitted.into_iter();
         let filled = answers.into_iter().map(|(id, answer)| {

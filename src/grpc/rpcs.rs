@@ -93,12 +93,17 @@ pub const RPCS: [(&str, Need); 17] = [
     ),
 ];
 
-/// The rpc of a path, for labels: those of the schema, and `other`.
+/// The rpc of a path, for labels: the full names of those of the schema and of
+/// health checks, and `_OTHER` (semantic conventions for RPC, `rpc.method`).
 pub(super) fn method(path: &str) -> &'static str {
-    RPCS.iter()
-        .find(|(known, _)| *known == path)
-        .and_then(|(known, _)| known.rsplit('/').next())
-        .unwrap_or("other")
+    let known = RPCS.iter().map(|(known, _)| *known);
+    known
+        .chain([
+            "/grpc.health.v1.Health/Check",
+            "/grpc.health.v1.Health/Watch",
+        ])
+        .find(|known| *known == path)
+        .map_or("_OTHER", |known| &known[1..])
 }
 
 /// Whether the requests of a path are a stream.

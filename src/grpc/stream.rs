@@ -9,11 +9,13 @@ use prost::Message;
 use tokio::sync::{OwnedSemaphorePermit, mpsc};
 use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::sync::PollSemaphore;
-use tonic::{Status, Streaming};
+use tonic::{Code, Status, Streaming};
+use tracing::{Instrument, Span};
 
 use super::{
     RelayError, Services,
-    accept::{accepted, capture_result, echo_id, tally},
+    accept::{accepted, capture_result, describe, echo_id, tally},
+    spans,
     usage::units,
 };
 use crate::{
@@ -22,6 +24,7 @@ use crate::{
     outbox::{NewCapture, Receipt},
     permission::Caller,
     proto::{CaptureStreamRequest, CaptureStreamResponse},
+    trace::{TraceLink, step},
 };
 
 /// Results that wait to be sent.
@@ -39,9 +42,10 @@ pub(super) fn serve(
     permit: OwnedSemaphorePermit,
 ) -> ReceiverStream<Result<CaptureStreamResponse, Status>> {
     let (results, receiver) = mpsc::channel(RESULTS);
+    let stream = TraceLink::current();
     let tracker = services.gate.streams.clone();
     tracker.spawn(async move {
-        run(services, caller, requests, results).await;
+        run(services, caller, requests, results, stream).await;
         drop(permit);
     });
     ReceiverStream::new(receiver)
@@ -54,6 +58,7 @@ async fn run(
     caller: Arc<Caller>,
     mut requests: Streaming<CaptureStreamRequest>,
     results: Results,
+    stream: Option<TraceLink>,
 ) {
     let max_in_flight = services.limits.max_stream_captures_in_flight;
     let mut room = PollSemaphore::new(services.usage.memory());
@@ -74,8 +79,10 @@ async fn run(
             }
             held = room_for(&mut room, next.as_ref()), if next.is_some() => {
                 if let Some(request) = next.take() {
-                    let submitted = submit(&services, &caller, request, held).await;
-                    in_flight.push(submitted.result());
+                    let span = spans::message(services.traces, stream);
+                    let submitted = submit(&services, &caller, request, held);
+                    let submitted = submitted.instrument(span.clone()).await;
+                    in_flight.push(submitted.result().instrument(span));
                 }
             }
             request = requests.message(),
@@ -134,12 +141,19 @@ async fn submit(
         .ok()
         .map(|found| found.id().clone());
     let submitted = match prepare(services, caller, request) {
-        Ok(new) => services
-            .outbox
-            .submit(vec![NewCapture { room, ..new }])
-            .await
-            .map_err(RelayError::from),
-        Err(error) => Err(error),
+        Ok(new) => {
+            describe(&new.integration_id, &new.capture_id);
+            let submitted = services.outbox.submit(vec![NewCapture { room, ..new }]);
+            let submitted = submitted.instrument(step("enqueue")).await;
+            submitted.map_err(RelayError::from)
+        }
+        Err(error) => {
+            if matches!(error, RelayError::OutOfScope) {
+                let (name, rpc) = (Some(caller.name.as_str()), "CaptureStream");
+                services.audit.refused(name, None, rpc, error.reason());
+            }
+            Err(error)
+        }
     };
     InFlight {
         correlation_id,
@@ -154,7 +168,7 @@ impl InFlight {
     /// The result, once the capture is durable or refused.
     async fn result(self) -> CaptureStreamResponse {
         let answer = match self.submitted {
-            Ok(receipt) => match receipt.wait().await {
+            Ok(receipt) => match receipt.wait().instrument(step("group commit")).await {
                 Ok(all) => all
                     .into_iter()
                     .next()
@@ -163,6 +177,8 @@ impl InFlight {
             },
             Err(error) => Err(error),
         };
+        let code = answer.as_ref().map_or_else(RelayError::code, |_| Code::Ok);
+        spans::answered(&Span::current(), code);
         if let Some(id) = &self.integration_id {
             tally(&self.metrics, id, std::iter::once(&answer));
         }

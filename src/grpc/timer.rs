@@ -4,7 +4,9 @@ use std::time::Instant;
 
 use http::HeaderMap;
 use tonic::Code;
+use tracing::Span;
 
+use super::spans;
 use crate::metrics::Metrics;
 
 /// The codes in the order of their numbers (gRPC, "Status codes").
@@ -28,19 +30,26 @@ const NAMES: [&str; 17] = [
     "UNAUTHENTICATED",
 ];
 
+/// The name of a code.
+pub(super) fn code_name(code: Code) -> &'static str {
+    NAMES.get(code as usize).copied().unwrap_or("UNKNOWN")
+}
+
 /// A call under way. One that ends without a status was cancelled.
 pub(super) struct CallTimer {
     metrics: Metrics,
     method: &'static str,
+    span: Span,
     begun: Instant,
     ended: bool,
 }
 
 impl CallTimer {
-    pub(super) fn new(metrics: Metrics, method: &'static str) -> Self {
+    pub(super) fn new(metrics: Metrics, method: &'static str, span: Span) -> Self {
         Self {
             metrics,
             method,
+            span,
             begun: Instant::now(),
             ended: false,
         }
@@ -61,8 +70,9 @@ impl CallTimer {
 
     fn note(&mut self, code: Code) {
         self.ended = true;
-        let name = NAMES.get(code as usize).copied().unwrap_or("UNKNOWN");
-        self.metrics.rpc(self.method, name, self.begun.elapsed());
+        self.metrics
+            .rpc(self.method, code_name(code), self.begun.elapsed());
+        spans::answered(&self.span, code);
     }
 }
 

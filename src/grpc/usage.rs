@@ -41,7 +41,7 @@ struct CallerUse {
 /// A bound that was reached, whose it is, and when there is room again.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Throttle {
-    /// `caller`, `integration` or `relay`.
+    /// `caller`, `integration`, `connection` or `relay`.
     pub subject: &'static str,
     /// What there is too much of, and the setting that bounds it.
     pub what: &'static str,
@@ -51,6 +51,15 @@ pub struct Throttle {
 
 /// Wait where nobody can know when a call will end.
 const SHORT_WAIT: Duration = Duration::from_millis(500);
+
+impl Throttle {
+    /// Too many calls that anybody may make.
+    pub(super) const OPEN_CALLS: Self = Self {
+        subject: "connection",
+        what: "health calls at once on one connection",
+        wait: SHORT_WAIT,
+    };
+}
 
 impl Usage {
     /// Nothing is used.

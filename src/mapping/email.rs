@@ -5,7 +5,7 @@ use std::{borrow::Cow, fmt};
 use email_address::{EmailAddress, Options};
 use sha2::{Digest, Sha256};
 
-use crate::{integration::Normalization, violation::Violations};
+use crate::{integration::Normalization, text::hex_digits, violation::Violations};
 
 /// Longest address (RFC 5321, 4.5.3.1.3, without the angle brackets), in bytes.
 const MAX_ADDRESS_BYTES: usize = 254;
@@ -86,5 +86,5 @@ fn user_id(email: &str, normalization: Normalization) -> String {
         }
         _ => Cow::Borrowed(email),
     };
-    hex::encode(Sha256::digest(hashed.as_bytes()))
+    hex_digits(&Sha256::digest(hashed.as_bytes()))
 }

@@ -8,7 +8,7 @@ use sha2::{Digest, Sha256};
 use crate::{
     integration::{ReservedTrait, ValueType},
     proto::{AttributeValue, attribute_value::Kind},
-    text::has_control_beyond_line_ends,
+    text::{has_control_beyond_line_ends, hex_digits},
     time::UnixMillis,
     violation::{Violations, entry_path},
 };
@@ -67,7 +67,7 @@ impl Value<'_> {
     /// The SHA-256 of the value's text: a string as it is, any other value as
     /// its JSON form; a list value by value.
     pub(super) fn hashed(self) -> Self {
-        let hash = |text: &str| hex::encode(Sha256::digest(text.as_bytes()));
+        let hash = |text: &str| hex_digits(&Sha256::digest(text.as_bytes()));
         Self::Text(Cow::Owned(match self {
             Self::Text(text) => hash(&text),
             Self::Time(time) => hash(&time.to_iso()),

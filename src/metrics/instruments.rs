@@ -74,8 +74,8 @@ impl Instruments {
                 "From an event's acceptance to its delivery",
             ),
             attempt_duration: seconds(
-                "segment_relay.attempt.duration",
-                "Duration of requests to Segment, by region and status (0: no answer)",
+                "http.client.request.duration",
+                "Duration of requests to Segment, by region and status",
             ),
             batch_events: counts(
                 "segment_relay.batch.events",

@@ -1,6 +1,7 @@
 //! What Prometheus reads.
 
 use super::*;
+use crate::{segment::Reply, time::UnixMillis};
 
 fn id(name: &str) -> IntegrationId {
     IntegrationId::new(name).expect("valid")
@@ -18,7 +19,7 @@ fn waiting(name: &str, events: u64) -> BacklogOf {
 #[test]
 fn integrations_beyond_the_bound_share_a_label() {
     let board = Arc::new(BacklogBoard::default());
-    let metrics = Metrics::new(2, Arc::clone(&board)).expect("set up");
+    let metrics = Metrics::new(2, Arc::clone(&board), None).expect("set up");
     for name in ["a", "b", "c", "d", "a"] {
         metrics.captures(&id(name), "accepted", 1);
     }
@@ -46,19 +47,32 @@ fn integrations_beyond_the_bound_share_a_label() {
 
 #[test]
 fn every_instrument_is_read_with_its_unit() {
-    let metrics = Metrics::new(10, Arc::default()).expect("set up");
-    metrics.rpc("Capture", "OK", Duration::from_millis(3));
+    let metrics = Metrics::new(10, Arc::default(), None).expect("set up");
+    metrics.rpc("a.B/Capture", "OK", Duration::from_millis(3));
     metrics.events(&id("a"), "identify", "delivered", "", 2);
     metrics.delivered_after(Region::Eu, Duration::from_millis(30));
-    metrics.attempt(Region::NonEu, 503, Duration::from_millis(20), 100, 70_000);
+    metrics.attempt(&AttemptFacts {
+        region: Region::NonEu,
+        endpoint: &Endpoint::new("https://api.segment.io").expect("an endpoint"),
+        answer: &Answer {
+            reply: Reply::Status {
+                status: 503,
+                retry_after: None,
+            },
+            started: UnixMillis(0),
+            latency: Duration::from_millis(20),
+        },
+        events: 100,
+        bytes: 70_000,
+    });
     metrics.commit(64, Duration::from_millis(2), true);
     metrics.breaker(Region::Eu, true);
     let text = metrics.text();
     for line in [
-        "rpc_server_call_duration_seconds_bucket{rpc_method=\"Capture\",rpc_response_status_code=\"OK\",le=\"0.005\"} 1",
+        "rpc_server_call_duration_seconds_bucket{rpc_method=\"a.B/Capture\",rpc_response_status_code=\"OK\",rpc_system_name=\"grpc\",le=\"0.005\"} 1",
         "segment_relay_events_total{integration=\"a\",reason=\"\",state=\"delivered\",type=\"identify\"} 2",
         "segment_relay_delivery_latency_seconds_count{region=\"eu\"} 1",
-        "segment_relay_attempt_duration_seconds_count{http_status=\"503\",region=\"non_eu\"} 1",
+        "http_client_request_duration_seconds_count{error_type=\"503\",http_request_method=\"POST\",http_response_status_code=\"503\",region=\"non_eu\",server_address=\"api.segment.io\",server_port=\"443\"} 1",
         "segment_relay_batch_events_sum{region=\"non_eu\"} 100",
         "segment_relay_batch_size_bytes_sum{region=\"non_eu\"} 70000",
         "segment_relay_outbox_commit_duration_seconds_count{result=\"ok\"} 1",

@@ -18,6 +18,7 @@ use crate::{
     region::Region,
     status::{Attempt, CaptureRecord, Outcome, State},
     time::UnixMillis,
+    trace::TraceLink,
 };
 
 /// Bounds with which the suite opens an outbox.
@@ -98,6 +99,7 @@ pub(crate) fn new_capture(name: &str, capture_id: &str, content: u8) -> NewCaptu
         accept_time: NOW,
         user_id: Some(user_of(capture_id)),
         room: None,
+        trace: TraceLink::from_bytes(&[7; TraceLink::BYTES]),
         content: Content::Send {
             shard: 1,
             events: EventPair {

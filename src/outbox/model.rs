@@ -113,6 +113,7 @@ impl Model {
             identify: EventStatus::new(state),
             track: EventStatus::new(state),
             attempts: Vec::new(),
+            trace: capture.trace,
         };
         let sequence = self
             .captures

@@ -12,6 +12,7 @@ use crate::{
     region::Region,
     status::{Attempt, CaptureRecord, EventStatus, State},
     time::UnixMillis,
+    trace::TraceLink,
 };
 
 #[derive(Clone, PartialEq, Message)]
@@ -31,6 +32,9 @@ struct StoredCapture {
     /// 0: as accept_millis.
     #[prost(sint64, tag = "7")]
     queue_millis: i64,
+    /// As [`TraceLink::to_bytes`] has it; empty where the call was not traced.
+    #[prost(bytes = "vec", tag = "8")]
+    trace: Vec<u8>,
 }
 
 #[derive(Clone, PartialEq, Message)]
@@ -80,6 +84,9 @@ pub(super) fn encode(record: &CaptureRecord) -> Vec<u8> {
             time if time == record.accept_time => 0,
             time => time.0,
         },
+        trace: record
+            .trace
+            .map_or_else(Vec::new, |trace| trace.to_bytes().to_vec()),
     }
     .encode_to_vec()
 }
@@ -108,6 +115,7 @@ pub(super) fn decode(
         identify: event(stored.identify)?,
         track: event(stored.track)?,
         attempts: stored.attempts.into_iter().map(decode_attempt).collect(),
+        trace: TraceLink::from_bytes(&stored.trace),
     })
 }
 
@@ -166,6 +174,7 @@ pub fn sample_records() -> Vec<(&'static str, Vec<u8>)> {
         identify: event(state),
         track: event(State::Queued),
         attempts: vec![attempt.clone()],
+        trace: TraceLink::from_bytes(&[7; TraceLink::BYTES]),
     };
     states
         .into_iter()
@@ -269,6 +278,7 @@ mod tests {
             track in any_event(),
             eu in any::<bool>(),
             queue_millis in prop_oneof![Just(-5), 1..i64::MAX],
+            trace in prop::collection::vec(any::<u8>(), 23..26),
             carried in prop::collection::vec((any::<bool>(), any::<bool>(), any::<u16>(), any::<u32>()), 0..5),
         ) {
             let id = IntegrationId::new("acme").expect("valid");
@@ -293,6 +303,7 @@ mod tests {
                         error: "e".into(),
                     })
                     .collect(),
+                trace: TraceLink::from_bytes(&trace),
             };
             prop_assert_eq!(decode(id, "c".into(), &encode(&record)), Ok(record));
         }

@@ -1,34 +1,49 @@
-//! The embedded outbox: one SQLite database in WAL mode with
-//! `synchronous=FULL`, one thread that writes and one that reads.
+//! The embedded outbox: a journal that is synced before anything is acknowledged,
+//! and a SQLite database in WAL mode that takes over what stands in it.
 //!
 //! # How it works
-//! - The writer takes all commands that have arrived, up to a bound, into one
-//!   transaction: they share one fsync (group commit). Callers are answered,
-//!   and signals given, after the commit; if it fails, all of them fail and
-//!   none has left anything behind.
-//! - `capture` holds one row for each capture, with its status, for as long as
-//!   its id is remembered; `queue` one row with both payloads for as long as an
-//!   event waits; `dead_letter` the payloads of events that were given up.
-//!   A delivered payload is deleted in the transaction that settles it.
-//! - `lane` counts what waits, so that bounds are known at once after a start.
+//! - `committer` takes all submissions and settlements that have arrived, up to a
+//!   bound, and appends them to the journal with one sync (group commit). Then they
+//!   are in the `overlay`, callers are answered, and signals given. If the sync fails,
+//!   all of them fail, and the journal is written anew before it is used again.
+//! - Once a second, or when a segment of the journal is full, the newest states of
+//!   all captures in the overlay go into the database in one transaction (a flush).
+//!   The segment is free then. So a capture that is delivered at once goes into the
+//!   database as one small row, and its payload never does.
+//! - Whoever looks for a capture looks into the overlay first, then into the database.
+//! - All else is done by `writer` in the database; what touches captures that may be
+//!   in the overlay is done alone, after a flush.
+//! - At a start the journal is read, and put into the database.
+//!
+//! # The database
+//! `capture` holds one row for each capture, with its status, for as long as its id
+//! is remembered; `queue` one row with both payloads for as long as an event waits;
+//! `dead_letter` the payloads of events that were given up; `lane` counts what waits.
 //!
 //! # Files
-//! `relay.db` with its `-wal` and `-shm`, and `relay.lock`, which the relay
-//! holds locked: a second one on the same directory is refused.
+//! `relay.db` with its `-wal` and `-shm`, `relay.journal-0` and `-1`, and
+//! `relay.lock`, which the relay holds locked: a second one on the same directory is
+//! refused.
 
 mod calls;
+mod committer;
 pub(super) mod export;
+mod journal;
 mod keys;
+mod lookup;
+mod open;
+mod overlay;
 mod reader;
 mod row;
 mod schema;
 mod selection;
 mod subjects;
+mod tally;
 mod writer;
 
 use std::{
-    fs::{self, File, TryLockError},
-    path::{Path, PathBuf},
+    fs::File,
+    path::PathBuf,
     sync::{Arc, Mutex},
     thread::JoinHandle,
     time::Duration,
@@ -39,13 +54,15 @@ use tokio::sync::{mpsc, oneshot};
 use super::{FoundSubject, Limits, OutboxError, Signals, SubjectQuery, sealing::Sealing};
 use crate::{metrics::Metrics, vault::Vault};
 
+use committer::Command;
 pub use export::ExportError;
 pub use keys::KeyError;
+use overlay::Shared;
 use reader::ReadCommand;
 use subjects::SubjectScan;
-use writer::{WriteCommand, Writer};
+use writer::WriteCommand;
 
-/// Commands that wait for the writer; a full queue makes callers wait.
+/// Commands that wait for the committer or the writer; a full queue makes callers wait.
 const WRITE_QUEUE: usize = 4_096;
 /// Captures of one person that a search finds at the most.
 const MAX_FOUND: usize = 100_000;
@@ -107,6 +124,14 @@ pub enum OpenError {
     /// The file is not a database of the relay.
     #[error("{0} is not an outbox of segment-relay; move it away")]
     Foreign(PathBuf),
+    /// The journal can't be read or written.
+    #[error("the journal in {path} cannot be opened: {source}")]
+    Journal {
+        /// The configured directory.
+        path: PathBuf,
+        /// What went wrong.
+        source: std::io::Error,
+    },
     /// The database failed.
     #[error("the outbox in {path} cannot be opened: {source}")]
     Database {
@@ -120,15 +145,18 @@ pub enum OpenError {
 /// The embedded outbox. See the module's description.
 #[derive(Debug)]
 pub struct SqliteOutbox {
+    committer: mpsc::Sender<Command>,
     writer: mpsc::Sender<WriteCommand>,
     reader: mpsc::Sender<ReadCommand>,
     signals: Arc<Signals>,
     sealing: Arc<Sealing>,
+    shared: Arc<Shared>,
     open: Mutex<Option<OpenFiles>>,
 }
 
 #[derive(Debug)]
 struct OpenFiles {
+    committer: JoinHandle<()>,
     writer: JoinHandle<()>,
     reader: JoinHandle<()>,
     _lock: File,
@@ -140,54 +168,7 @@ impl SqliteOutbox {
     /// # Errors
     /// [`OpenError`]; nothing of an existing outbox has been changed then.
     pub fn open(options: &SqliteOptions, vault: &Arc<Vault>) -> Result<Self, OpenError> {
-        let lock = lock_directory(&options.directory)?;
-        let database = options.directory.join("relay.db");
-        let mut write = schema::open_for_writing(&options.directory, &database)?;
-        let prepared =
-            keys::prepare(&mut write, vault, options.encrypt_payloads).map_err(|source| {
-                OpenError::Keys {
-                    path: options.directory.clone(),
-                    source,
-                }
-            })?;
-        let failed = |source| OpenError::Database {
-            path: options.directory.clone(),
-            source,
-        };
-        let read = schema::open_for_reading(&database).map_err(failed)?;
-
-        let signals = Arc::new(Signals::default());
-        let writer =
-            Writer::new(write, options, &prepared, Arc::clone(&signals)).map_err(failed)?;
-        let (write_sender, write_receiver) = mpsc::channel(WRITE_QUEUE);
-        let (read_sender, read_receiver) = mpsc::channel(READ_QUEUE);
-        let spawn = |name: &str, run: Box<dyn FnOnce() + Send>| {
-            std::thread::Builder::new()
-                .name(name.to_owned())
-                .spawn(run)
-                .map_err(|source| OpenError::Directory {
-                    path: options.directory.clone(),
-                    source,
-                })
-        };
-        let files = OpenFiles {
-            writer: spawn(
-                "outbox-writer",
-                Box::new(move || writer.run(write_receiver)),
-            )?,
-            reader: spawn(
-                "outbox-reader",
-                Box::new(move || reader::run(read, read_receiver)),
-            )?,
-            _lock: lock,
-        };
-        Ok(Self {
-            writer: write_sender,
-            reader: read_sender,
-            signals,
-            sealing: prepared.sealing,
-            open: Mutex::new(Some(files)),
-        })
+        open::open(options, vault)
     }
 
     /// Forgets captures that are older than configured, and gives free space
@@ -197,12 +178,22 @@ impl SqliteOutbox {
     /// # Errors
     /// [`OutboxError`]; it may work at the next call.
     pub async fn maintain(&self) -> Result<bool, OutboxError> {
-        self.write(|reply| WriteCommand::Maintain { reply }).await
+        if self.signals.is_writable() && !self.shared.is_rekeying() {
+            return self.write(|reply| WriteCommand::Maintain { reply }).await;
+        }
+        self.alone(|reply| WriteCommand::Maintain { reply }).await
+    }
+
+    /// Waits until all that has been acknowledged is in the database.
+    async fn flush(&self) -> Result<(), OutboxError> {
+        self.commit(|reply| Command::Flush { whole: true, reply })
+            .await
     }
 
     /// Goes through all that was accepted, piece by piece, so that leases are
     /// answered in between.
     async fn scan_subjects(&self, query: SubjectQuery) -> Result<FoundSubject, OutboxError> {
+        self.flush().await?;
         let ids = query.user_ids.iter();
         let mut scan = SubjectScan {
             subjects: ids.map(|id| self.sealing.subject(id)).collect(),
@@ -228,57 +219,46 @@ impl SqliteOutbox {
         Ok(all)
     }
 
+    async fn commit<T>(
+        &self,
+        command: impl FnOnce(oneshot::Sender<Result<T, OutboxError>>) -> Command,
+    ) -> Result<T, OutboxError> {
+        ask(&self.committer, command).await
+    }
+
+    /// Done while nothing is accepted or settled.
+    async fn alone<T>(
+        &self,
+        command: impl FnOnce(oneshot::Sender<Result<T, OutboxError>>) -> WriteCommand,
+    ) -> Result<T, OutboxError> {
+        ask(&self.committer, |reply| Command::Alone(command(reply))).await
+    }
+
     async fn write<T>(
         &self,
         command: impl FnOnce(oneshot::Sender<Result<T, OutboxError>>) -> WriteCommand,
     ) -> Result<T, OutboxError> {
-        let (reply, answer) = oneshot::channel();
-        self.writer
-            .send(command(reply))
-            .await
-            .map_err(|_| OutboxError::Closed)?;
-        answer.await.unwrap_or(Err(OutboxError::Closed))
+        ask(&self.writer, command).await
     }
 
     async fn read<T>(
         &self,
         command: impl FnOnce(oneshot::Sender<Result<T, OutboxError>>) -> ReadCommand,
     ) -> Result<T, OutboxError> {
-        let (reply, answer) = oneshot::channel();
-        self.reader
-            .send(command(reply))
-            .await
-            .map_err(|_| OutboxError::Closed)?;
-        answer.await.unwrap_or(Err(OutboxError::Closed))
+        ask(&self.reader, command).await
     }
 }
 
-fn lock_directory(directory: &Path) -> Result<File, OpenError> {
-    let failed = |source| OpenError::Directory {
-        path: directory.to_owned(),
-        source,
-    };
-    make_private_directory(directory).map_err(failed)?;
-    let lock = File::options()
-        .create(true)
-        .truncate(false)
-        .write(true)
-        .open(directory.join("relay.lock"))
-        .map_err(failed)?;
-    match lock.try_lock() {
-        Ok(()) => Ok(lock),
-        Err(TryLockError::WouldBlock) => Err(OpenError::Locked(directory.to_owned())),
-        Err(TryLockError::Error(source)) => Err(failed(source)),
-    }
-}
-
-/// Write keys and addresses are in there, so it is for the relay's user alone.
-fn make_private_directory(directory: &Path) -> std::io::Result<()> {
-    let mut builder = fs::DirBuilder::new();
-    builder.recursive(true);
-    #[cfg(unix)]
-    std::os::unix::fs::DirBuilderExt::mode(&mut builder, 0o700);
-    builder.create(directory)
+async fn ask<C, T>(
+    thread: &mpsc::Sender<C>,
+    command: impl FnOnce(oneshot::Sender<Result<T, OutboxError>>) -> C,
+) -> Result<T, OutboxError> {
+    let (reply, answer) = oneshot::channel();
+    thread
+        .send(command(reply))
+        .await
+        .map_err(|_| OutboxError::Closed)?;
+    answer.await.unwrap_or(Err(OutboxError::Closed))
 }
 
 async fn join(thread: JoinHandle<()>) {

@@ -21,7 +21,7 @@ use super::check::{BatchRequest, CheckedBatch, basic_user, check_batch};
 use super::entry::RequestInfo;
 use super::fault::{DropConnection, Facts, Fault};
 use super::state::Store;
-use super::{Region, Sandbox};
+use super::{Region, Sandbox, tally};
 
 /// Largest body of a batch request, before and after decompression, in bytes.
 pub(super) const MAX_BODY_BYTES: usize = 500_000;
@@ -118,7 +118,11 @@ pub(super) async fn handle(
                 body: Arc::new(body),
                 warnings,
             };
-            process(received, sandbox)
+            if sandbox.count_only {
+                tally::take(region, &received.body, sandbox)
+            } else {
+                process(received, sandbox)
+            }
         }
         Err(unreadable) => {
             let key = authorization.and_then(basic_user);
@@ -141,7 +145,7 @@ pub(super) async fn handle(
 }
 
 /// What is answered instead of 200.
-struct Refusal {
+pub(super) struct Refusal {
     status: StatusCode,
     message: String,
 }

@@ -11,11 +11,12 @@ use crate::{
     config::{self, Config},
     delivery::{Backoff, Conditions, DeliveryParts, LaneOptions, RateLimits},
     grpc::{Gate, Services, Usage},
-    metrics::Metrics,
+    metrics::{BacklogBoard, Export, Metrics},
     notify::Notices,
     outbox::{Limits, Outbox, SqliteOptions},
     registry::Registry,
     segment::{REQUEST_OVERHEAD_BYTES, SegmentClient},
+    telemetry,
 };
 
 /// When an integration is called broken in the log, where nobody else is told.
@@ -25,34 +26,47 @@ pub(super) fn services(
     config: &Config,
     outbox: Arc<dyn Outbox>,
     registry: Arc<Registry>,
-    segment: Arc<SegmentClient>,
+    notices: Notices,
     audit: Audit,
     metrics: Metrics,
     draining: &CancellationToken,
-) -> Services {
+) -> Result<Services, RunError> {
     let limits = Arc::new(config.server.clone());
     let broken_after = config.notify.as_ref().map(|notify| notify.broken_after);
-    Services {
+    Ok(Services {
         gate: Arc::new(Gate::new(
             limits.max_calls_in_flight,
             limits.max_watchers,
             draining.clone(),
         )),
         registry,
-        segment,
+        segment: Arc::new(SegmentClient::new(&config.segment)?),
         vitals: Arc::default(),
         conditions: Arc::new(Conditions::new(broken_after.unwrap_or(BROKEN_AFTER))),
         holds: Arc::default(),
-        notices: match &config.notify {
-            Some(_) => Notices::new(Arc::clone(&outbox)),
-            None => Notices::nobody(),
-        },
+        notices,
         outbox,
         limits,
         usage: Arc::new(Usage::new(config.limits.clone())),
         audit,
         metrics,
-    }
+        traces: telemetry::traces(config),
+    })
+}
+
+/// What counts and times, for whoever reads it.
+pub(super) fn metrics(config: &Config, board: &Arc<BacklogBoard>) -> Result<Metrics, RunError> {
+    let export = match &config.otlp {
+        None if config.metrics.listen.is_none() => return Ok(Metrics::off()),
+        None => None,
+        Some(otlp) => Some(Export {
+            exporter: telemetry::otlp::metric_exporter(otlp)?,
+            interval: config.metrics.export_interval,
+            resource: telemetry::resource(),
+        }),
+    };
+    let most = config.metrics.max_integrations;
+    Ok(Metrics::new(most, Arc::clone(board), export)?)
 }
 
 pub(super) fn delivery_parts(config: &Config, services: &Services) -> DeliveryParts {
@@ -63,6 +77,7 @@ pub(super) fn delivery_parts(config: &Config, services: &Services) -> DeliveryPa
         vitals: Arc::clone(&services.vitals),
         conditions: Arc::clone(&services.conditions),
         metrics: services.metrics.clone(),
+        traces: services.traces,
         notices: services.notices.clone(),
         holds: Arc::clone(&services.holds),
         rates: Arc::new(rate_limits(&config.delivery)),

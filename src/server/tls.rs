@@ -101,8 +101,12 @@ impl Tls {
             let tls = Arc::clone(&self);
             let reloaded = tokio::task::spawn_blocking(move || tls.reload()).await;
             match reloaded {
-                Ok(Ok(true)) => tracing::info!("the TLS certificates were read again"),
-                Ok(Ok(false)) => last_error.clear(),
+                Ok(Ok(changed)) => {
+                    if changed {
+                        tracing::info!("the TLS certificates were read again");
+                    }
+                    last_error.clear();
+                }
                 Ok(Err(error)) if error.to_string() != last_error => {
                     tracing::error!(%error, "the former TLS certificates are used on");
                     last_error = error.to_string();
@@ -241,6 +245,66 @@ mod tests {
         let made = rcgen::generate_simple_self_signed(["relay.internal".to_owned()]);
         let made = made.expect("made");
         (made.cert.pem(), made.signing_key.serialize_pem())
+    }
+
+    /// Keeps what is logged.
+    #[derive(Clone, Default)]
+    struct Log(Arc<std::sync::Mutex<Vec<u8>>>);
+
+    impl Log {
+        /// How many lines have a text.
+        fn count(&self, text: &str) -> usize {
+            let lines = self.0.lock().expect("sound");
+            String::from_utf8_lossy(&lines).matches(text).count()
+        }
+    }
+
+    impl io::Write for Log {
+        fn write(&mut self, line: &[u8]) -> io::Result<usize> {
+            self.0.lock().expect("sound").write(line)
+        }
+
+        fn flush(&mut self) -> io::Result<()> {
+            Ok(())
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn each_new_fault_of_the_files_is_told_once() {
+        let directory = tempfile::tempdir().expect("a directory");
+        let put = |name: &str, content: &str| {
+            let path = directory.path().join(name);
+            fs::write(&path, content).expect("written");
+            path
+        };
+        let log = Log::default();
+        let written = log.clone();
+        let subscriber = tracing_subscriber::fmt().with_writer(move || written.clone());
+        let _guard = tracing::subscriber::set_default(subscriber.finish());
+        let (certificate, key) = pair();
+        let tls = Tls::new(config::Tls {
+            certificate_file: put("certificate", &certificate),
+            key_file: put("key", &key),
+            client_ca_file: None,
+            client_certificate_required: true,
+            reload_interval: std::time::Duration::from_secs(10),
+        });
+        let stop = CancellationToken::new();
+        let following = tokio::spawn(Arc::new(tls.expect("fits")).follow(stop.clone()));
+        for round in 1..=2 {
+            put("certificate", "-----BEGIN CERT");
+            tokio::time::sleep(std::time::Duration::from_secs(35)).await;
+            assert_eq!(log.count("the former TLS certificates are used on"), round);
+            assert_eq!(log.count("certificate_file"), round);
+            // Mended, and looked at but once before it breaks again.
+            let (certificate, key) = pair();
+            put("certificate", &certificate);
+            put("key", &key);
+            tokio::time::sleep(std::time::Duration::from_secs(10)).await;
+            assert_eq!(log.count("the TLS certificates were read again"), round);
+        }
+        stop.cancel();
+        following.await.expect("ended");
     }
 
     #[test]

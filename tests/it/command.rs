@@ -228,10 +228,12 @@ impl Processes {
         std::fs::write(&file, text).expect("written");
         let mut relay = segment_relay()
             .args(["serve", "--config", file.to_str().expect("UTF-8")])
+            .env("SEGMENT_RELAY__LOG__FILTER", "trace")
             .stdout(Stdio::piped())
-            .stderr(Stdio::null())
+            .stderr(Stdio::piped())
             .spawn()
             .expect("starts");
+        crate::scan::of_process(relay.stderr.take().expect("piped"));
         let line = first_line(&mut relay);
         let address = line
             .trim()

@@ -26,6 +26,8 @@ use tokio::{net::TcpListener, task::JoinHandle};
 use tokio_util::sync::CancellationToken;
 use tonic::{Request, Status, transport::Channel};
 
+use crate::collector::Collector;
+
 /// No test waits longer than this for anything.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(30);
 pub(crate) const WRITE_KEY: &str = "write-key-of-acme-0001";
@@ -38,6 +40,7 @@ pub(crate) struct World {
     endpoints: String,
     directory: TempDir,
     store: PathBuf,
+    metrics: SocketAddr,
     shutdown: CancellationToken,
     relay: JoinHandle<Result<(), RunError>>,
     nats: Option<Server>,
@@ -88,11 +91,17 @@ impl World {
         };
         let settings = format!("{short_waits}{endpoints}{settings}");
         let nats = shared_outbox().await;
-        let (address, shutdown, relay) = run_relay(&settings, &directory, nats.as_ref()).await;
+        let Started {
+            address,
+            metrics,
+            shutdown,
+            relay,
+        } = run_relay(&settings, &directory, nats.as_ref()).await;
         Self {
             sandbox,
             address,
             channel: connect(address),
+            metrics,
             settings,
             endpoints,
             store: directory.path().join("outbox"),
@@ -107,12 +116,12 @@ impl World {
     /// Drains the relay and starts another on the same outbox.
     pub(crate) async fn restart(&mut self) {
         self.drain().await;
-        let (address, shutdown, relay) =
-            run_relay(&self.settings, &self.directory, self.nats.as_ref()).await;
-        self.address = address;
-        self.shutdown = shutdown;
-        self.relay = relay;
-        self.channel = connect(address);
+        let started = run_relay(&self.settings, &self.directory, self.nats.as_ref()).await;
+        self.address = started.address;
+        self.metrics = started.metrics;
+        self.shutdown = started.shutdown;
+        self.relay = started.relay;
+        self.channel = connect(self.address);
     }
 
     /// The same with other settings.
@@ -128,6 +137,10 @@ impl World {
     }
 
     async fn drain(&mut self) {
+        // Where the test has begun the drain, they may be gone already.
+        if !self.shutdown.is_cancelled() {
+            crate::scan::of_metrics(self.metrics).await;
+        }
         self.shutdown.cancel();
         let ended = tokio::time::timeout(PATIENCE, &mut self.relay).await;
         ended
@@ -280,24 +293,28 @@ async fn listener() -> TcpListener {
     TcpListener::bind("127.0.0.1:0").await.expect("a free port")
 }
 
-async fn run_relay(
-    settings: &str,
-    directory: &TempDir,
-    nats: Option<&Server>,
-) -> (
-    SocketAddr,
-    CancellationToken,
-    JoinHandle<Result<(), RunError>>,
-) {
+/// A relay that runs.
+struct Started {
+    address: SocketAddr,
+    metrics: SocketAddr,
+    shutdown: CancellationToken,
+    relay: JoinHandle<Result<(), RunError>>,
+}
+
+async fn run_relay(settings: &str, directory: &TempDir, nats: Option<&Server>) -> Started {
     let outside = Outside {
         validate: &|_| Vec::new(),
         read_key_file: &|_| Err(std::io::ErrorKind::NotFound.into()),
     };
     let outbox = directory.path().join("outbox").display().to_string();
     let key = directory.path().join("key").display().to_string();
+    let collector = format!("http://{}", Collector::for_all());
     let environment = [
         ("SEGMENT_RELAY__OUTBOX__PATH", outbox.as_str()),
         ("SEGMENT_RELAY__SECRETS__KEY_FILE", key.as_str()),
+        ("SEGMENT_RELAY__OTLP__ENDPOINT", collector.as_str()),
+        ("SEGMENT_RELAY__TRACES__SAMPLE_RATIO", "1"),
+        ("SEGMENT_RELAY__METRICS__LISTEN", "127.0.0.1:0"),
     ];
     let mut environment: Vec<(String, String)> = environment
         .into_iter()
@@ -309,9 +326,15 @@ async fn run_relay(
     let relay = Relay::open(config).await.expect("opens");
     let listener = listener().await;
     let address = listener.local_addr().expect("an address");
+    let metrics = relay.metrics_address().expect("there are metrics");
     let shutdown = CancellationToken::new();
-    let task = tokio::spawn(relay.run(listener, shutdown.clone()));
-    (address, shutdown, task)
+    let relay = tokio::spawn(relay.run(listener, shutdown.clone()));
+    Started {
+        address,
+        metrics,
+        shutdown,
+        relay,
+    }
 }
 
 /// Connects with the first call.

@@ -181,6 +181,34 @@ async fn an_update_changes_what_its_mask_names_and_counts_mapping_versions() {
 }
 
 #[tokio::test]
+async fn of_those_who_change_the_same_version_one_succeeds() {
+    let world = World::start().await;
+    let created = world.create(acme()).await;
+    let changes = (0..20).map(|number| {
+        let change = Integration {
+            integration_id: "acme".into(),
+            display_name: format!("name {number}"),
+            etag: created.etag.clone(),
+            ..Integration::default()
+        };
+        update(&world, change, &["display_name"])
+    });
+    let mut names = Vec::new();
+    for answer in futures_util::future::join_all(changes).await {
+        match answer {
+            Ok(updated) => names.push(updated.display_name),
+            Err(stale) => assert_eq!(reason(&stale), "STALE_ETAG"),
+        }
+    }
+    let kept = get(&world, "acme").await.expect("kept");
+    assert_eq!(names, [kept.display_name]);
+    // A deletion of a version that was changed is refused as well.
+    let stale = delete(&world, "acme", false, &created.etag).await;
+    assert_eq!(reason(&stale.expect_err("stale")), "STALE_ETAG");
+    world.stop().await;
+}
+
+#[tokio::test]
 async fn integrations_are_listed_by_name_page_by_page() {
     let world = World::start().await;
     for name in ["c", "a", "b"] {

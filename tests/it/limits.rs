@@ -7,8 +7,12 @@ use segment_relay::proto::{
     WatchDeliveriesRequest, integration_service_client::IntegrationServiceClient,
 };
 use segment_relay::sandbox::Rule;
-use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
+    net::TcpStream,
+};
 use tonic::{Code, Status, transport::Endpoint};
+use tonic_health::pb::{HealthCheckRequest, health_client::HealthClient};
 use tonic_types::StatusExt;
 
 use crate::{
@@ -258,6 +262,86 @@ async fn connections_are_bounded_and_idle_and_old_ones_end() {
 }
 
 #[tokio::test]
+async fn what_anybody_may_ask_is_small_and_rare() {
+    let world = World::with(&callers()).await;
+    let watched = HealthCheckRequest::default();
+    let mut health = HealthClient::new(world.channel.clone());
+    let mut watches = Vec::new();
+    for _ in 0..16 {
+        watches.push(health.watch(watched.clone()).await.expect("watches"));
+    }
+    let refused = health.watch(watched.clone()).await.expect_err("one more");
+    assert_eq!(reason(&refused), "CONNECTION_LIMIT");
+    wait(&refused);
+    // Who is known is not kept waiting by them.
+    world
+        .integrations()
+        .list_integrations(by("read", ListIntegrationsRequest::default()))
+        .await
+        .expect("listed");
+    watches.pop();
+    let freed = async {
+        while health.check(watched.clone()).await.is_err() {
+            tokio::task::yield_now().await;
+        }
+    };
+    tokio::time::timeout(PATIENCE, freed).await.expect("freed");
+    let long = HealthCheckRequest {
+        service: "x".repeat(2_000),
+    };
+    let refused = health.check(long).await.expect_err("too long");
+    assert_eq!(refused.code(), Code::OutOfRange);
+    world.stop().await;
+}
+
+#[tokio::test]
+async fn a_call_whose_message_does_not_come_ends_in_time() {
+    let world = World::with("[server]\nrequest_timeout_ms = 200\n").await;
+    let mut grpc = tonic::client::Grpc::new(world.channel.clone());
+    grpc.ready().await.expect("connected");
+    let path = "/jebbit.segmentrelay.v1.SegmentRelay/Capture";
+    let path = path.parse().expect("a path");
+    let codec = tonic_prost::ProstCodec::<CaptureBatchRequest, CaptureBatchRequest>::default();
+    let never = tonic::Request::new(tokio_stream::pending());
+    let call = grpc.streaming(never, path, codec);
+    let ended = tokio::time::timeout(PATIENCE, call).await;
+    let refused = ended.expect("ended in time").expect_err("no answer");
+    assert_eq!(refused.code(), Code::Cancelled, "{refused:?}");
+    works(&world).await;
+    world.stop().await;
+}
+
+/// A peer that speaks HTTP/2 by hand: it has sent its preface and settings.
+async fn by_hand(world: &World) -> TcpStream {
+    let mut peer = TcpStream::connect(world.address).await.expect("connects");
+    let mut bytes = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n".to_vec();
+    bytes.extend_from_slice(&frame(4, 0, 0, &[]));
+    peer.write_all(&bytes).await.expect("written");
+    peer
+}
+
+#[tokio::test]
+async fn a_peer_that_gives_no_sign_of_life_is_cut_off_and_told_how_many_streams_it_may_open() {
+    let world = World::with(
+        "[server]\nkeepalive_interval_ms = 100\nkeepalive_timeout_ms = 100\nmax_concurrent_streams = 7\n",
+    )
+    .await;
+    let mut peer = by_hand(&world).await;
+    let mut all = Vec::new();
+    let ended = tokio::time::timeout(PATIENCE, peer.read_to_end(&mut all)).await;
+    let _ = ended.expect("cut off in time");
+    let frames = frames(&all);
+    // PING (6), to which it gave no answer.
+    assert!(frames.iter().any(|(kind, _)| *kind == 6), "{frames:?}");
+    // SETTINGS (4) with MAX_CONCURRENT_STREAMS (3).
+    let settings = frames.iter().find(|(kind, _)| *kind == 4);
+    let (_, settings) = settings.expect("settings");
+    let told = settings.chunks(6).any(|one| one == [0, 3, 0, 0, 0, 7]);
+    assert!(told, "{settings:?}");
+    world.stop().await;
+}
+
+#[tokio::test]
 async fn headers_beyond_their_bound_are_refused() {
     let world = World::start().await;
     let mut request = tonic::Request::new(ListIntegrationsRequest::default());
@@ -276,11 +360,8 @@ async fn headers_beyond_their_bound_are_refused() {
 #[tokio::test]
 async fn a_client_that_opens_and_resets_streams_all_the_time_is_cut_off() {
     let world = World::start().await;
-    let mut peer = tokio::net::TcpStream::connect(world.address)
-        .await
-        .expect("connects");
-    let mut bytes = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n".to_vec();
-    bytes.extend_from_slice(&frame(4, 0, 0, &[]));
+    let mut peer = by_hand(&world).await;
+    let mut bytes = Vec::new();
     // :method POST, :scheme http, :path and :authority as literals (RFC 7541).
     let mut headers = vec![0x83, 0x86, 0x04, 1, b'/', 0x01, 1, b'a'];
     headers.extend_from_slice(&[0x0f, 0x10, 16]);
@@ -311,18 +392,25 @@ fn frame(kind: u8, flags: u8, stream: u32, payload: &[u8]) -> Vec<u8> {
     frame
 }
 
-/// Whether one of the frames is a GOAWAY (7) with ENHANCE_YOUR_CALM (11).
-fn goes_away_for_calm(mut bytes: &[u8]) -> bool {
+/// The kinds and payloads of whole frames.
+fn frames(mut bytes: &[u8]) -> Vec<(u8, &[u8])> {
+    let mut frames = Vec::new();
     while bytes.len() >= 9 {
         let length =
             usize::from(bytes[0]) << 16 | usize::from(bytes[1]) << 8 | usize::from(bytes[2]);
         let Some(payload) = bytes.get(9..9 + length) else {
-            return false;
+            break;
         };
-        if bytes[3] == 7 && payload.get(4..8) == Some(&11_u32.to_be_bytes()[..]) {
-            return true;
-        }
+        frames.push((bytes[3], payload));
         bytes = &bytes[9 + length..];
     }
-    false
+    frames
+}
+
+/// Whether one of the frames is a GOAWAY (7) with ENHANCE_YOUR_CALM (11).
+fn goes_away_for_calm(bytes: &[u8]) -> bool {
+    let calm = 11_u32.to_be_bytes();
+    frames(bytes)
+        .iter()
+        .any(|(kind, payload)| *kind == 7 && payload.get(4..8) == Some(&calm[..]))
 }

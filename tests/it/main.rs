@@ -8,13 +8,16 @@
     reason = "tests stop at the first thing that is not as it should be"
 )]
 
+mod allocations;
 mod auth;
 mod batch;
 mod capture;
 mod certificates;
 mod chaos;
+mod collector;
 mod command;
 mod crash;
+mod cut_off;
 mod dead_letters;
 mod dead_letters_command;
 mod delivery;
@@ -23,7 +26,9 @@ mod faults;
 mod harness;
 mod integrations;
 mod jetstream;
+mod jwt;
 mod limits;
+mod log;
 mod nats_server;
 mod notify;
 mod privacy;
@@ -34,3 +39,6 @@ mod secrets;
 mod services;
 mod stream;
 mod tls;
+mod traces;
+#[path = "../../benches/workload/mod.rs"]
+mod workload;

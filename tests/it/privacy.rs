@@ -1,17 +1,19 @@
 //! A person's data is erased, also while it is on its way.
 
+use std::time::Duration;
+
 use segment_relay::{
     proto::{
-        DeliveryReason, DeliveryState, EraseSubjectRequest, ErasureReceipt, Integration,
-        ListDeadLettersRequest, ListErasureReceiptsRequest, WaitFor,
-        dead_letter_service_client::DeadLetterServiceClient, erase_subject_request::Subject,
-        privacy_service_client::PrivacyServiceClient,
+        DataRegion, DeadLetterFilter, DeliveryReason, DeliveryState, EraseSubjectRequest,
+        ErasureReceipt, Integration, ListDeadLettersRequest, ListErasureReceiptsRequest,
+        ReplayDeadLettersRequest, WaitFor, dead_letter_service_client::DeadLetterServiceClient,
+        erase_subject_request::Subject, privacy_service_client::PrivacyServiceClient,
     },
-    sandbox::Rule,
+    sandbox::{Outcome, Rule},
 };
 use tonic::Code;
 
-use crate::harness::{PATIENCE, World, acme, numbered, states, violations};
+use crate::harness::{PATIENCE, World, acme, credential, numbered, states, violations};
 
 async fn erase(world: &World, subject: Subject, integration: &str) -> ErasureReceipt {
     let request = EraseSubjectRequest {
@@ -170,6 +172,76 @@ async fn what_is_counted_as_waiting_is_never_sent_however_they_race() {
         );
     }
     world.stop().await;
+}
+
+#[tokio::test]
+async fn a_replay_brings_nothing_back_while_a_person_is_erased() {
+    let world = World::start().await;
+    for (id, key) in [
+        ("acme", "write-key-of-acme-0001"),
+        ("other", "write-key-of-other-01"),
+    ] {
+        let credentials = vec![credential(DataRegion::NonEu, key)];
+        let integration = Integration {
+            integration_id: id.into(),
+            credentials,
+            ..acme()
+        };
+        world.create(integration).await;
+    }
+    // A dead letter in the one, a request under way in the other.
+    let rule = |key: &str| Rule {
+        write_key: Some(key.into()),
+        ..Rule::default()
+    };
+    world.misbehave(Rule {
+        status: Some(400),
+        ..rule("write-key-of-other-01")
+    });
+    let request = segment_relay::proto::CaptureRequest {
+        integration_id: "other".into(),
+        capture: Some(numbered(1)),
+        wait_for: WaitFor::Delivered.into(),
+    };
+    world.relay().capture(request).await.expect("accepted");
+    let slow = |key, delay| Rule {
+        delay_ms: Some(delay),
+        ..rule(key)
+    };
+    let rules = vec![
+        slow("write-key-of-acme-0001", 500),
+        slow("write-key-of-other-01", 1_500),
+    ];
+    world.sandbox.set_rules(rules).expect("fine rules");
+    world.accept(numbered(1)).await;
+    let begun = world
+        .sandbox
+        .wait_for(|stats| stats.requests_in_flight == 1, PATIENCE)
+        .await;
+    begun.expect("on its way");
+    let erasure = erase(&world, email(1), "");
+    let replay = async {
+        // The erasure waits for the request by now.
+        tokio::time::sleep(Duration::from_millis(150)).await;
+        let everything = ReplayDeadLettersRequest {
+            filter: Some(DeadLetterFilter::default()),
+            ..Default::default()
+        };
+        let mut dead_letters = DeadLetterServiceClient::new(world.channel.clone());
+        dead_letters.replay_dead_letters(everything).await
+    };
+    let (receipt, replayed) = tokio::join!(erasure, replay);
+    replayed.expect("answered");
+    // Whichever came first: what the receipt counts is not sent.
+    world.behave();
+    let sandbox = std::sync::Arc::clone(&world.sandbox);
+    world.stop().await;
+    let sent = sandbox.entries();
+    let sent = sent.iter().filter(|entry| {
+        entry.request.write_key_hint == "r-01" && matches!(entry.outcome, Outcome::Accepted)
+    });
+    let counted = receipt.dead_letter_count + receipt.waiting_event_count;
+    assert_eq!(sent.count() as u64 + counted, 2, "{receipt:?}");
 }
 
 #[tokio::test]

@@ -6,12 +6,17 @@ use std::{
     sync::Arc,
 };
 
+use rustix::process::{Signal, WaitId, WaitIdOptions};
 use segment_relay::sandbox::{self, Sandbox, SandboxOptions};
 use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
 use tonic::transport::Channel;
 
-use crate::command::first_line;
+use crate::{
+    collector::Collector,
+    command::first_line,
+    scan::{self, Written},
+};
 
 /// A sandbox that keeps everything, with the URLs of its two endpoints.
 pub(crate) async fn lasting_sandbox() -> (Arc<Sandbox>, [String; 2]) {
@@ -40,11 +45,19 @@ async fn listener() -> TcpListener {
 pub(crate) struct Process {
     pub(crate) child: Child,
     pub(crate) channel: Channel,
+    pub(crate) log: Written,
 }
 
 impl Process {
     pub(crate) async fn start(outbox: &Path, urls: &[String; 2]) -> Self {
         Self::start_with(outbox, urls, &[]).await
+    }
+
+    /// Starts it with a configuration file, which has its log's filter.
+    pub(crate) async fn start_configured(outbox: &Path, urls: &[String; 2], file: &Path) -> Self {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_segment-relay"));
+        command.arg("serve").arg("--config").arg(file);
+        Self::run(command, outbox, urls, &[]).await
     }
 
     /// Starts it with more variables in its environment.
@@ -53,8 +66,20 @@ impl Process {
         urls: &[String; 2],
         environment: &[(&str, &Path)],
     ) -> Self {
-        let mut child = Command::new(env!("CARGO_BIN_EXE_segment-relay"))
+        let mut command = Command::new(env!("CARGO_BIN_EXE_segment-relay"));
+        command
             .arg("serve")
+            .env("SEGMENT_RELAY__LOG__FILTER", "trace");
+        Self::run(command, outbox, urls, environment).await
+    }
+
+    async fn run(
+        mut command: Command,
+        outbox: &Path,
+        urls: &[String; 2],
+        environment: &[(&str, &Path)],
+    ) -> Self {
+        let mut child = command
             .env("SEGMENT_RELAY__SERVER__LISTEN", "127.0.0.1:0")
             .env("SEGMENT_RELAY__OUTBOX__PATH", outbox)
             .env(
@@ -67,14 +92,18 @@ impl Process {
             .env("SEGMENT_RELAY__DELIVERY__BURST_EVENTS", "1000000")
             .env("SEGMENT_RELAY__DELIVERY__RETRY_BASE_MS", "10")
             .env("SEGMENT_RELAY__DELIVERY__RETRY_MAX_MS", "50")
+            .env(
+                "SEGMENT_RELAY__OTLP__ENDPOINT",
+                format!("http://{}", Collector::for_all()),
+            )
+            .env("SEGMENT_RELAY__TRACES__SAMPLE_RATIO", "1")
             .envs(environment.iter().copied())
             .stdin(Stdio::null())
             .stdout(Stdio::piped())
-            .env("SEGMENT_RELAY__LOG__FILTER", "trace")
             .stderr(Stdio::piped())
             .spawn()
             .expect("starts");
-        crate::scan::of_process(child.stderr.take().expect("piped"));
+        let log = scan::of_process(child.stderr.take().expect("piped"));
         let (line, child) = tokio::task::spawn_blocking(move || (first_line(&mut child), child))
             .await
             .expect("read");
@@ -88,7 +117,27 @@ impl Process {
         Self {
             child,
             channel: channel.connect().await.expect("connects"),
+            log,
         }
+    }
+
+    pub(crate) fn signal(&self, signal: Signal) {
+        let pid = rustix::process::Pid::from_child(&self.child);
+        rustix::process::kill_process(pid, signal).expect("signalled");
+    }
+
+    /// SIGTERM, and waits for the end of the drain.
+    pub(crate) async fn terminate(&mut self) {
+        let pid = rustix::process::Pid::from_child(&self.child);
+        self.signal(Signal::TERM);
+        let ended = tokio::task::spawn_blocking(move || {
+            // Leaves the status to `wait`.
+            let options = WaitIdOptions::EXITED | WaitIdOptions::NOWAIT;
+            rustix::process::waitid(WaitId::Pid(pid), options)
+        });
+        ended.await.expect("no panic").expect("it ends");
+        let status = self.child.wait().expect("its status");
+        assert!(status.success(), "{status}");
     }
 
     /// SIGKILL: no drain, no flush.

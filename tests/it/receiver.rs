@@ -4,13 +4,19 @@ use std::{
     collections::VecDeque,
     convert::Infallible,
     net::SocketAddr,
-    sync::{Arc, Mutex},
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicBool, Ordering},
+    },
 };
 
 use bytes::Bytes;
 use http::{HeaderMap, Request, Response, StatusCode};
-use http_body_util::{BodyExt, Full};
-use hyper::{body::Incoming, service::service_fn};
+use http_body_util::{BodyExt, Full, StreamBody, combinators::BoxBody};
+use hyper::{
+    body::{Frame, Incoming},
+    service::service_fn,
+};
 use hyper_util::{
     rt::{TokioExecutor, TokioIo},
     server::conn::auto,
@@ -22,6 +28,7 @@ use crate::harness::PATIENCE;
 /// A request as it came.
 #[derive(Clone)]
 pub(crate) struct Received {
+    pub(crate) path: String,
     pub(crate) headers: HeaderMap,
     pub(crate) body: Bytes,
 }
@@ -33,6 +40,7 @@ struct State {
     statuses: Mutex<VecDeque<u16>>,
     body: Mutex<String>,
     location: Mutex<Option<String>>,
+    endless: AtomicBool,
     came: Notify,
 }
 
@@ -64,6 +72,11 @@ impl Receiver {
     /// What it answers from now on.
     pub(crate) fn answer(&self, body: &str) {
         body.clone_into(&mut self.state.body.lock().expect("sound"));
+    }
+
+    /// Answers without end from now on.
+    pub(crate) fn answer_without_end(&self) {
+        self.state.endless.store(true, Ordering::Relaxed);
     }
 
     /// Answers 307 with this location from now on.
@@ -98,18 +111,20 @@ impl Receiver {
     }
 }
 
+type Answer = BoxBody<Bytes, Infallible>;
+
 async fn answer(
     state: Arc<State>,
     request: Request<Incoming>,
-) -> Result<Response<Full<Bytes>>, Infallible> {
+) -> Result<Response<Answer>, Infallible> {
     let (head, body) = request.into_parts();
     let body = body.collect().await.expect("a whole body").to_bytes();
-    let headers = head.headers;
-    state
-        .received
-        .lock()
-        .expect("sound")
-        .push(Received { headers, body });
+    let (path, headers) = (head.uri.path().to_owned(), head.headers);
+    state.received.lock().expect("sound").push(Received {
+        path,
+        headers,
+        body,
+    });
     state.came.notify_waiters();
     let status = state
         .statuses
@@ -117,8 +132,15 @@ async fn answer(
         .expect("sound")
         .pop_front()
         .unwrap_or(200);
-    let body = state.body.lock().expect("sound").clone();
-    let mut answer = Response::new(Full::new(Bytes::from(body)));
+    let body = if state.endless.load(Ordering::Relaxed) {
+        let chunk = Bytes::from_static(&[b' '; 4_096]);
+        let frames = futures_util::stream::repeat(chunk);
+        let frames = futures_util::StreamExt::map(frames, |chunk| Ok(Frame::data(chunk)));
+        StreamBody::new(frames).boxed()
+    } else {
+        Full::from(state.body.lock().expect("sound").clone()).boxed()
+    };
+    let mut answer = Response::new(body);
     *answer.status_mut() = StatusCode::from_u16(status).expect("a status");
     if let Some(location) = &*state.location.lock().expect("sound") {
         *answer.status_mut() = StatusCode::TEMPORARY_REDIRECT;

@@ -6,7 +6,7 @@ use std::{
 };
 
 use segment_relay::{
-    proto::{DeliveryState, Integration, UpdateIntegrationRequest},
+    proto::{DeliveryState, FieldMapping, Integration, Privacy, UpdateIntegrationRequest},
     sandbox::Rule,
 };
 use sha2::{Digest, Sha256};
@@ -15,7 +15,7 @@ use crate::{
     auth::token,
     certificates::{Authority, Files},
     command::first_line,
-    harness::{WRITE_KEY, World, acme, numbered, states},
+    harness::{PATIENCE, WRITE_KEY, World, acme, mapping, numbered, states, text},
 };
 
 /// The files below a directory in which one of the texts stands.
@@ -117,6 +117,92 @@ async fn a_rotated_write_key_loses_nothing_that_waits() {
     world.stop().await;
 }
 
+#[tokio::test]
+async fn a_key_that_is_rotated_while_a_request_is_under_way_is_used_at_once() {
+    let world = World::start().await;
+    world.create(acme()).await;
+    // The old key is refused, slowly. After that a lane waits for five minutes.
+    world.misbehave(Rule {
+        status: Some(401),
+        write_key: Some(WRITE_KEY.into()),
+        delay_ms: Some(300),
+        ..Rule::default()
+    });
+    world.accept(numbered(1)).await;
+    let begun = world
+        .sandbox
+        .wait_for(|stats| stats.requests_in_flight == 1, PATIENCE)
+        .await;
+    begun.expect("on its way with the old key");
+    let mut rotated = acme();
+    rotated.credentials[0].write_key = "write-key-of-acme-0002".into();
+    let update = UpdateIntegrationRequest {
+        integration: Some(rotated),
+        update_mask: None,
+    };
+    let mut integrations = world.integrations();
+    integrations
+        .update_integration(update)
+        .await
+        .expect("updated");
+    let result = world.settled(numbered(1)).await;
+    assert_eq!(states(&result.events), [DeliveryState::Delivered; 2]);
+    assert_eq!(result.events[0].attempt_count, 2);
+    world.stop().await;
+}
+
+#[tokio::test]
+async fn what_is_to_be_dropped_or_hashed_never_reaches_the_disk_or_segment() {
+    let world = World::start().await;
+    let ruled = |id: &str, privacy: Privacy| FieldMapping {
+        privacy: privacy.into(),
+        ..mapping(id)
+    };
+    world
+        .create(Integration {
+            mappings: vec![
+                ruled("dropped", Privacy::Drop),
+                ruled("hashed", Privacy::Hash),
+                mapping("passed"),
+            ],
+            ..acme()
+        })
+        .await;
+    world.misbehave(Rule {
+        status: Some(503),
+        ..Rule::default()
+    });
+    let mut capture = numbered(1);
+    for id in ["dropped", "hashed", "passed"] {
+        let value = text(&format!("planted-{id}"));
+        capture.attributes.insert(id.into(), value);
+    }
+    world.accept(capture.clone()).await;
+    let hash = hex::encode(Sha256::digest("planted-hashed"));
+    // Waiting, and not encrypted.
+    assert_eq!(
+        files_with(world.outbox(), &["planted-dropped", "planted-hashed"]),
+        [""; 0]
+    );
+    for stored in ["planted-passed", &hash] {
+        assert!(
+            !files_with(world.outbox(), &[stored]).is_empty(),
+            "{stored}"
+        );
+    }
+    world.behave();
+    world.settled(capture).await;
+    let sent: String = world
+        .sandbox
+        .entries()
+        .iter()
+        .map(|entry| entry.event_json().to_string())
+        .collect();
+    assert!(sent.contains(&hash) && sent.contains("planted-passed"));
+    assert!(!sent.contains("planted-dropped") && !sent.contains("planted-hashed"));
+    world.stop().await;
+}
+
 fn segment_relay(arguments: &[&str]) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_segment-relay"));
     command.args(arguments).stdin(Stdio::null());
@@ -149,6 +235,7 @@ fn with_tls_and_callers_the_relay_serves_the_network_and_the_command_reaches_it(
         ),
     );
     let mut relay = segment_relay(&["serve", "--config", &shown(&config)])
+        .env("SEGMENT_RELAY__LOG__FILTER", "trace")
         .stdout(Stdio::piped())
         .stderr(Stdio::piped())
         .spawn()

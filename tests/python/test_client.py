@@ -5,11 +5,15 @@ Run by tests/run, which sets SEGMENT_RELAY (the command) and puts the generated
 code on PYTHONPATH.
 """
 
+import base64
+import http.server
 import json
 import os
 import pathlib
+import queue
 import subprocess
 import tempfile
+import threading
 import unittest
 import urllib.request
 
@@ -27,17 +31,37 @@ from jebbit.segmentrelay.v1 import (
     segment_relay_pb2,
     segment_relay_pb2_grpc,
 )
+from standardwebhooks.webhooks import Webhook, WebhookVerificationError
 
 VECTORS = pathlib.Path(__file__).parent.parent / "vectors"
 HASH = "f320794388bf29dabc846c54fe7ff28f78fc3bc3c13748783335a9bf33440d55"
 
 
-def start(*arguments, env=None):
+SECRET = "whsec_" + base64.b64encode(os.urandom(32)).decode()
+WRITE_KEY = "python-write-key-0001"
+
+
+class Receiver(http.server.BaseHTTPRequestHandler):
+    """Keeps the webhooks that it gets."""
+
+    received = queue.Queue()
+
+    def do_POST(self):
+        body = self.rfile.read(int(self.headers["content-length"]))
+        self.received.put((body, {name.lower(): text for name, text in self.headers.items()}))
+        self.send_response(204)
+        self.end_headers()
+
+    def log_message(self, *_):
+        pass
+
+
+def start(*arguments, env=None, stderr=subprocess.DEVNULL):
     """Starts the command and reads its first line, which names its addresses."""
     process = subprocess.Popen(
         [os.environ["SEGMENT_RELAY"], *arguments],
         stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
+        stderr=stderr,
         text=True,
         env={**os.environ, **(env or {})},
     )
@@ -53,6 +77,9 @@ class ClientTest(unittest.TestCase):
         )
         urls = [word for word in line.split() if word.startswith("http://")]
         cls.non_eu, cls.eu = (url.rstrip("/") for url in urls[:2])
+        cls.receiver = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Receiver)
+        threading.Thread(target=cls.receiver.serve_forever, daemon=True).start()
+        cls.log = open(os.path.join(cls.directory.name, "log"), "w+", encoding="utf-8")
         cls.relay, line = start(
             "serve",
             env={
@@ -61,7 +88,11 @@ class ClientTest(unittest.TestCase):
                 "SEGMENT_RELAY__SECRETS__KEY_FILE": os.path.join(cls.directory.name, "key"),
                 "SEGMENT_RELAY__SEGMENT__ENDPOINTS__NON_EU": cls.non_eu + "/v1/batch",
                 "SEGMENT_RELAY__SEGMENT__ENDPOINTS__EU": cls.eu + "/v1/batch",
+                "SEGMENT_RELAY__NOTIFY__URL": f"http://127.0.0.1:{cls.receiver.server_port}/hook",
+                "SEGMENT_RELAY__NOTIFY__SECRET": SECRET,
+                "SEGMENT_RELAY__LOG__FILTER": "trace",
             },
+            stderr=cls.log,
         )
         cls.channel = grpc.insecure_channel(line.split()[-1])
         cls.relay_stub = segment_relay_pb2_grpc.SegmentRelayStub(cls.channel)
@@ -73,7 +104,7 @@ class ClientTest(unittest.TestCase):
                     credentials=[
                         integration_pb2.Credential(
                             data_region=capture_pb2.DATA_REGION_NON_EU,
-                            write_key="python-write-key-0001",
+                            write_key=WRITE_KEY,
                         )
                     ],
                     mappings=[
@@ -92,6 +123,14 @@ class ClientTest(unittest.TestCase):
             process.terminate()
             process.stdout.close()
             assert process.wait(timeout=30) == 0, "a drain on SIGTERM ends with 0"
+        cls.receiver.shutdown()
+        cls.receiver.server_close()
+        with cls.log:
+            cls.log.seek(0)
+            logged = cls.log.read()
+        assert "draining" in logged, "all of the log"
+        for planted in (WRITE_KEY, SECRET, "@aol.com", "attribute_value_", HASH):
+            assert planted not in logged, "it was logged: " + planted
         cls.directory.cleanup()
 
     def worked_example(self, **changes):
@@ -182,6 +221,21 @@ class ClientTest(unittest.TestCase):
         answers = list(self.relay_stub.CaptureStream(requests(), timeout=60))
         self.assertEqual({a.correlation_id for a in answers}, {str(n) for n in range(200)})
         self.assertFalse([a for a in answers if a.result.HasField("error")])
+
+    def test_webhooks_are_taken_by_the_reference_library(self):
+        self.integrations.TestIntegration(
+            integration_service_pb2.TestIntegrationRequest(integration_id="acme"), timeout=20
+        )
+        receiver = Webhook(SECRET)
+        kinds = []
+        for _ in range(2):
+            body, headers = Receiver.received.get(timeout=20)
+            kinds.append(receiver.verify(body, headers)["type"])
+            with self.assertRaises(WebhookVerificationError):
+                receiver.verify(body + b" ", headers)
+            with self.assertRaises(WebhookVerificationError):
+                receiver.verify(body, {**headers, "webhook-id": "msg_other"})
+        self.assertEqual(kinds, ["integration.created", "integration.tested"])
 
     def test_health_is_serving(self):
         stub = health_pb2_grpc.HealthStub(self.channel)

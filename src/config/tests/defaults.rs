@@ -116,6 +116,16 @@ fn the_default_file_names_every_setting_of_delivery_outbox_and_log() {
         Metrics {
             listen: None,
             max_integrations: 200,
+            export_interval: seconds(60),
+        }
+    );
+    assert!(config.otlp.is_none(), "{:?}", config.otlp);
+    assert_eq!(
+        config.traces,
+        Traces {
+            sample_ratio: 0.1,
+            keep_errors: true,
+            max_queued_spans: 8_192,
         }
     );
     assert_eq!(
@@ -123,6 +133,7 @@ fn the_default_file_names_every_setting_of_delivery_outbox_and_log() {
         Log {
             format: LogFormat::Auto,
             filter: "info".to_owned(),
+            max_lines_per_second: 20,
             audit_file: None,
         }
     );

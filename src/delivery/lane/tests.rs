@@ -51,6 +51,7 @@ fn leased(sequence: i64) -> LeasedCapture {
             identify: EventStatus::new(State::Queued),
             track: EventStatus::new(State::Queued),
             attempts: Vec::new(),
+            trace: None,
         },
         identify: Some(b"{}".to_vec()),
         track: Some(b"{}".to_vec()),

@@ -194,6 +194,7 @@ fn prepare(shared: &Shared, sealed: SealedCapture) -> Item {
         region: capture.region,
         mapping_version: capture.mapping_version,
         accept_time: capture.accept_time,
+        trace: capture.trace,
         queue_time: capture.accept_time,
         identify: EventStatus::new(state),
         track: EventStatus::new(state),

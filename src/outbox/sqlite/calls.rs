@@ -4,7 +4,9 @@ use std::sync::{Arc, PoisonError};
 
 use tokio::sync::oneshot;
 
-use super::{OpenFiles, SqliteOutbox, join, reader::ReadCommand, writer::WriteCommand};
+use super::{
+    OpenFiles, SqliteOutbox, committer::Command, join, reader::ReadCommand, writer::WriteCommand,
+};
 use crate::{
     integration::IntegrationId,
     notice::Notice,
@@ -27,8 +29,8 @@ impl Outbox for SqliteOutbox {
                 .into_iter()
                 .map(|capture| self.sealing.capture(capture))
                 .collect::<Result<_, _>>()?;
-            let command = WriteCommand::Submit { captures, reply };
-            self.writer
+            let command = Command::Submit { captures, reply };
+            self.committer
                 .send(command)
                 .await
                 .map_err(|_| OutboxError::Closed)?;
@@ -42,13 +44,19 @@ impl Outbox for SqliteOutbox {
         budget: LeaseBudget,
     ) -> BoxFuture<'_, Result<Vec<LeasedCapture>, OutboxError>> {
         let lane = lane.clone();
-        let command = move |reply| ReadCommand::Lease {
-            lane,
-            budget,
-            reply,
-        };
         Box::pin(async move {
-            let mut leased = self.read(command).await?;
+            let fresh = self.shared.lock().fresh(&lane, budget);
+            let mut leased = if fresh.stored_wait || self.committer.is_closed() {
+                let command = move |reply| ReadCommand::Lease {
+                    lane,
+                    budget,
+                    reply,
+                };
+                self.read(command).await?
+            } else {
+                let captures = fresh.captures.iter();
+                captures.map(|entry| entry.leased(budget)).collect()
+            };
             for capture in &mut leased {
                 self.sealing.leased(capture);
             }
@@ -57,7 +65,7 @@ impl Outbox for SqliteOutbox {
     }
 
     fn settle(&self, settlement: Arc<Settlement>) -> BoxFuture<'_, Result<(), OutboxError>> {
-        Box::pin(self.write(move |reply| WriteCommand::Settle { settlement, reply }))
+        Box::pin(self.commit(move |reply| Command::Settle { settlement, reply }))
     }
 
     fn find(
@@ -74,7 +82,14 @@ impl Outbox for SqliteOutbox {
     }
 
     fn waiting_lanes(&self) -> BoxFuture<'_, Result<Vec<LaneKey>, OutboxError>> {
-        Box::pin(self.read(|reply| ReadCommand::WaitingLanes { reply }))
+        Box::pin(async {
+            if self.committer.is_closed() {
+                return Err(OutboxError::Closed);
+            }
+            let overlay = self.shared.lock();
+            let waiting = overlay.tally.waiting_lanes();
+            Ok(waiting.map(|(lane, _)| lane.clone()).collect())
+        })
     }
 
     fn backlog(
@@ -100,7 +115,10 @@ impl Outbox for SqliteOutbox {
             limit,
             reply,
         };
-        Box::pin(self.read(command))
+        Box::pin(async {
+            self.flush().await?;
+            self.read(command).await
+        })
     }
 
     fn count_dead_letters(
@@ -113,7 +131,10 @@ impl Outbox for SqliteOutbox {
             older_than,
             reply,
         };
-        Box::pin(self.read(command))
+        Box::pin(async {
+            self.flush().await?;
+            self.read(command).await
+        })
     }
 
     fn replay(
@@ -121,7 +142,7 @@ impl Outbox for SqliteOutbox {
         selection: Selection,
         now: UnixMillis,
     ) -> BoxFuture<'_, Result<Result<u64, Quota>, OutboxError>> {
-        Box::pin(self.write(move |reply| WriteCommand::Replay {
+        Box::pin(self.alone(move |reply| WriteCommand::Replay {
             selection,
             now,
             reply,
@@ -129,7 +150,7 @@ impl Outbox for SqliteOutbox {
     }
 
     fn discard(&self, selection: Selection) -> BoxFuture<'_, Result<u64, OutboxError>> {
-        Box::pin(self.write(move |reply| WriteCommand::Discard { selection, reply }))
+        Box::pin(self.alone(move |reply| WriteCommand::Discard { selection, reply }))
     }
 
     fn find_subject(
@@ -141,7 +162,7 @@ impl Outbox for SqliteOutbox {
 
     fn erase(&self, erasure: Erasure) -> BoxFuture<'_, Result<ErasureReceipt, OutboxError>> {
         let erasure = Box::new(erasure);
-        Box::pin(self.write(move |reply| WriteCommand::Erase { erasure, reply }))
+        Box::pin(self.alone(move |reply| WriteCommand::Erase { erasure, reply }))
     }
 
     fn erasure_receipts(
@@ -212,6 +233,7 @@ impl Outbox for SqliteOutbox {
                 .unwrap_or_else(PoisonError::into_inner)
                 .take();
             let Some(OpenFiles {
+                committer,
                 writer,
                 reader,
                 _lock,
@@ -220,10 +242,12 @@ impl Outbox for SqliteOutbox {
                 return;
             };
             // Each thread ends after what is in its queue. The reader first: the
-            // last to close merges the log into the database, which a reader can't.
+            // last to close merges SQLite's log into the database, which a reader can't.
             let _ = self.reader.send(ReadCommand::Close).await;
             join(reader).await;
-            let _ = self.writer.send(WriteCommand::Close).await;
+            // It has the writer close when all is in the database.
+            let _ = self.committer.send(Command::Close).await;
+            join(committer).await;
             join(writer).await;
         })
     }

@@ -1,18 +1,31 @@
 //! Reads an embedded outbox piece by piece, to move it elsewhere, and removes what was moved.
 
-use std::{fs::File, path::Path, sync::Arc};
+use std::{fs::File, path::Path, sync::Arc, time::Duration};
 
 use rusqlite::{Connection, params};
 
-use super::{OpenError, keys, lock_directory, row::region_of, schema};
+use super::{
+    OpenError, SqliteOptions, keys, open,
+    overlay::{key_of, stored_key},
+    row::region_of,
+};
 use crate::{
     event::EventType,
     integration::IntegrationId,
+    metrics::Metrics,
     notice::Notice,
-    outbox::{LaneKey, StoredIntegration, sealing::Sealing},
+    outbox::{LaneKey, Limits, StoredIntegration, sealing::Sealing},
     proto::ErasureReceipt,
     time::UnixMillis,
     vault::Vault,
+};
+
+/// Nothing is accepted, so nothing is bounded.
+const UNBOUNDED: Limits = Limits {
+    max_events: u64::MAX,
+    max_bytes: u64::MAX,
+    max_integration_events: u64::MAX,
+    max_integration_bytes: u64::MAX,
 };
 
 /// An embedded outbox that nobody else has open.
@@ -65,19 +78,26 @@ impl Export {
         if !database.exists() {
             return Err(ExportError::Missing(directory.to_owned()));
         }
-        let lock = lock_directory(directory)?;
-        let mut connection = schema::open_for_writing(directory, &database)?;
-        let keys = |source| OpenError::Keys {
+        let options = SqliteOptions {
+            directory: directory.to_owned(),
+            limits: UNBOUNDED,
+            group_commit_max: 1,
+            remember: Duration::MAX,
+            encrypt_payloads: false,
+            metrics: Metrics::off(),
+        };
+        // What stands in the journal alone is put into the database.
+        let recovered = open::recovered(&options, vault)?;
+        let connection = recovered.writer.into_connection();
+        let index_key = keys::index_key(&connection, vault).map_err(|source| OpenError::Keys {
             path: directory.to_owned(),
             source,
-        };
-        let prepared = keys::prepare(&mut connection, vault, false).map_err(keys)?;
-        let index_key = keys::index_key(&connection, vault).map_err(keys)?;
+        })?;
         Ok(Self {
             connection,
-            sealing: prepared.sealing,
+            sealing: recovered.sealing,
             index_key,
-            _lock: lock,
+            _lock: recovered.lock,
         })
     }
 
@@ -203,6 +223,23 @@ impl Export {
     /// Removes captures that were moved, in one transaction.
     pub(in crate::outbox) fn remove(&mut self, sequences: &[i64]) -> Result<(), ExportError> {
         let transaction = self.connection.transaction()?;
+        {
+            let mut named = transaction.prepare_cached(
+                "SELECT integration_id, capture_id FROM capture WHERE sequence = ?1",
+            )?;
+            let mut gone = transaction
+                .prepare_cached("DELETE FROM capture_key WHERE key = ?1 AND sequence = ?2")?;
+            for sequence in sequences {
+                let (integration, capture): (String, String) =
+                    named.query_row(params![sequence], |row| Ok((row.get(0)?, row.get(1)?)))?;
+                if let Some(integration) = IntegrationId::new(&integration) {
+                    gone.execute(params![
+                        stored_key(key_of(&integration, &capture)),
+                        sequence
+                    ])?;
+                }
+            }
+        }
         for table in ["queue", "dead_letter", "subject", "capture"] {
             let mut gone =
                 transaction.prepare_cached(&format!("DELETE FROM {table} WHERE sequence = ?1"))?;

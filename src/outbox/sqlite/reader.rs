@@ -4,7 +4,9 @@ use rusqlite::{Connection, OptionalExtension, Row, params};
 use tokio::sync::{mpsc, oneshot};
 
 use super::{
-    row::{crc32, record_of, region_number, region_of, unavailable},
+    lookup::FIND_SQL,
+    overlay::{Filler, Origin, Shared, earlier, key_of, stored_key},
+    row::{crc32, record_of, region_number, unavailable},
     selection,
     subjects::{self, Scanned, SubjectScan},
 };
@@ -36,9 +38,6 @@ pub(super) enum ReadCommand {
         integration_id: IntegrationId,
         capture_id: String,
         reply: Reply<Option<CaptureRecord>>,
-    },
-    WaitingLanes {
-        reply: Reply<Vec<LaneKey>>,
     },
     Backlog {
         integration_id: IntegrationId,
@@ -75,7 +74,11 @@ pub(super) enum ReadCommand {
 }
 
 /// Answers until it is closed. Each answer sees all commits before it.
-pub(super) fn run(connection: Connection, mut commands: mpsc::Receiver<ReadCommand>) {
+pub(super) fn run(
+    connection: Connection,
+    shared: &Shared,
+    mut commands: mpsc::Receiver<ReadCommand>,
+) {
     let connection = &connection;
     // Whoever asked may have gone; then nobody needs the answer.
     while let Some(command) = commands.blocking_recv() {
@@ -85,23 +88,20 @@ pub(super) fn run(connection: Connection, mut commands: mpsc::Receiver<ReadComma
                 budget,
                 reply,
             } => {
-                let _ = reply.send(lease(connection, &lane, budget));
+                let _ = reply.send(lease(connection, shared, &lane, budget));
             }
             ReadCommand::Find {
                 integration_id,
                 capture_id,
                 reply,
             } => {
-                let _ = reply.send(find(connection, integration_id, capture_id));
-            }
-            ReadCommand::WaitingLanes { reply } => {
-                let _ = reply.send(waiting_lanes(connection).map_err(unavailable));
+                let _ = reply.send(find(connection, shared, integration_id, capture_id));
             }
             ReadCommand::Backlog {
                 integration_id,
                 reply,
             } => {
-                let _ = reply.send(backlog(connection, &integration_id).map_err(unavailable));
+                let _ = reply.send(backlog(connection, shared, &integration_id));
             }
             ReadCommand::DeadLetters {
                 filter,
@@ -145,57 +145,133 @@ pub(super) fn run(connection: Connection, mut commands: mpsc::Receiver<ReadComma
 pub(super) const LANE_SQL: &str =
     "SELECT id FROM lane WHERE integration_id = ?1 AND region = ?2 AND shard = ?3";
 
-/// The waiting captures of a lane in order. The order of the join and the index
-/// are said outright: left to itself, SQLite sorts the whole backlog for each lease.
+/// The waiting captures of a lane in order, live or replayed ones, after one of them.
+/// The order of the join and the index are said outright: left to itself, SQLite sorts
+/// the whole backlog for each lease.
 pub(super) const LEASE_SQL: &str = "
     SELECT q.sequence, q.identify, q.identify_crc, q.track, q.track_crc, c.capture_id, c.status
     FROM queue q INDEXED BY queue_by_lane CROSS JOIN capture c
-    WHERE q.lane = ?1 AND c.sequence = q.sequence
-    ORDER BY q.replay, q.sequence";
+    WHERE q.lane = ?1 AND q.replay = ?2 AND q.sequence > ?3 AND c.sequence = q.sequence
+    ORDER BY q.sequence";
+
+/// A lease that is being filled: what the database has before what came after it, and
+/// replayed captures behind both.
+struct Lease<'a> {
+    lane: &'a LaneKey,
+    budget: LeaseBudget,
+    filler: Filler,
+    leased: Vec<LeasedCapture>,
+    shared: &'a Shared,
+}
 
 fn lease(
     connection: &Connection,
+    shared: &Shared,
     lane: &LaneKey,
     budget: LeaseBudget,
 ) -> Result<Vec<LeasedCapture>, OutboxError> {
+    // What is in the database from now on stands in the overlay as well.
+    let hold = shared.hold();
+    let fresh = shared.lock().fresh(lane, budget);
+    let mut lease = Lease {
+        lane,
+        budget,
+        filler: Filler::new(budget),
+        leased: Vec::new(),
+        shared,
+    };
+    let number = if fresh.stored_wait {
+        lane_number(connection, lane)?
+    } else {
+        None
+    };
+    let mut room = true;
+    if let Some(number) = number {
+        let (passed, more) = lease.stored(connection, number, false, fresh.passed)?;
+        shared.lock().pass(lane, passed);
+        room = more;
+    }
+    for entry in &fresh.captures {
+        room = room && lease.take(entry.leased(budget));
+    }
+    if let Some(number) = number.filter(|_| room) {
+        lease.stored(connection, number, true, 0)?;
+    }
+    drop(hold);
+    Ok(lease.leased)
+}
+
+impl Lease<'_> {
+    /// Takes from the database; returns up to where nothing waits any more, and whether
+    /// there is room for more.
+    fn stored(
+        &mut self,
+        connection: &Connection,
+        number: i64,
+        replay: bool,
+        after: i64,
+    ) -> Result<(i64, bool), OutboxError> {
+        let mut passed = after;
+        let mut statement = connection.prepare_cached(LEASE_SQL).map_err(unavailable)?;
+        let mut rows = statement
+            .query(params![number, replay, after])
+            .map_err(unavailable)?;
+        let mut skipped_all = true;
+        while let Some(row) = rows.next().map_err(unavailable)? {
+            let sequence = row.get(0).map_err(unavailable)?;
+            let newer = self.shared.lock().get(sequence).cloned();
+            let waits = match &newer {
+                // It was put into the database just now, and its turn comes.
+                Some(entry) if matches!(entry.origin, Origin::New { .. }) => break,
+                Some(entry) => entry.waiting.map(|bytes| bytes.is_some()),
+                None => [true, true],
+            };
+            if waits == [false, false] {
+                if skipped_all {
+                    passed = sequence;
+                }
+                continue;
+            }
+            skipped_all = false;
+            let mut capture = leased_capture(self.lane, row)?;
+            if let Some(entry) = newer {
+                capture.record = entry.record.clone();
+                capture.identify = capture.identify.filter(|_| waits[0]);
+                capture.track = capture.track.filter(|_| waits[1]);
+            }
+            if self.budget.max_events == 1 && capture.identify.is_some() {
+                capture.track = None;
+            }
+            if !self.take(capture) {
+                return Ok((passed, false));
+            }
+        }
+        Ok((passed, !self.filler.is_full()))
+    }
+
+    /// Whether it fitted.
+    fn take(&mut self, capture: LeasedCapture) -> bool {
+        let payloads = EventType::ALL
+            .iter()
+            .filter_map(|event| capture.payload(*event));
+        let fits = !self.filler.is_full() && self.filler.take(payloads.map(unsealed_len));
+        if fits {
+            self.leased.push(capture);
+        }
+        fits
+    }
+}
+
+fn lane_number(connection: &Connection, lane: &LaneKey) -> Result<Option<i64>, OutboxError> {
     let key = params![
         lane.integration_id.as_str(),
         region_number(lane.region),
         lane.shard
     ];
-    let number: Option<i64> = connection
+    connection
         .prepare_cached(LANE_SQL)
         .and_then(|mut statement| statement.query_row(key, |row| row.get(0)).optional())
-        .map_err(unavailable)?;
-    let Some(number) = number else {
-        return Ok(Vec::new());
-    };
-    let mut statement = connection.prepare_cached(LEASE_SQL).map_err(unavailable)?;
-    let mut rows = statement.query(params![number]).map_err(unavailable)?;
-    let mut leased = Vec::new();
-    let (mut events, mut bytes) = (0, 0);
-    while let Some(row) = rows.next().map_err(unavailable)? {
-        let mut capture = leased_capture(lane, row)?;
-        if budget.max_events == 1 && capture.identify.is_some() {
-            capture.track = None;
-        }
-        for payload in EventType::ALL
-            .iter()
-            .filter_map(|event| capture.payload(*event))
-        {
-            events += 1;
-            bytes += unsealed_len(payload) + 1;
-        }
-        let fits = events <= budget.max_events && bytes <= budget.max_bytes;
-        if !fits && !leased.is_empty() {
-            break;
-        }
-        leased.push(capture);
-        if events >= budget.max_events {
-            break;
-        }
-    }
-    Ok(leased)
+        .map_err(unavailable)
 }
 
 fn leased_capture(lane: &LaneKey, row: &Row<'_>) -> Result<LeasedCapture, OutboxError> {
@@ -225,6 +301,7 @@ fn leased_capture(lane: &LaneKey, row: &Row<'_>) -> Result<LeasedCapture, Outbox
         identify: EventStatus::new(State::Queued),
         track: EventStatus::new(State::Queued),
         attempts: Vec::new(),
+        trace: None,
     };
     let record = decoded.unwrap_or_else(|_| unreadable());
     Ok(LeasedCapture {
@@ -238,17 +315,22 @@ fn leased_capture(lane: &LaneKey, row: &Row<'_>) -> Result<LeasedCapture, Outbox
 
 fn find(
     connection: &Connection,
+    shared: &Shared,
     integration_id: IntegrationId,
     capture_id: String,
 ) -> Result<Option<CaptureRecord>, OutboxError> {
-    const SQL: &str = "SELECT status FROM capture WHERE integration_id = ?1 AND capture_id = ?2";
+    let key = key_of(&integration_id, &capture_id);
+    if let Some(entry) = shared.lock().find(key) {
+        return Ok(Some(entry.record.clone()));
+    }
     let status = connection
-        .prepare_cached(SQL)
+        .prepare_cached(FIND_SQL)
         .and_then(|mut statement| {
             statement
-                .query_row(params![integration_id.as_str(), capture_id], |row| {
-                    row.get::<_, Vec<u8>>(0)
-                })
+                .query_row(
+                    params![stored_key(key), integration_id.as_str(), capture_id],
+                    |row| row.get::<_, Vec<u8>>(2),
+                )
                 .optional()
         })
         .map_err(unavailable)?;
@@ -257,49 +339,29 @@ fn find(
         .transpose()
 }
 
-fn waiting_lanes(connection: &Connection) -> rusqlite::Result<Vec<LaneKey>> {
-    const SQL: &str = "SELECT integration_id, region, shard FROM lane WHERE waiting_events > 0";
-    let mut statement = connection.prepare_cached(SQL)?;
-    let mut rows = statement.query([])?;
-    let mut lanes = Vec::new();
-    while let Some(row) = rows.next()? {
-        let id: String = row.get(0)?;
-        // Only valid ids are ever stored.
-        let Some(integration_id) = IntegrationId::new(&id) else {
+fn backlog(
+    connection: &Connection,
+    shared: &Shared,
+    id: &IntegrationId,
+) -> Result<Backlog, OutboxError> {
+    const OLDEST: &str = "
+        SELECT c.accept_millis FROM queue q CROSS JOIN capture c
+        WHERE c.sequence = q.sequence AND q.sequence =
+          (SELECT min(sequence) FROM queue WHERE lane = ?1 AND sequence > ?2)";
+    let (mut backlog, stored) = shared.lock().backlog(id);
+    for (lane, passed) in stored {
+        let Some(number) = lane_number(connection, &lane)? else {
             continue;
         };
-        let region = region_of(row.get(1)?);
-        lanes.push(LaneKey {
-            integration_id,
-            region,
-            shard: row.get(2)?,
-        });
+        let oldest: Option<i64> = connection
+            .prepare_cached(OLDEST)
+            .and_then(|mut statement| {
+                let row = statement.query_row(params![number, passed], |row| row.get(0));
+                row.optional()
+            })
+            .map_err(unavailable)?;
+        backlog.oldest = earlier(backlog.oldest, oldest.map(UnixMillis));
     }
-    Ok(lanes)
-}
-
-fn backlog(connection: &Connection, id: &IntegrationId) -> rusqlite::Result<Backlog> {
-    const COUNTS: &str = "
-        SELECT count(*), coalesce(sum(waiting_events), 0), coalesce(sum(waiting_bytes), 0)
-        FROM lane WHERE integration_id = ?1 AND waiting_events > 0";
-    const OLDEST: &str = "
-        SELECT min((SELECT c.accept_millis FROM capture c
-                    WHERE c.sequence = (SELECT min(q.sequence) FROM queue q WHERE q.lane = lane.id)))
-        FROM lane WHERE integration_id = ?1 AND waiting_events > 0";
-    let mut backlog =
-        connection
-            .prepare_cached(COUNTS)?
-            .query_row(params![id.as_str()], |row| {
-                Ok(Backlog {
-                    lanes: row.get(0)?,
-                    events: row.get(1)?,
-                    bytes: row.get(2)?,
-                    oldest: None,
-                })
-            })?;
-    let mut statement = connection.prepare_cached(OLDEST)?;
-    let oldest: Option<i64> = statement.query_row(params![id.as_str()], |row| row.get(0))?;
-    backlog.oldest = oldest.map(UnixMillis);
     Ok(backlog)
 }
 

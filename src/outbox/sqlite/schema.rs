@@ -2,18 +2,20 @@
 
 use std::path::Path;
 
-use rusqlite::{Connection, OpenFlags, TransactionBehavior};
+use rusqlite::{Connection, OpenFlags, TransactionBehavior, config::DbConfig};
 
 use super::OpenError;
 
 /// "SegR" in ASCII: marks the file as the relay's.
 const APPLICATION_ID: i64 = 0x5365_6752;
 /// Counts up with every change of the layout.
-const FORMAT_VERSION: i64 = 2;
+const FORMAT_VERSION: i64 = 3;
 /// Memory for pages of each connection, in KiB.
 const CACHE_KIB: i64 = 16 * 1024;
 /// The log is cut back to this size after a checkpoint, in bytes.
-const WAL_LIMIT_BYTES: i64 = 64 * 1024 * 1024;
+pub(super) const LOG_LIMIT_BYTES: u64 = 128 * 1024 * 1024;
+/// A log of so many pages goes into the database file, which takes each of them once.
+const CHECKPOINT_PAGES: i64 = 8_192;
 
 const LAYOUT: &str = "
 CREATE TABLE probe (                 -- written to find out whether the disk works again
@@ -65,9 +67,19 @@ CREATE TABLE capture (
   digest BLOB NOT NULL,              -- of the capture as it was sent, blinded
   accept_millis INTEGER NOT NULL,
   open INTEGER NOT NULL,             -- 1 while an event waits or is kept as a dead letter
-  status BLOB NOT NULL,              -- outbox/record.rs
-  UNIQUE (integration_id, capture_id)
+  status BLOB NOT NULL               -- outbox/record.rs
 ) STRICT;
+
+CREATE TABLE capture_key (           -- finds a capture by its id
+  key INTEGER NOT NULL,              -- first bytes of SHA-256 of integration_id NUL capture_id
+  sequence INTEGER NOT NULL,         -- as in capture
+  PRIMARY KEY (key, sequence)
+) STRICT, WITHOUT ROWID;
+
+CREATE TABLE journal (               -- one row
+  applied INTEGER NOT NULL           -- number of the last record that stands here too
+) STRICT;
+INSERT INTO journal (applied) VALUES (0);
 
 CREATE TABLE queue (
   sequence INTEGER PRIMARY KEY,      -- as in capture
@@ -104,7 +116,9 @@ pub(super) fn open_for_writing(directory: &Path, database: &Path) -> Result<Conn
         path: directory.to_owned(),
         source,
     })?;
-    let mut connection = Connection::open(database).map_err(failed)?;
+    // Each connection is used by one thread.
+    let flags = OpenFlags::SQLITE_OPEN_READ_WRITE | OpenFlags::SQLITE_OPEN_NO_MUTEX;
+    let mut connection = Connection::open_with_flags(database, flags).map_err(failed)?;
     let number = |connection: &Connection, name: &str| {
         connection.query_row(&format!("PRAGMA {name}"), [], |row| row.get::<_, i64>(0))
     };
@@ -150,10 +164,10 @@ fn prepare(connection: &mut Connection, is_new: bool) -> rusqlite::Result<()> {
     connection.pragma_update(None, "journal_mode", "WAL")?;
     // An acknowledged capture has to survive a power loss: fsync at each commit.
     connection.pragma_update(None, "synchronous", "FULL")?;
-    connection.pragma_update(None, "journal_size_limit", WAL_LIMIT_BYTES)?;
-    connection.pragma_update(None, "cache_size", -CACHE_KIB)?;
+    connection.pragma_update(None, "journal_size_limit", LOG_LIMIT_BYTES)?;
+    connection.pragma_update(None, "wal_autocheckpoint", CHECKPOINT_PAGES)?;
     connection.pragma_update(None, "secure_delete", "ON")?;
-    connection.set_prepared_statement_cache_capacity(64);
+    tune(connection)?;
     // What a former run left in the log may not be as the keys have it now.
     if !is_new {
         connection.query_row("PRAGMA wal_checkpoint(TRUNCATE)", [], |_| Ok(()))?;
@@ -168,11 +182,18 @@ fn prepare(connection: &mut Connection, is_new: bool) -> rusqlite::Result<()> {
     Ok(())
 }
 
+fn tune(connection: &Connection) -> rusqlite::Result<()> {
+    // Without it SQLite plans a statement anew each time another value is bound.
+    connection.set_db_config(DbConfig::SQLITE_DBCONFIG_ENABLE_QPSG, true)?;
+    connection.pragma_update(None, "cache_size", -CACHE_KIB)?;
+    connection.set_prepared_statement_cache_capacity(64);
+    Ok(())
+}
+
 /// Opens the database for the reader.
 pub(super) fn open_for_reading(database: &Path) -> rusqlite::Result<Connection> {
     let flags = OpenFlags::SQLITE_OPEN_READ_ONLY | OpenFlags::SQLITE_OPEN_NO_MUTEX;
     let connection = Connection::open_with_flags(database, flags)?;
-    connection.pragma_update(None, "cache_size", -CACHE_KIB)?;
-    connection.set_prepared_statement_cache_capacity(64);
+    tune(&connection)?;
     Ok(connection)
 }

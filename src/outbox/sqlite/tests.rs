@@ -1,7 +1,8 @@
 mod keys;
 mod model;
+mod notices;
 
-use std::sync::LazyLock;
+use std::{path::Path, sync::LazyLock};
 
 use super::*;
 use crate::{
@@ -86,6 +87,7 @@ async fn what_is_old_and_done_is_forgotten_and_what_waits_is_not() {
     };
     let captures = vec![waiting, skipped("old", before), skipped("young", now)];
     submit(&outbox, captures).await;
+    outbox.flush().await.expect("flushed");
     outbox.maintain().await.expect("maintained");
     for (capture, kept) in [("waiting", true), ("old", false), ("young", true)] {
         let found = outbox.find(&id("acme"), capture).await.expect("read");
@@ -140,7 +142,13 @@ async fn the_files_are_for_their_owner_alone_also_in_an_open_directory() {
     std::fs::set_permissions(directory.path(), open_to_all).expect("set");
     let outbox = open(directory.path());
     submit_one(&outbox, "acme", "a").await;
-    for file in ["relay.db", "relay.db-wal", "relay.db-shm"] {
+    for file in [
+        "relay.db",
+        "relay.db-wal",
+        "relay.db-shm",
+        "relay.journal-0",
+        "relay.journal-1",
+    ] {
         let mode = std::fs::metadata(directory.path().join(file))
             .expect("a file")
             .permissions();
@@ -156,6 +164,7 @@ async fn a_payload_that_the_disk_has_changed_is_found_by_its_checksum() {
     for capture in ["a", "b", "c"] {
         submit_one(&outbox, "acme", capture).await;
     }
+    outbox.flush().await.expect("flushed");
     let damage = |sql: &str| {
         let connection = rusqlite::Connection::open(directory.path().join("relay.db"));
         connection
@@ -211,7 +220,7 @@ async fn a_lease_reads_only_what_it_takes_however_much_waits() {
     assert_eq!(
         lease,
         [
-            "SEARCH q USING INDEX queue_by_lane (lane=?)",
+            "SEARCH q USING INDEX queue_by_lane (lane=? AND replay=? AND rowid>?)",
             "SEARCH c USING INTEGER PRIMARY KEY (rowid=?)",
         ]
     );
@@ -282,6 +291,7 @@ async fn a_delivered_backlog_gives_its_space_back_to_the_disk() {
         }
         settle(&outbox, leased, |_, _| Outcome::Delivered).await;
     }
+    outbox.flush().await.expect("flushed");
     while outbox.maintain().await.expect("maintained") {}
     outbox.close().await;
     // Some free pages are kept for what comes next.

@@ -1,95 +1,51 @@
-//! The thread that writes, with group commit.
+//! The thread that writes the database, with group commit.
 
 mod apply;
+mod command;
 mod counters;
 mod erase;
+mod flush;
+mod log;
 mod rekey;
 mod replay;
 
-use std::{sync::Arc, time::Instant};
+use std::{
+    path::PathBuf,
+    sync::{Arc, mpsc as channel},
+};
 
 use rusqlite::{Connection, Transaction, TransactionBehavior};
 use tokio::sync::{mpsc, oneshot};
 
-use super::{SqliteOptions, keys::Prepared, row::unavailable};
+use super::{
+    SqliteOptions,
+    committer::Done,
+    keys::Prepared,
+    overlay::{Entry, Shared},
+    row::unavailable,
+    schema::LOG_LIMIT_BYTES,
+    tally::Tally,
+};
 use crate::{
     integration::IntegrationId,
-    metrics::Metrics,
-    notice::Notice,
-    outbox::{
-        Change, Erasure, LaneKey, OutboxError, Quota, Selection, Settlement, Signals, Submitted,
-        sealing::{SealedCapture, Sealing},
-    },
+    outbox::{Change, LaneKey, OutboxError, Quota, Signals, sealing::Sealing},
     proto::ErasureReceipt,
     time::UnixMillis,
 };
 
+pub(super) use command::{FlushJob, WriteCommand};
 use counters::Counters;
 use rekey::Rekey;
 
 type Reply<T> = oneshot::Sender<Result<T, OutboxError>>;
 
-/// What the writer is asked.
-#[derive(Debug)]
-pub(super) enum WriteCommand {
-    Submit {
-        captures: Vec<SealedCapture>,
-        reply: Reply<Vec<Submitted>>,
-    },
-    Settle {
-        settlement: Arc<Settlement>,
-        reply: Reply<()>,
-    },
-    PutIntegration {
-        id: String,
-        sealed: Vec<u8>,
-        reply: Reply<()>,
-    },
-    DeleteIntegration {
-        id: IntegrationId,
-        reply: Reply<()>,
-    },
-    Replay {
-        selection: Selection,
-        now: UnixMillis,
-        reply: Reply<Result<u64, Quota>>,
-    },
-    Discard {
-        selection: Selection,
-        reply: Reply<u64>,
-    },
-    PutNotice {
-        notice: Notice,
-        reply: Reply<()>,
-    },
-    DeleteNotice {
-        id: String,
-        reply: Reply<()>,
-    },
-    Erase {
-        erasure: Box<Erasure>,
-        reply: Reply<ErasureReceipt>,
-    },
-    Maintain {
-        reply: Reply<bool>,
-    },
-    Close,
-}
-
-impl WriteCommand {
-    /// How much of a group commit it takes.
-    fn weight(&self) -> usize {
-        match self {
-            Self::Submit { captures, .. } => captures.len(),
-            Self::Settle { settlement, .. } => settlement.captures.len(),
-            _ => 1,
-        }
-    }
-}
+/// Commands that share one transaction, at the most.
+const GROUP: usize = 512;
 
 /// What is owed to a caller once the transaction is durable.
 enum Owed {
-    Submitted(Reply<Vec<Submitted>>, Vec<Submitted>),
+    Flushed(FlushJob),
+    Alone(channel::SyncSender<Done>),
     Replayed(Reply<Result<u64, Quota>>, Result<u64, Quota>),
     Discarded(Reply<u64>, u64),
     Erased(Reply<ErasureReceipt>, Box<ErasureReceipt>),
@@ -100,6 +56,8 @@ enum Owed {
 /// What is told to others once the transaction is durable.
 #[derive(Default)]
 struct News {
+    /// SQLite's log is to be emptied: what was removed may not stay there.
+    empty_log: bool,
     lanes: Vec<LaneKey>,
     changes: Vec<Change>,
     settled: Vec<(IntegrationId, String)>,
@@ -108,14 +66,14 @@ struct News {
 pub(super) struct Writer {
     connection: Connection,
     counters: Counters,
-    next_sequence: i64,
-    group_commit_max: usize,
     remember_millis: i64,
     maintained_to: i64,
     rekey: Rekey,
     sealing: Arc<Sealing>,
-    metrics: Metrics,
     signals: Arc<Signals>,
+    shared: Arc<Shared>,
+    /// SQLite's log.
+    log: PathBuf,
 }
 
 impl Writer {
@@ -124,14 +82,13 @@ impl Writer {
         options: &SqliteOptions,
         prepared: &Prepared,
         signals: Arc<Signals>,
+        shared: Arc<Shared>,
     ) -> rusqlite::Result<Self> {
-        let next_sequence = load_next_sequence(&connection)?;
+        shared.set_rekeying(prepared.rekey);
         let counters = Counters::load(&connection, options.limits)?;
         Ok(Self {
             connection,
             counters,
-            next_sequence,
-            group_commit_max: options.group_commit_max,
             remember_millis: i64::try_from(options.remember.as_millis()).unwrap_or(i64::MAX),
             maintained_to: 0,
             rekey: if prepared.rekey {
@@ -140,28 +97,51 @@ impl Writer {
                 Rekey::Done
             },
             sealing: Arc::clone(&prepared.sealing),
-            metrics: options.metrics.clone(),
             signals,
+            shared,
+            log: options.directory.join("relay.db-wal"),
         })
+    }
+
+    /// Puts what a journal held into the database, at a start.
+    pub(super) fn recover(
+        &mut self,
+        entries: Vec<Arc<Entry>>,
+        through: u64,
+    ) -> Result<(), OutboxError> {
+        let (done, _) = channel::sync_channel(1);
+        let job = FlushJob {
+            entries,
+            through,
+            done,
+        };
+        let mut commands = std::iter::once(WriteCommand::Flush(job));
+        self.apply_all(&mut commands, &mut Vec::new(), &mut News::default())
+    }
+
+    /// What waits, and the number of the next capture.
+    pub(super) fn known(&self) -> rusqlite::Result<(Tally, i64)> {
+        let next = load_next_sequence(&self.connection)?;
+        Ok((self.counters.tally().clone(), next))
+    }
+
+    /// The database, for somebody who goes on without this thread.
+    pub(super) fn into_connection(self) -> Connection {
+        self.connection
     }
 
     /// Works until it is closed.
     pub(super) fn run(mut self, mut commands: mpsc::Receiver<WriteCommand>) {
         let mut group = Vec::new();
         while let Some(first) = commands.blocking_recv() {
-            let mut weight = first.weight();
             let mut closing = matches!(first, WriteCommand::Close);
             group.push(first);
-            while !closing && weight < self.group_commit_max {
+            while !closing && group.len() < GROUP {
                 let Ok(next) = commands.try_recv() else { break };
-                weight += next.weight();
                 closing = matches!(next, WriteCommand::Close);
                 group.push(next);
             }
-            let begun = Instant::now();
-            let succeeded = self.commit(group.drain(..));
-            self.metrics
-                .commit(weight as u64, begun.elapsed(), succeeded);
+            self.commit(group.drain(..));
             if closing {
                 break;
             }
@@ -171,30 +151,38 @@ impl Writer {
         }
     }
 
-    /// Does a group of commands in one transaction; returns whether it is durable.
-    fn commit(&mut self, group: impl Iterator<Item = WriteCommand>) -> bool {
+    /// Does a group of commands in one transaction.
+    pub(super) fn commit(&mut self, group: impl Iterator<Item = WriteCommand>) {
         let mut owed = Vec::new();
         let mut news = News::default();
         let mut commands = group;
-        let before = self.connection.total_changes();
         let result = self.apply_all(&mut commands, &mut owed, &mut news);
-        // A transaction that wrote nothing says nothing about the disk.
-        if result.is_err() || self.connection.total_changes() > before {
-            self.signals.set_writable(result.is_ok());
-        }
         if let Err(error) = &result {
-            tracing::error!(%error, "the outbox cannot be written; nothing was acknowledged");
-            // Those that were not reached drop their replies with the iterator.
+            // That it can be written again is for the committer to find out.
+            self.signals.set_writable(false);
+            tracing::error!(%error, "the database cannot be written");
             for command in commands {
-                refuse(command, error);
+                command.refuse(error);
             }
             self.reload();
+        }
+        if result.is_ok() && news.empty_log {
+            log::cut(&self.connection);
+        }
+        if owed.iter().any(|debt| matches!(debt, Owed::Alone(_))) {
+            let tally = self.counters.tally().clone();
+            self.shared.lock().replace_tally(tally);
+            self.shared.set_rekeying(!matches!(self.rekey, Rekey::Done));
         }
         for debt in owed {
             // Whoever asked may have gone; then nobody needs the answer.
             match debt {
-                Owed::Submitted(reply, submitted) => {
-                    let _ = reply.send(result.clone().map(|()| submitted));
+                Owed::Flushed(job) => {
+                    let done = job.done.clone();
+                    let _ = done.send(Done::Flushed(job, result.clone()));
+                }
+                Owed::Alone(done) => {
+                    let _ = done.send(Done::Alone);
                 }
                 Owed::Replayed(reply, replayed) => {
                     let _ = reply.send(result.clone().map(|()| replayed));
@@ -215,8 +203,19 @@ impl Writer {
         }
         if result.is_ok() {
             self.tell(news);
+            // Readers may have kept SQLite from beginning its log anew.
+            if std::fs::metadata(&self.log).map_or(0, |known| known.len()) > LOG_LIMIT_BYTES {
+                self.checkpoint("RESTART");
+            }
         }
-        result.is_ok()
+    }
+
+    /// Takes SQLite's log into the database file. Here no caller waits for it.
+    fn checkpoint(&self, mode: &str) {
+        let sql = format!("PRAGMA wal_checkpoint({mode})");
+        if let Err(error) = self.connection.query_row(&sql, [], |_| Ok(())) {
+            tracing::warn!(%error, mode, "SQLite's log is not emptied");
+        }
     }
 
     fn apply_all(
@@ -232,7 +231,6 @@ impl Writer {
         let mut work = Work {
             transaction: &transaction,
             counters: &mut self.counters,
-            next_sequence: &mut self.next_sequence,
             remember_millis: self.remember_millis,
             maintained_to: &mut self.maintained_to,
             rekey: &mut self.rekey,
@@ -251,10 +249,6 @@ impl Writer {
     fn reload(&mut self) {
         if !matches!(self.rekey, Rekey::Done) {
             self.rekey = Rekey::Queue { after: 0 };
-        }
-        match load_next_sequence(&self.connection) {
-            Ok(next) => self.next_sequence = self.next_sequence.max(next),
-            Err(error) => tracing::error!(%error, "the outbox cannot be read"),
         }
         match Counters::load(&self.connection, self.counters.limits()) {
             Ok(counters) => self.counters = counters,
@@ -277,7 +271,6 @@ impl Writer {
 struct Work<'a> {
     transaction: &'a Transaction<'a>,
     counters: &'a mut Counters,
-    next_sequence: &'a mut i64,
     remember_millis: i64,
     maintained_to: &'a mut i64,
     rekey: &'a mut Rekey,
@@ -290,19 +283,15 @@ impl Work<'_> {
     fn apply(&mut self, command: WriteCommand, owed: &mut Vec<Owed>) -> Result<(), OutboxError> {
         // The debt is noted first, so that a failure reaches this caller too.
         match command {
-            WriteCommand::Submit { captures, reply } => {
-                owed.push(Owed::Submitted(reply, Vec::with_capacity(captures.len())));
-                for capture in captures {
-                    let submitted = self.submit(capture)?;
-                    if let Some(Owed::Submitted(_, done)) = owed.last_mut() {
-                        done.push(submitted);
-                    }
-                }
-                Ok(())
+            WriteCommand::Flush(mut job) => {
+                let flushed = self.flush(&mut job.entries, job.through);
+                owed.push(Owed::Flushed(job));
+                flushed
             }
-            WriteCommand::Settle { settlement, reply } => {
-                owed.push(Owed::Done(reply));
-                self.settle(&settlement)
+            WriteCommand::Alone(command, done) => {
+                let applied = self.apply(*command, owed);
+                owed.push(Owed::Alone(done));
+                applied
             }
             WriteCommand::PutIntegration { id, sealed, reply } => {
                 owed.push(Owed::Done(reply));
@@ -327,6 +316,7 @@ impl Work<'_> {
             WriteCommand::Discard { selection, reply } => {
                 owed.push(Owed::Discarded(reply, 0));
                 let discarded = self.discard(&selection).map_err(unavailable)?;
+                self.news.empty_log = true;
                 if let Some(Owed::Discarded(_, answer)) = owed.last_mut() {
                     *answer = discarded;
                 }
@@ -343,6 +333,7 @@ impl Work<'_> {
             WriteCommand::Erase { erasure, reply } => {
                 owed.push(Owed::Erased(reply, Box::default()));
                 let receipt = self.erase(&erasure)?;
+                self.news.empty_log = true;
                 if let Some(Owed::Erased(_, answer)) = owed.last_mut() {
                     **answer = receipt;
                 }
@@ -352,6 +343,7 @@ impl Work<'_> {
                 owed.push(Owed::Maintained(reply, false));
                 let more = self.maintain(UnixMillis::now()).map_err(unavailable)?;
                 let more = self.rekey()? || more;
+                self.news.empty_log |= !more;
                 if let Some(Owed::Maintained(_, answer)) = owed.last_mut() {
                     *answer = more;
                 }
@@ -362,35 +354,8 @@ impl Work<'_> {
     }
 }
 
-fn refuse(command: WriteCommand, error: &OutboxError) {
-    match command {
-        WriteCommand::Submit { reply, .. } => {
-            let _ = reply.send(Err(error.clone()));
-        }
-        WriteCommand::Maintain { reply } => {
-            let _ = reply.send(Err(error.clone()));
-        }
-        WriteCommand::Replay { reply, .. } => {
-            let _ = reply.send(Err(error.clone()));
-        }
-        WriteCommand::Discard { reply, .. } => {
-            let _ = reply.send(Err(error.clone()));
-        }
-        WriteCommand::Erase { reply, .. } => {
-            let _ = reply.send(Err(error.clone()));
-        }
-        WriteCommand::Settle { reply, .. }
-        | WriteCommand::PutIntegration { reply, .. }
-        | WriteCommand::PutNotice { reply, .. }
-        | WriteCommand::DeleteNotice { reply, .. }
-        | WriteCommand::DeleteIntegration { reply, .. } => {
-            let _ = reply.send(Err(error.clone()));
-        }
-        WriteCommand::Close => {}
-    }
-}
-
-fn load_next_sequence(connection: &Connection) -> rusqlite::Result<i64> {
+/// Number of the next capture.
+pub(super) fn load_next_sequence(connection: &Connection) -> rusqlite::Result<i64> {
     connection.query_row(
         "SELECT coalesce(max(sequence), 0) + 1 FROM capture",
         [],

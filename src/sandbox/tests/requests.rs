@@ -366,3 +366,28 @@ async fn connections_beyond_the_bound_wait() {
     drop(first);
     assert_eq!(second.await, 200);
 }
+
+#[tokio::test]
+async fn a_sandbox_that_only_counts_judges_nothing_and_misbehaves_when_told() {
+    let running = Running::start_with(SandboxOptions {
+        count_only: true,
+        ..SandboxOptions::default()
+    })
+    .await;
+    let (one, other) = (identify("m-1"), r#"{"messageId":"no type"}"#);
+    assert_eq!(running.send(&[&one, other]).await, 200);
+    assert_eq!(running.send_one(&one).await, 200);
+    let stats = running.sandbox.stats();
+    assert_eq!((stats.events_accepted, stats.requests), (3, 2));
+    assert_eq!(stats.largest_batch_events, 2);
+    assert!(running.sandbox.entries().is_empty());
+
+    let rule = Rule {
+        status: Some(503),
+        ..Rule::default()
+    };
+    running.sandbox.set_rules(vec![rule]).expect("a fine rule");
+    assert_eq!(running.send_one(&one).await, 503);
+    let stats = running.sandbox.stats();
+    assert_eq!((stats.events_accepted, stats.events_refused), (3, 1));
+}

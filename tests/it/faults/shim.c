@@ -20,7 +20,7 @@ static int fault(int fd, const char *kind) {
   ssize_t length = readlink(link, target, sizeof target - 1);
   if (control == NULL || length < 0) return 0;
   target[length] = 0;
-  if (strstr(target, "relay.db") == NULL) return 0;
+  if (strstr(target, "relay.db") == NULL && strstr(target, "relay.journal") == NULL) return 0;
   int file = open(control, O_RDONLY);
   if (file < 0) return 0;
   if (real_read == NULL) real_read = dlsym(RTLD_NEXT, "read");

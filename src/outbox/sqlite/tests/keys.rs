@@ -5,7 +5,7 @@ use secrecy::ExposeSecret;
 use super::*;
 use crate::{
     config::Secrets,
-    outbox::{Submitted, conformance::lane},
+    outbox::{Erasure, SubjectQuery, Submitted, conformance::lane},
     proto,
     vault::new_key,
 };
@@ -107,6 +107,57 @@ async fn write_keys_are_never_on_the_disk_and_payloads_only_where_that_is_wanted
         outbox.close().await;
         assert!(!on_disk(path, "planted-write-key"));
     }
+}
+
+#[tokio::test]
+async fn an_erased_person_is_in_no_file_when_the_erasure_is_answered() {
+    let directory = tempfile::tempdir().expect("a directory");
+    let path = directory.path();
+    let outbox = open(path);
+    // One in the database, one in the journal alone.
+    submit(&outbox, vec![planted("p-1")]).await;
+    outbox.flush().await.expect("flushed");
+    submit(&outbox, vec![planted("p-2")]).await;
+    assert!(on_disk(path, "planted@example.com"));
+    let subject = SubjectQuery {
+        user_ids: vec![conformance::user_of("p-1")],
+        integration_id: None,
+    };
+    let found = outbox.find_subject(subject.clone()).await.expect("found");
+    assert_eq!((found.captures.len(), found.lanes), (2, vec![lane("acme")]));
+    let erasure = Erasure {
+        subject,
+        captures: found.captures,
+        receipt: proto::ErasureReceipt::default(),
+    };
+    let receipt = outbox.erase(erasure).await.expect("erased");
+    assert_eq!(receipt.waiting_event_count, 4);
+    assert!(!on_disk(path, "planted@example.com"));
+    outbox.close().await;
+}
+
+#[tokio::test]
+async fn a_delivered_payload_is_in_no_file_after_maintenance() {
+    let directory = tempfile::tempdir().expect("a directory");
+    let path = directory.path();
+    let outbox = open(path);
+    submit(&outbox, vec![planted("p-1")]).await;
+    outbox.flush().await.expect("flushed");
+    submit(&outbox, vec![planted("p-2")]).await;
+    let leased = lease(&outbox, "acme", 4).await;
+    assert_eq!(leased.len(), 2);
+    settle(&outbox, leased, |_, _| Outcome::Delivered).await;
+    outbox.flush().await.expect("flushed");
+    outbox.maintain().await.expect("maintained");
+    // The journal's turn comes by itself, by its own clock.
+    let gone = async {
+        while on_disk(path, "planted@example.com") {
+            tokio::task::yield_now().await;
+        }
+    };
+    let in_time = tokio::time::timeout(Duration::from_secs(60), gone).await;
+    assert!(in_time.is_ok(), "a delivered payload stays readable");
+    outbox.close().await;
 }
 
 #[tokio::test]

@@ -22,6 +22,10 @@ enum Step {
     },
     /// Replays the dead letters of an integration.
     Replay(u8),
+    /// Puts what the journal holds into the database.
+    Flush,
+    /// A segment of the journal is full.
+    Turn,
     /// Closes and opens again.
     Reopen,
     /// The files as they are at this moment, without a close, are opened.
@@ -43,6 +47,8 @@ fn any_step() -> impl Strategy<Value = Step> {
                 integration, shard, max_events, max_bytes, outcomes,
             }),
         1 => (0..2_u8).prop_map(Step::Replay),
+        1 => Just(Step::Flush),
+        3 => Just(Step::Turn),
         1 => Just(Step::Reopen),
         1 => Just(Step::Crash),
     ]
@@ -170,6 +176,14 @@ impl Pair {
                 let replayed = self.outbox.replay(Selection::Filter(filter), NOW).await;
                 assert_eq!(replayed.expect("replayed"), Ok(expected));
             }
+            Step::Flush => self.outbox.flush().await.expect("flushed"),
+            Step::Turn => {
+                let turn = |reply| Command::Flush {
+                    whole: false,
+                    reply,
+                };
+                self.outbox.commit(turn).await.expect("turned");
+            }
             Step::Reopen => {
                 self.outbox.close().await;
                 let options = tight(self.directory.path());
@@ -182,18 +196,31 @@ impl Pair {
     /// Copies the files of the open database, as a crash would leave them.
     async fn crash(&mut self) {
         let copy = tempfile::tempdir().expect("a directory");
-        for name in ["relay.db", "relay.db-wal"] {
-            let from = self.directory.path().join(name);
-            if from.exists() {
-                std::fs::copy(from, copy.path().join(name)).expect("copied");
+        const FILES: [&str; 5] = [
+            "relay.db",
+            "relay.db-wal",
+            "relay.journal-0",
+            "relay.journal-1",
+            "relay.journal-2",
+        ];
+        let all = || FILES.map(|name| std::fs::read(self.directory.path().join(name)).ok());
+        // A crash is one moment: what is being put into the database may not move
+        // between two files.
+        let mut files = all();
+        loop {
+            let again = all();
+            if again == files {
+                break;
             }
+            files = again;
         }
-        // A write that was cut short leaves a damaged tail.
-        let log = std::fs::File::options()
-            .append(true)
-            .open(copy.path().join("relay.db-wal"));
-        if let Ok(mut log) = log {
-            std::io::Write::write_all(&mut log, &[0xa5; 5_000]).expect("appended");
+        for (name, content) in FILES.into_iter().zip(files) {
+            let Some(mut content) = content else { continue };
+            // A write that was cut short leaves a damaged tail.
+            if name != "relay.db" {
+                content.extend_from_slice(&[0xa5; 5_000]);
+            }
+            std::fs::write(copy.path().join(name), content).expect("copied");
         }
         self.outbox.close().await;
         self.directory = copy;

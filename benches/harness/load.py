@@ -1,0 +1,48 @@
+"""One run of the load generator against a server, with what the server used meanwhile."""
+
+import statistics
+
+MODES = {
+    "unary, 64 in flight": ["--mode", "unary", "--in-flight", "64"],
+    "unary, 256 in flight": ["--mode", "unary", "--in-flight", "256"],
+    "batches of 100, 16 in flight": ["--mode", "batch", "--batch", "100", "--in-flight", "16"],
+    "16 streams": ["--mode", "stream", "--in-flight", "16", "--window", "256"],
+}
+
+
+def run(tools, server, words, seconds, warm_up=1, settle=None):
+    """Loads a server. `settle` waits until accepted captures are delivered: that work is the server's too."""
+    server.reset_peak()
+    cpu = server.cpu()
+    words = ["run", "--address", server.address, *words, "--seconds", seconds, "--warm-up", warm_up]
+    result = tools.ask(*words, timeout=seconds + warm_up + 120)
+    if settle is not None:
+        settle(result["accepted_ever"])
+    used = server.cpu() - cpu
+    result["cpu_seconds"] = used
+    result["cpu_us_per_capture"] = used * 1e6 / max(result["accepted_ever"], 1)
+    result["peak_rss_bytes"] = server.memory("VmHWM")
+    return result
+
+
+class Settled:
+    """Waits until a sandbox has both events of everything that was accepted, or says how many are missing."""
+
+    def __init__(self, sandbox):
+        self.sandbox = sandbox
+        self.expected = sandbox.events()
+        self.took_seconds = 0.0
+
+    def __call__(self, accepted):
+        self.expected += 2 * accepted
+        self.took_seconds = self.sandbox.wait_for_events(self.expected)
+
+
+def median(rounds, *path):
+    """The median over rounds of a figure below `path`."""
+    figures = []
+    for figure in rounds:
+        for key in path:
+            figure = figure[key]
+        figures.append(figure)
+    return statistics.median(figures)

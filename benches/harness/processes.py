@@ -1,0 +1,222 @@
+"""The programs under measurement as processes, with their CPU time and memory from /proc."""
+
+import contextlib
+import json
+import os
+import pathlib
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+TARGET = pathlib.Path(os.environ.get("CARGO_TARGET_DIR", ROOT / "target")).resolve()
+BENCH = TARGET / "bench"
+TICKS = os.sysconf("SC_CLK_TCK")
+PATIENCE_SECONDS = 120
+
+
+class Failed(Exception):
+    """A benchmark can't go on."""
+
+
+class Tools:
+    """Paths of the programs."""
+
+    def __init__(self, relay, load, pure, allocations, outbox):
+        self.relay, self.load, self.pure, self.allocations, self.outbox = relay, load, pure, allocations, outbox
+
+    @classmethod
+    def build(cls, skip):
+        known = BENCH / "tools.json"
+        if not (skip and known.exists()):
+            known.write_text(json.dumps(build()))
+        return cls(**json.loads(known.read_text()))
+
+    def ask(self, *words, timeout=PATIENCE_SECONDS):
+        """Runs the load tool to its end and returns what it prints."""
+        done = subprocess.run([self.load, *map(str, words)], stdout=subprocess.PIPE, timeout=timeout, check=True)
+        return json.loads(done.stdout.splitlines()[-1])
+
+
+def build():
+    """Builds all programs with the release profile and returns their paths."""
+    subprocess.run(["cargo", "build", "--release", "--locked"], cwd=ROOT, check=True)
+    paths = {"relay": str(TARGET / "release" / "segment-relay")}
+    command = ["cargo", "bench", "--no-run", "--locked", "--message-format=json-render-diagnostics"]
+    names = ["load", "pure", "allocations", "outbox"]
+    for name in names:
+        command += ["--bench", name]
+    out = subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.PIPE).stdout
+    for line in out.splitlines():
+        message = json.loads(line)
+        target = message.get("target", {})
+        if message.get("executable") and target.get("kind") == ["bench"] and target["name"] in names:
+            paths[target["name"]] = message["executable"]
+    return paths
+
+
+class Process:
+    """A program that serves until it is stopped; its first line ends in (or holds) its address."""
+
+    def __init__(self, command, environment=None):
+        self.started = time.monotonic()
+        # Inherited variables of the relay would change what is measured.
+        inherited = {k: v for k, v in os.environ.items() if not k.startswith("SEGMENT_RELAY__")}
+        self.popen = subprocess.Popen(
+            [str(word) for word in command],
+            env=inherited | (environment or {}),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        self.first_line = self.popen.stdout.readline().strip()
+        if not self.first_line:
+            raise Failed(f"{command[0]} did not start")
+        self.serves_after_seconds = time.monotonic() - self.started
+
+    def cpu(self):
+        """CPU seconds so far, user and system."""
+        fields = pathlib.Path(f"/proc/{self.popen.pid}/stat").read_text().rsplit(")", 1)[1].split()
+        return (int(fields[11]) + int(fields[12])) / TICKS
+
+    def memory(self, field="VmRSS"):
+        """Resident bytes: VmRSS now, VmHWM at the most since reset_peak."""
+        for line in pathlib.Path(f"/proc/{self.popen.pid}/status").read_text().splitlines():
+            if line.startswith(field + ":"):
+                return int(line.split()[1]) * 1024
+        raise Failed(f"no {field}")
+
+    def reset_peak(self):
+        # A container may forbid it; then the peak is that of the whole life.
+        with contextlib.suppress(OSError):
+            pathlib.Path(f"/proc/{self.popen.pid}/clear_refs").write_text("5")
+
+    def stop(self, how=signal.SIGTERM):
+        if self.popen.poll() is None:
+            self.popen.send_signal(how)
+        try:
+            self.popen.wait(60)
+        except subprocess.TimeoutExpired:
+            self.popen.kill()
+            self.popen.wait()
+        self.popen.stdout.close()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.stop()
+
+
+class Sandbox(Process):
+    """`segment-relay sandbox`, which checks every event as Segment does, or only counts them."""
+
+    def __init__(self, tools, checks=True):
+        words = ["sandbox", "--quiet", "--keep", "0", "--listen", "127.0.0.1:0", "--eu-listen", "127.0.0.1:0"]
+        super().__init__([tools.relay, *words, *([] if checks else ["--count-only"])])
+        self.url, self.eu_url = [word for word in self.first_line.split() if word.startswith("http://")]
+
+    def stats(self):
+        with urllib.request.urlopen(f"{self.url}/stats", timeout=30) as answer:
+            return json.load(answer)
+
+    def events(self):
+        return self.stats()["events_accepted"]
+
+    def control(self, rule):
+        """Sets a rule of misbehaviour, or removes them all."""
+        method = "DELETE" if rule is None else "PUT"
+        body = None if rule is None else json.dumps(rule).encode()
+        request = urllib.request.Request(f"{self.url}/control", data=body, method=method)
+        urllib.request.urlopen(request, timeout=30).close()
+
+    def wait_for_events(self, events, timeout=PATIENCE_SECONDS):
+        """Waits until so many events were taken; returns how long it took."""
+        start = time.monotonic()
+        while (seen := self.events()) < events:
+            if time.monotonic() - start > timeout:
+                raise Failed(f"only {seen} of {events} events arrived within {timeout} s")
+            time.sleep(0.05)
+        return time.monotonic() - start
+
+
+def free_port():
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        return one.getsockname()[1]
+
+
+class Relay(Process):
+    """`segment-relay serve` with its outbox in `directory`, delivering to a sandbox at any rate."""
+
+    def __init__(self, tools, sandbox, directory, settings=None, port=0):
+        directory = pathlib.Path(directory)
+        self.outbox = directory / "outbox"
+        values = {
+            "SERVER__LISTEN": f"127.0.0.1:{port}",
+            "OUTBOX__PATH": self.outbox,
+            "SECRETS__KEY_FILE": directory / "key",
+            "SEGMENT__ENDPOINTS__NON_EU": f"{sandbox.url}/v1/batch",
+            "SEGMENT__ENDPOINTS__EU": f"{sandbox.eu_url}/v1/batch",
+            "DELIVERY__MAX_EVENTS_PER_SECOND": 10_000_000,
+            "DELIVERY__BURST_EVENTS": 10_000_000,
+            "LIMITS__CALLER_CAPTURES_PER_SECOND": 10_000_000,
+            "LIMITS__CALLER_BURST_CAPTURES": 10_000_000,
+            "LIMITS__INTEGRATION_CAPTURES_PER_SECOND": 10_000_000,
+            "LIMITS__INTEGRATION_BURST_CAPTURES": 10_000_000,
+            "LOG__FILTER": "error",
+        } | (settings or {})
+        environment = {f"SEGMENT_RELAY__{name}": str(value) for name, value in values.items()}
+        super().__init__([tools.relay, "serve"], environment)
+        self.address = self.first_line.rsplit(" ", 1)[1]
+
+    def disk_bytes(self):
+        return sum(file.stat().st_blocks * 512 for file in self.outbox.iterdir())
+
+
+class Bare(Process):
+    """A tonic server that decodes the relay's requests and does nothing."""
+
+    def __init__(self, tools):
+        super().__init__([tools.load, "bare"])
+        self.address = self.first_line.rsplit(" ", 1)[1]
+
+
+class Collector(Process):
+    """Takes traces and metrics, and drops them."""
+
+    def __init__(self, tools):
+        super().__init__([tools.load, "collector"])
+        self.address = self.first_line.rsplit(" ", 1)[1]
+
+
+@contextlib.contextmanager
+def scratch():
+    """A directory on the disk that target/ is on: /tmp may be memory."""
+    BENCH.mkdir(parents=True, exist_ok=True)
+    path = tempfile.mkdtemp(dir=BENCH, prefix="work-")
+    try:
+        yield pathlib.Path(path)
+    finally:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def world(tools, settings=None, integrations=4, checks=False):
+    """A sandbox and a relay with integrations."""
+    with (
+        scratch() as directory,
+        Sandbox(tools, checks) as sandbox,
+        Relay(tools, sandbox, directory, settings) as relay,
+    ):
+        tools.ask("setup", "--address", relay.address, "--integrations", integrations)
+        yield sandbox, relay
+
+
+def say(text):
+    print(text, file=sys.stderr, flush=True)

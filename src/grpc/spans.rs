@@ -1,0 +1,93 @@
+//! The spans of calls, by OpenTelemetry's semantic conventions for RPC.
+
+use http::HeaderMap;
+use opentelemetry::{propagation::TextMapPropagator, trace::SpanContext};
+use opentelemetry_http::HeaderExtractor;
+use opentelemetry_sdk::propagation::TraceContextPropagator;
+use tonic::Code;
+use tracing::{Span, field::Empty};
+use tracing_opentelemetry::OpenTelemetrySpanExt;
+
+use super::timer::code_name;
+use crate::trace::{CHOSEN, TARGET, TraceLink, Traces};
+
+/// Header of a caller's trace context (W3C Trace Context, section 3.2).
+const TRACEPARENT: &str = "traceparent";
+
+/// The span of a call, until its answer has left.
+pub(super) fn call(traces: Traces, method: &'static str, headers: &HeaderMap) -> Span {
+    let has_caller = headers.contains_key(TRACEPARENT);
+    if !traces.are_on() && !has_caller {
+        return Span::none();
+    }
+    let span = tracing::info_span!(
+        target: TARGET,
+        parent: None,
+        "call",
+        otel.name = method,
+        otel.kind = "server",
+        otel.status_code = Empty,
+        rpc.system.name = "grpc",
+        rpc.method = method,
+        rpc.response.status_code = Empty,
+        "error.type" = Empty,
+        segment_relay.integration_id = Empty,
+        segment_relay.capture_id = Empty,
+        segment_relay.captures = Empty,
+    );
+    if has_caller {
+        let caller = TraceContextPropagator::new().extract(&HeaderExtractor(headers));
+        // It fails where nobody looks at spans.
+        let _ = span.set_parent(caller);
+    }
+    span
+}
+
+/// The span of one message of a stream: a trace of its own, linked to the
+/// stream's, since a stream may last for days. Nothing where it is not chosen.
+pub(super) fn message(traces: Traces, stream: Option<TraceLink>) -> Span {
+    if !traces.choose(fastrand::f64()) {
+        return Span::none();
+    }
+    let span = tracing::info_span!(
+        target: TARGET,
+        parent: None,
+        "CaptureStream message",
+        { CHOSEN } = 1,
+        otel.status_code = Empty,
+        "error.type" = Empty,
+        rpc.response.status_code = Empty,
+        segment_relay.integration_id = Empty,
+        segment_relay.capture_id = Empty,
+    );
+    span.add_link(stream.map_or(SpanContext::NONE, TraceLink::span_context));
+    span
+}
+
+/// Notes the status with which a call or a message was answered, and ends its span
+/// with this moment.
+pub(super) fn answered(span: &Span, code: Code) {
+    if span.is_disabled() {
+        return;
+    }
+    let name = code_name(code);
+    span.record("rpc.response.status_code", name);
+    if is_fault(code) {
+        span.record("otel.status_code", "ERROR");
+        span.record("error.type", name);
+    }
+    span.in_scope(|| {});
+}
+
+/// Whether the relay is to blame (semantic conventions for gRPC, server spans).
+fn is_fault(code: Code) -> bool {
+    matches!(
+        code,
+        Code::Unknown
+            | Code::DeadlineExceeded
+            | Code::Unimplemented
+            | Code::Internal
+            | Code::Unavailable
+            | Code::DataLoss
+    )
+}

@@ -1,0 +1,400 @@
+//! The journal: what has been acknowledged and is not in the database yet.
+//!
+//! # Files
+//! Three segments, `relay.journal-0` to `-2`, used in turn. While one is written and the
+//! one before it rests, what stands in the third goes into the database; then it is
+//! free. A free segment is written over from its start, or with zeros where nothing
+//! comes.
+//!
+//! # Layout
+//! A head: magic (8 bytes), number of the first record (8), CRC-32 of both (4). Then
+//! records without gaps: length of the body (4), CRC-32 of all that follows (4),
+//! number (8), kind (1), body. Integers are little-endian. Numbers count up by one
+//! and never repeat, so what an earlier use has left behind ends the reading, and so
+//! does a record that was cut short.
+
+use std::{
+    fs::File,
+    io::{self, Read, Seek, SeekFrom, Write},
+    path::Path,
+};
+
+pub(super) mod record;
+
+const MAGIC: [u8; 8] = *b"SegRjnl1";
+const HEAD_BYTES: usize = 20;
+const RECORD_HEAD_BYTES: usize = 17;
+/// A longer record is none: it is damaged.
+const MAX_RECORD_BYTES: u32 = 256 * 1024 * 1024;
+/// Memory that is kept for the next group.
+const KEPT_BUFFER_BYTES: usize = 4 * 1024 * 1024;
+/// Zeros are written in pieces of this size.
+static ZEROS: [u8; 64 * 1024] = [0; 64 * 1024];
+
+/// A record as it stands in the journal.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) struct Record {
+    /// Its place in the order of all records.
+    pub(super) number: u64,
+    /// What it is; `journal` does not care.
+    pub(super) kind: u8,
+    /// Its content.
+    pub(super) body: Vec<u8>,
+}
+
+#[derive(Debug)]
+struct Segment {
+    file: File,
+    /// Where the next record goes.
+    end: u64,
+    /// Behind this nothing has been written since it was zeroed.
+    used: u64,
+    /// Number of the last record.
+    last: u64,
+}
+
+const SEGMENTS: usize = 3;
+
+/// The segments, one of which is written.
+#[derive(Debug)]
+pub(super) struct Journal {
+    segments: [Segment; SEGMENTS],
+    active: usize,
+    /// All records up to this number are in the database.
+    applied: u64,
+    /// Number of the next record.
+    next: u64,
+    buffer: Vec<u8>,
+    staged: u64,
+    broken: bool,
+    /// Longer segments are cut back to this, in bytes.
+    kept_bytes: u64,
+}
+
+impl Journal {
+    /// Opens the segments, and hands over all whole records after `applied` in order.
+    /// Nothing is written until [`Self::restart`].
+    pub(super) fn open(
+        directory: &Path,
+        applied: u64,
+        kept_bytes: u64,
+        mut each: impl FnMut(Record) -> io::Result<()>,
+    ) -> io::Result<Self> {
+        let open = |name| -> io::Result<Segment> {
+            let file = open_private(&directory.join(name))?;
+            let used = file.metadata()?.len();
+            Ok(Segment {
+                file,
+                end: 0,
+                used,
+                last: 0,
+            })
+        };
+        let mut segments = [
+            open("relay.journal-0")?,
+            open("relay.journal-1")?,
+            open("relay.journal-2")?,
+        ];
+        let mut firsts = [None; SEGMENTS];
+        for (segment, first) in segments.iter_mut().zip(&mut firsts) {
+            *first = read_head(&mut segment.file)?;
+        }
+        let mut order = [0, 1, 2];
+        order.sort_by_key(|index| firsts[*index]);
+        let mut next = applied + 1;
+        for index in order {
+            let Some(first) = firsts[index] else { continue };
+            if first > next {
+                tracing::error!(
+                    missing = first - next,
+                    "the outbox's journal is damaged: acknowledged records are missing"
+                );
+            }
+            let end = read_records(&mut segments[index].file, first, |record| {
+                if record.number <= applied {
+                    return Ok(());
+                }
+                each(record)
+            })?;
+            next = next.max(end);
+        }
+        Ok(Self {
+            segments,
+            active: 0,
+            applied,
+            next,
+            buffer: Vec::new(),
+            staged: 0,
+            broken: false,
+            kept_bytes,
+        })
+    }
+
+    /// Begins anew, with all segments free: all records are in the database.
+    pub(super) fn restart(&mut self) {
+        self.broken = false;
+        self.applied = self.last();
+        self.active = (self.active + 1) % SEGMENTS;
+        self.begin();
+    }
+
+    /// Goes on in the next segment, if it is free.
+    pub(super) fn rotate(&mut self) -> bool {
+        let next = (self.active + 1) % SEGMENTS;
+        let free = self.is_free(next) && !self.broken;
+        if free {
+            self.active = next;
+            self.begin();
+        }
+        free
+    }
+
+    /// Number of the last record before the segment that is written and the one before
+    /// it.
+    pub(super) fn settled_through(&self) -> u64 {
+        self.segments[(self.active + 1) % SEGMENTS].last
+    }
+
+    /// Notes that all records up to this number are in the database.
+    pub(super) fn note_applied(&mut self, through: u64) {
+        self.applied = self.applied.max(through);
+    }
+
+    /// All records up to this number are in the database.
+    pub(super) fn applied(&self) -> u64 {
+        self.applied
+    }
+
+    /// Whether the database has all records.
+    pub(super) fn is_applied(&self) -> bool {
+        self.last() <= self.applied
+    }
+
+    fn is_free(&self, index: usize) -> bool {
+        index != self.active && self.segments[index].last <= self.applied
+    }
+
+    fn begin(&mut self) {
+        let segment = &mut self.segments[self.active];
+        (segment.end, segment.last) = (0, self.next - 1);
+        self.buffer.clear();
+        self.staged = 0;
+        self.buffer.extend_from_slice(&MAGIC);
+        self.buffer.extend_from_slice(&self.next.to_le_bytes());
+        let crc = crc32fast::hash(&self.buffer);
+        self.buffer.extend_from_slice(&crc.to_le_bytes());
+    }
+
+    /// Adds a record to the group that the next [`Self::commit`] makes durable.
+    pub(super) fn push(&mut self, kind: u8, write_body: impl FnOnce(&mut Vec<u8>)) {
+        let start = self.buffer.len();
+        self.buffer.extend_from_slice(&[0; RECORD_HEAD_BYTES]);
+        self.buffer[start + 8..start + 16].copy_from_slice(&self.next.to_le_bytes());
+        self.buffer[start + 16] = kind;
+        write_body(&mut self.buffer);
+        let length = self.buffer.len() - start - RECORD_HEAD_BYTES;
+        // A group is far smaller than 4 GiB.
+        let length = u32::try_from(length).unwrap_or(u32::MAX);
+        let crc = crc32fast::hash(&self.buffer[start + 8..]);
+        self.buffer[start..start + 4].copy_from_slice(&length.to_le_bytes());
+        self.buffer[start + 4..start + 8].copy_from_slice(&crc.to_le_bytes());
+        self.next += 1;
+        self.staged += 1;
+    }
+
+    /// Makes the group durable with one write and one sync.
+    ///
+    /// # Errors
+    /// What the system said. Nothing of the group counts then, and since a failed sync
+    /// says nothing about what is on the disk, nothing more is taken until
+    /// [`Self::restart`].
+    pub(super) fn commit(&mut self) -> io::Result<()> {
+        if self.broken {
+            self.forget_group();
+            return Err(io::Error::other("the journal is broken"));
+        }
+        if self.staged == 0 {
+            return Ok(());
+        }
+        let segment = &mut self.segments[self.active];
+        let result = segment.append(&self.buffer);
+        match &result {
+            Ok(()) => {
+                segment.last = self.next - 1;
+                self.staged = 0;
+                self.buffer.clear();
+                self.buffer.shrink_to(KEPT_BUFFER_BYTES);
+            }
+            Err(_) => {
+                // So that a restart does not find what was refused.
+                if segment.file.set_len(segment.end).is_ok() {
+                    segment.used = segment.end;
+                }
+                self.broken = true;
+                self.forget_group();
+            }
+        }
+        result
+    }
+
+    /// Takes back what was pushed since the last [`Self::commit`].
+    pub(super) fn forget_group(&mut self) {
+        self.next -= self.staged;
+        self.staged = 0;
+        let head = match self.segments[self.active].end {
+            0 => HEAD_BYTES,
+            _ => 0,
+        };
+        self.buffer.truncate(head);
+    }
+
+    /// Whether a write has failed since the last restart.
+    pub(super) fn is_broken(&self) -> bool {
+        self.broken
+    }
+
+    /// Number of the last record.
+    pub(super) fn last(&self) -> u64 {
+        self.next - 1
+    }
+
+    /// Bytes in the segment that is written.
+    pub(super) fn active_bytes(&self) -> u64 {
+        self.segments[self.active].end
+    }
+
+    /// Whether a segment that is free, or in which nothing stands yet, still holds what
+    /// was written once.
+    pub(super) fn has_leftovers(&self) -> bool {
+        (0..SEGMENTS).any(|index| self.is_left_over(index))
+    }
+
+    fn is_left_over(&self, index: usize) -> bool {
+        let segment = &self.segments[index];
+        let empty = index == self.active && segment.end == 0;
+        segment.used > 0 && (empty || self.is_free(index))
+    }
+
+    /// Writes zeros over what is left there.
+    pub(super) fn erase_free(&mut self) -> io::Result<()> {
+        for index in 0..SEGMENTS {
+            if self.is_left_over(index) {
+                self.segments[index].erase(self.kept_bytes)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Writes zeros over all segments, waits until they are on the disk, and gives
+    /// the space back. Needs a restart afterwards.
+    pub(super) fn erase(&mut self) -> io::Result<()> {
+        for segment in &mut self.segments {
+            segment.erase(0)?;
+        }
+        Ok(())
+    }
+}
+
+impl Segment {
+    fn append(&mut self, bytes: &[u8]) -> io::Result<()> {
+        let end = self.end + bytes.len() as u64;
+        self.used = self.used.max(end);
+        self.file.seek(SeekFrom::Start(self.end))?;
+        self.file.write_all(bytes)?;
+        self.file.sync_data()?;
+        self.end = end;
+        Ok(())
+    }
+
+    fn erase(&mut self, kept_bytes: u64) -> io::Result<()> {
+        self.file.seek(SeekFrom::Start(0))?;
+        let mut left = self.used;
+        while left > 0 {
+            let piece = left.min(ZEROS.len() as u64);
+            // At most as long as the array.
+            self.file
+                .write_all(&ZEROS[..usize::try_from(piece).unwrap_or(0)])?;
+            left -= piece;
+        }
+        if self.file.metadata()?.len() > kept_bytes {
+            // Zeros that are only in memory would be cut off with what they cover.
+            self.file.sync_data()?;
+            self.file.set_len(kept_bytes)?;
+        }
+        self.used = 0;
+        Ok(())
+    }
+}
+
+/// Addresses are in there, so it is for the relay's user alone.
+fn open_private(path: &Path) -> io::Result<File> {
+    let mut options = File::options();
+    options.create(true).truncate(false).read(true).write(true);
+    #[cfg(unix)]
+    std::os::unix::fs::OpenOptionsExt::mode(&mut options, 0o600);
+    options.open(path)
+}
+
+/// Number of the first record; `None` where the segment holds none.
+fn read_head(file: &mut File) -> io::Result<Option<u64>> {
+    let mut head = [0; HEAD_BYTES];
+    file.seek(SeekFrom::Start(0))?;
+    match file.read_exact(&mut head) {
+        Ok(()) => {}
+        Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => return Ok(None),
+        Err(error) => return Err(error),
+    }
+    let sound = head[..8] == MAGIC && crc32fast::hash(&head[..16]) == u32_at(&head, 16);
+    Ok(sound.then(|| u64_at(&head, 8)))
+}
+
+/// Reads what follows the head; returns the number after the last whole record.
+fn read_records(
+    file: &mut File,
+    first: u64,
+    mut each: impl FnMut(Record) -> io::Result<()>,
+) -> io::Result<u64> {
+    let mut left = file.metadata()?.len().saturating_sub(HEAD_BYTES as u64);
+    let mut file = io::BufReader::with_capacity(1024 * 1024, file);
+    let mut next = first;
+    while let Some(rest) = left.checked_sub(RECORD_HEAD_BYTES as u64) {
+        let mut head = [0; RECORD_HEAD_BYTES];
+        file.read_exact(&mut head)?;
+        let length = u32_at(&head, 0);
+        if length > MAX_RECORD_BYTES || u64::from(length) > rest || u64_at(&head, 8) != next {
+            break;
+        }
+        let mut body = vec![0; length as usize];
+        file.read_exact(&mut body)?;
+        let mut crc = crc32fast::Hasher::new();
+        crc.update(&head[8..]);
+        crc.update(&body);
+        if crc.finalize() != u32_at(&head, 4) {
+            break;
+        }
+        let kind = head[16];
+        each(Record {
+            number: next,
+            kind,
+            body,
+        })?;
+        next += 1;
+        left = rest - u64::from(length);
+    }
+    Ok(next)
+}
+
+fn u32_at(bytes: &[u8], at: usize) -> u32 {
+    let mut number = [0; 4];
+    number.copy_from_slice(&bytes[at..at + 4]);
+    u32::from_le_bytes(number)
+}
+
+fn u64_at(bytes: &[u8], at: usize) -> u64 {
+    let mut number = [0; 8];
+    number.copy_from_slice(&bytes[at..at + 8]);
+    u64::from_le_bytes(number)
+}
+
+#[cfg(test)]
+mod tests;
