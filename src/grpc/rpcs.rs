@@ -1,5 +1,7 @@
 //! What each rpc needs. A test walks the schema and fails where one is missing.
 
+use tonic::Code;
+
 use crate::permission::Permission;
 
 /// What an rpc asks of its caller.
@@ -119,4 +121,30 @@ pub(super) fn need(path: &str) -> Need {
     RPCS.iter()
         .find(|(known, _)| *known == path)
         .map_or(Identity, |(_, need)| *need)
+}
+
+/// The codes in the order of their numbers (gRPC, "Status codes").
+const CODES: [&str; 17] = [
+    "OK",
+    "CANCELLED",
+    "UNKNOWN",
+    "INVALID_ARGUMENT",
+    "DEADLINE_EXCEEDED",
+    "NOT_FOUND",
+    "ALREADY_EXISTS",
+    "PERMISSION_DENIED",
+    "RESOURCE_EXHAUSTED",
+    "FAILED_PRECONDITION",
+    "ABORTED",
+    "OUT_OF_RANGE",
+    "UNIMPLEMENTED",
+    "INTERNAL",
+    "UNAVAILABLE",
+    "DATA_LOSS",
+    "UNAUTHENTICATED",
+];
+
+/// The name of a code.
+pub(super) fn code_name(code: Code) -> &'static str {
+    CODES.get(code as usize).copied().unwrap_or("UNKNOWN")
 }

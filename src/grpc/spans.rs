@@ -8,7 +8,7 @@ use tonic::Code;
 use tracing::{Span, field::Empty};
 use tracing_opentelemetry::OpenTelemetrySpanExt;
 
-use super::timer::code_name;
+use super::rpcs::code_name;
 use crate::trace::{CHOSEN, TARGET, TraceLink, Traces};
 
 /// Header of a caller's trace context (W3C Trace Context, section 3.2).

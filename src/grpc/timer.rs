@@ -6,34 +6,8 @@ use http::HeaderMap;
 use tonic::Code;
 use tracing::Span;
 
-use super::spans;
+use super::{rpcs::code_name, spans};
 use crate::metrics::Metrics;
-
-/// The codes in the order of their numbers (gRPC, "Status codes").
-const NAMES: [&str; 17] = [
-    "OK",
-    "CANCELLED",
-    "UNKNOWN",
-    "INVALID_ARGUMENT",
-    "DEADLINE_EXCEEDED",
-    "NOT_FOUND",
-    "ALREADY_EXISTS",
-    "PERMISSION_DENIED",
-    "RESOURCE_EXHAUSTED",
-    "FAILED_PRECONDITION",
-    "ABORTED",
-    "OUT_OF_RANGE",
-    "UNIMPLEMENTED",
-    "INTERNAL",
-    "UNAVAILABLE",
-    "DATA_LOSS",
-    "UNAUTHENTICATED",
-];
-
-/// The name of a code.
-pub(super) fn code_name(code: Code) -> &'static str {
-    NAMES.get(code as usize).copied().unwrap_or("UNKNOWN")
-}
 
 /// A call under way. One that ends without a status was cancelled.
 pub(super) struct CallTimer {

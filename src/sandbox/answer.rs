@@ -17,6 +17,12 @@ use tokio_util::sync::CancellationToken;
 /// connection is closed behind it.
 const PART_ON_ITS_WAY: Duration = Duration::from_millis(20);
 
+/// What is answered instead of 200.
+pub(super) struct Refusal {
+    pub(super) status: StatusCode,
+    pub(super) message: String,
+}
+
 /// An answer's body.
 pub(super) enum AnswerBody {
     /// All of it at once.

@@ -16,7 +16,7 @@ use hyper::body::{Body, Incoming};
 use jiff::Timestamp;
 use tokio_util::sync::CancellationToken;
 
-use super::answer::{AnswerBody, answer, problem, problem_json};
+use super::answer::{AnswerBody, Refusal, answer, problem, problem_json};
 use super::check::{BatchRequest, CheckedBatch, basic_user, check_batch};
 use super::entry::RequestInfo;
 use super::fault::{DropConnection, Facts, Fault};
@@ -119,7 +119,7 @@ pub(super) async fn handle(
                 warnings,
             };
             if sandbox.count_only {
-                tally::take(region, &received.body, sandbox)
+                (Ok(()), tally::take(region, &received.body, sandbox))
             } else {
                 process(received, sandbox)
             }
@@ -142,12 +142,6 @@ pub(super) async fn handle(
         None => respond(outcome, store),
         Some(fault) => misbehave(outcome, fault, store, close).await,
     }
-}
-
-/// What is answered instead of 200.
-pub(super) struct Refusal {
-    status: StatusCode,
-    message: String,
 }
 
 /// Judges the request and takes its events, unless it is to misbehave without.

@@ -2,16 +2,11 @@
 
 use memchr::memmem;
 
-use super::batch::Refusal;
 use super::fault::{Facts, Fault};
 use super::{Region, Sandbox};
 
 /// Counts the events of a request, unless it is to misbehave without.
-pub(super) fn take(
-    region: Region,
-    body: &str,
-    sandbox: &Sandbox,
-) -> (Result<(), Refusal>, Option<Fault>) {
+pub(super) fn take(region: Region, body: &str, sandbox: &Sandbox) -> Option<Fault> {
     let fault = sandbox.faults.decide(&Facts {
         region,
         write_key: None,
@@ -26,7 +21,7 @@ pub(super) fn take(
         }
         stats.largest_batch_events = stats.largest_batch_events.max(events);
     });
-    (Ok(()), fault)
+    fault
 }
 
 /// Each event has one `messageId`; in a text its quotes would be escaped.

@@ -9,11 +9,11 @@ use crate::outbox::{
 };
 
 /// A segment of this size goes into the database, in bytes.
-pub(in crate::outbox::sqlite) const SEGMENT_BYTES: u64 = 32 * 1024 * 1024;
+pub(in crate::outbox::sqlite) const SEGMENT_BYTES: u64 = 16 * 1024 * 1024;
 /// So do this many captures.
 const MAX_ENTRIES: usize = 50_000;
 /// At this multiple of both, callers wait until the database has caught up.
-const PATIENCE: u64 = 3;
+const PATIENCE: u64 = 2;
 /// So long after a change a segment is full, however little it holds.
 const MAX_AGE: Duration = Duration::from_millis(500);
 /// Captures that leave the overlay at once: a fraction of a millisecond.
