@@ -261,7 +261,7 @@ impl Relay {
         if self.services.metrics.are_read() {
             tasks.spawn(backlog::follow(
                 Arc::clone(&self.services.outbox),
-                self.config.outbox.path.clone(),
+                self.store.directory(),
                 Arc::clone(&self.board),
                 stop.clone(),
             ));

@@ -1,6 +1,6 @@
 //! The outbox that the configuration names, opened, and what it needs meanwhile.
 
-use std::{sync::Arc, time::Duration};
+use std::{path::PathBuf, sync::Arc, time::Duration};
 
 use super::{RunError, parts};
 use crate::{
@@ -25,6 +25,7 @@ pub(super) struct Store {
     pub(super) outbox: Arc<dyn Outbox>,
     /// The embedded one forgets and cleans up when it is told to.
     embedded: Option<Arc<SqliteOutbox>>,
+    directory: Option<PathBuf>,
 }
 
 impl Store {
@@ -41,6 +42,7 @@ impl Store {
             return Ok(Self {
                 outbox: Arc::new(outbox),
                 embedded,
+                directory: None,
             });
         }
         let exists = config.outbox.path.join("relay.db").exists();
@@ -50,7 +52,13 @@ impl Store {
         Ok(Self {
             outbox: Arc::clone(&outbox) as Arc<dyn Outbox>,
             embedded: Some(outbox),
+            directory: Some(config.outbox.path.clone()),
         })
+    }
+
+    /// Where the embedded one is; `None` for the shared one.
+    pub(super) fn directory(&self) -> Option<PathBuf> {
+        self.directory.clone()
     }
 
     /// Forgets what is old, and finds out soon whether a failing disk works again. The

@@ -275,16 +275,20 @@ impl Shared {
     }
 
     /// Takes a lane for an erasure, from a relay that lives too: it gives the lane up
-    /// when no request of the lane is under way.
+    /// when no request of the lane is under way. Requests of this relay are waited for, too:
+    /// where another relay has replayed dead letters meanwhile, nobody has held their lane yet.
     pub(super) async fn take_lane(&self, lane: &LaneKey) -> Result<Pin, OutboxError> {
         let slot = self.lanes.slot(lane);
         let pin = slot.pin();
         let deadline = Instant::now() + self.guard() + self.lease();
         loop {
-            if self
-                .hold_lane(lane, &slot, &mut *slot.hold.lock().await)
-                .await?
-            {
+            let mut hold = slot.hold.lock().await;
+            let is_here = self.hold_lane(lane, &slot, &mut hold).await?;
+            let is_idle = hold
+                .as_ref()
+                .is_some_and(|hold| !hold.is_in_flight(self.guard()));
+            drop(hold);
+            if is_here && is_idle {
                 return Ok(pin);
             }
             if Instant::now() > deadline {

@@ -8,6 +8,7 @@ use super::{
     Shared,
     dead_letters::{number, place},
     deleter::for_each,
+    lanes::Hold,
     message::{StoredRecord, Waiting, decode},
     names::integration_of,
     wire::{StoreError, Stored, ToStore, unavailable},
@@ -291,7 +292,9 @@ impl Shared {
         };
         let mut lane_record = None;
         if let (Some(lane), Some(guard)) = (lane, &guard) {
-            let Some(hold) = guard.as_ref() else {
+            // Leased again meanwhile: what is erased now may be on its way.
+            let is_idle = |hold: &&Hold| !hold.is_in_flight(self.guard());
+            let Some(hold) = guard.as_ref().filter(is_idle) else {
                 return Ok(false);
             };
             let mut record = hold.record.clone();

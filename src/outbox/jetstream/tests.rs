@@ -5,15 +5,17 @@
 #[path = "../../../tests/it/nats_server.rs"]
 mod server;
 
-use std::sync::Arc;
+use std::{sync::Arc, time::Duration};
 
 use super::{JetStreamOptions, JetStreamOutbox, Layout, NatsAuth, NatsConnection, NatsHandle};
 use crate::{
     metrics::Metrics,
     outbox::{
-        BoxFuture, Outbox,
-        conformance::{LIMITS, Rig},
+        BoxFuture, Erasure, Outbox, SubjectQuery,
+        conformance::{self, LIMITS, Rig},
     },
+    proto::ErasureReceipt,
+    status::Outcome,
     vault::Vault,
 };
 
@@ -61,9 +63,9 @@ impl Rig for JetStreamRig {
             handle.init().await.expect("makes its streams");
             let options = JetStreamOptions {
                 limits: LIMITS,
-                remember: std::time::Duration::from_secs(3_600),
+                remember: Duration::from_secs(3_600),
                 encrypt_payloads: false,
-                request_timeout: std::time::Duration::from_secs(2),
+                request_timeout: Duration::from_secs(2),
                 metrics: Metrics::off(),
             };
             let opened = JetStreamOutbox::open(handle, options, &self.vault).await;
@@ -92,4 +94,31 @@ mod one_partition {
 
 mod three_partitions {
     crate::outbox::conformance::names!(with_server; 3;);
+}
+
+#[tokio::test]
+async fn an_erasure_waits_for_what_this_relay_sends_also_where_nobody_has_held_its_lane() {
+    let Some(rig) = JetStreamRig::new(1) else {
+        return;
+    };
+    let outbox = rig.open().await;
+    conformance::submit(&*outbox, vec![conformance::new_capture("acme", "a", 0)]).await;
+    let in_flight = conformance::lease(&*outbox, "acme", 2).await;
+    let subject = SubjectQuery {
+        user_ids: vec![conformance::user_of("a")],
+        integration_id: None,
+    };
+    let found = outbox.find_subject(subject.clone()).await.expect("found");
+    let erasure = Erasure {
+        subject,
+        captures: found.captures,
+        receipt: ErasureReceipt::default(),
+    };
+    let mut erased = outbox.erase(erasure);
+    let early = tokio::time::timeout(Duration::from_millis(300), &mut erased).await;
+    assert!(early.is_err(), "{early:?} while a request was under way");
+    conformance::settle(&*outbox, in_flight, |_, _| Outcome::Delivered).await;
+    let receipt = erased.await.expect("erased");
+    // Delivered before it was erased: nothing waited any more, and its history is gone.
+    assert_eq!((receipt.waiting_event_count, receipt.attempt_count), (0, 1));
 }
