@@ -154,9 +154,9 @@ impl World {
         self.sandbox_shutdown.cancel();
     }
 
-    /// The directory of all that the relay stores, its key apart.
+    /// The directory of all that the relay stores, its key apart: here, or with its server.
     pub(crate) fn outbox(&self) -> &Path {
-        &self.store
+        self.nats.as_ref().map_or(&self.store, Server::directory)
     }
 
     pub(crate) fn relay(&self) -> SegmentRelayClient<Channel> {

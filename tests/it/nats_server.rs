@@ -139,6 +139,11 @@ impl Server {
         }
     }
 
+    /// Where its streams are.
+    pub(crate) fn directory(&self) -> &Path {
+        self.directory.path()
+    }
+
     pub(crate) fn url(&self) -> String {
         format!("nats://127.0.0.1:{}", self.port)
     }
