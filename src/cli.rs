@@ -2,6 +2,8 @@
 
 mod check;
 mod generate;
+mod nats;
+mod outbox;
 mod sandbox;
 mod serve;
 mod signals;
@@ -41,6 +43,10 @@ enum Command {
     Sandbox(sandbox::SandboxArgs),
     /// Check a configuration file: all its faults at once, each with its line
     Check(check::CheckArgs),
+    /// Prepare NATS JetStream as the outbox of several relays
+    Nats(nats::NatsArgs),
+    /// Move the embedded outbox to NATS JetStream
+    Outbox(outbox::OutboxArgs),
     /// Print the commented default configuration
     Config,
     /// Make a bearer token, and the hash of it that [[callers]] takes
@@ -130,6 +136,8 @@ async fn run(command: Command) -> Result<u8, Failure> {
         }
         Command::Sandbox(args) => sandbox::run(args).await.map(|()| 0),
         Command::Check(args) => check::run(&args).map(|()| 0),
+        Command::Nats(args) => nats::run(&args).await,
+        Command::Outbox(args) => outbox::run(&args).await,
         Command::Client(command) => Ok(client::run(*command, &mut std::io::stdout()).await?),
         Command::Token => generate::token().map(|()| 0),
         Command::Secret => generate::webhook_secret().map(|()| 0),

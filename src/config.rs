@@ -31,6 +31,7 @@ mod endpoint;
 mod entry;
 mod fault;
 mod integrations;
+mod nats;
 mod reader;
 mod sections;
 mod security;
@@ -42,7 +43,8 @@ mod value;
 pub use callers::KnownCaller;
 pub use endpoint::{Endpoint, EndpointError};
 pub use fault::{Fault, Faults, MAX_FAULTS, Place};
-pub use sections::{Delivery, Endpoints, Outbox, Segment, Server};
+pub use nats::Nats;
+pub use sections::{Delivery, Endpoints, Outbox, OutboxKind, Segment, Server};
 pub use security::{JwksSource, Jwt, Limits, Notify, Secrets, Tls};
 pub use telemetry::{Log, LogFormat, Metrics, Otlp, OtlpProtocol, Traces};
 pub use value::OtlpHeaders;
@@ -86,6 +88,8 @@ pub struct Config {
     pub delivery: Delivery,
     /// Where and how much is stored.
     pub outbox: Outbox,
+    /// The servers of the shared outbox.
+    pub nats: Nats,
     /// The collector of traces and metrics; `None` without.
     pub otlp: Option<Otlp>,
     /// What is traced.
@@ -118,6 +122,7 @@ impl fmt::Debug for Config {
             .field("segment", &self.segment)
             .field("delivery", &self.delivery)
             .field("outbox", &self.outbox)
+            .field("nats", &self.nats)
             .field("otlp", &self.otlp)
             .field("traces", &self.traces)
             .field("metrics", &self.metrics)
@@ -226,6 +231,14 @@ impl Config {
         let segment = Segment::take(&mut reader);
         let delivery = Delivery::take(&mut reader);
         let outbox = Outbox::take(&mut reader);
+        let nats = Nats::take(&mut reader);
+        if let (Some(outbox), Some(nats)) = (&outbox, &nats) {
+            reader.check(
+                outbox.kind == OutboxKind::Embedded || !nats.servers.is_empty(),
+                ["outbox.kind", "nats.servers"],
+                "kind = \"jetstream\" needs [nats] servers",
+            );
+        }
         let otlp = Otlp::take(&mut reader);
         let traces = Traces::take(&mut reader);
         let metrics = Metrics::take(&mut reader);
@@ -244,6 +257,7 @@ impl Config {
                 segment: segment?,
                 delivery: delivery?,
                 outbox: outbox?,
+                nats: nats?,
                 otlp: otlp?,
                 traces: traces?,
                 metrics: metrics?,

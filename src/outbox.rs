@@ -12,16 +12,18 @@
 #[cfg(test)]
 pub(crate) mod conformance;
 mod dead_letters;
+mod jetstream;
 #[cfg(test)]
 pub(crate) mod model;
 mod record;
 mod sealing;
 mod signals;
 mod sqlite;
+mod transfer;
 
 use std::{fmt, future::Future, pin::Pin, sync::Arc};
 
-use tokio::sync::{OwnedSemaphorePermit, oneshot};
+use tokio::sync::{OwnedSemaphorePermit, oneshot, watch};
 
 use crate::{
     event::{EventPair, EventType},
@@ -35,10 +37,15 @@ use crate::{
 };
 
 pub use dead_letters::{DeadLetter, DeadLetterCount, DeadLetterFilter, Selection};
+pub use jetstream::{
+    Difference, JetStreamError, JetStreamOptions, JetStreamOutbox, Layout, LayoutReport, NatsAuth,
+    NatsConnection, NatsHandle, NatsTls,
+};
 #[doc(hidden)]
 pub use record::{check_stored_record, sample_records};
 pub use signals::{Change, Signals};
-pub use sqlite::{KeyError, OpenError, SqliteOptions, SqliteOutbox};
+pub use sqlite::{ExportError, KeyError, OpenError, SqliteOptions, SqliteOutbox};
+pub use transfer::{MoveError, Moved, move_outbox};
 
 /// Lanes of one integration and region. Fixed, since an event has to stay in
 /// the lane of its user for as long as it waits. Four requests at once of 2,500
@@ -387,6 +394,12 @@ pub trait Outbox: Send + Sync + 'static {
 
     /// Removes an integration.
     fn delete_integration(&self, id: &IntegrationId) -> BoxFuture<'_, Result<(), OutboxError>>;
+
+    /// Counts up when somebody else may have changed an integration; `None` where
+    /// nobody else can.
+    fn integration_changes(&self) -> Option<watch::Receiver<u64>> {
+        None
+    }
 
     /// Stores a notice; of too many the oldest go.
     fn put_notice(&self, notice: Notice) -> BoxFuture<'_, Result<(), OutboxError>>;

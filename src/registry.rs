@@ -2,12 +2,14 @@
 //! outbox for the next start.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     ops::Bound,
     sync::{Arc, PoisonError, RwLock},
+    time::Duration,
 };
 
 use tokio::sync::Mutex;
+use tokio_util::sync::CancellationToken;
 
 use crate::{
     audit::{Audit, Entry},
@@ -20,6 +22,9 @@ use crate::{
     time::UnixMillis,
     violation::Violation,
 };
+
+/// How far a replica of the shared outbox may be behind.
+const REPLICA_LAG: Duration = Duration::from_millis(300);
 
 /// Why a change of integrations was refused.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -269,6 +274,60 @@ impl Registry {
         // What waits is dead-lettered by its lanes.
         self.wake_lanes_of(&id).await?;
         Ok(events)
+    }
+
+    /// Follows what other relays change, until `stop`. Ends at once where the outbox is
+    /// this relay's alone.
+    pub async fn follow(self: Arc<Self>, stop: CancellationToken) {
+        let Some(mut changes) = self.outbox.integration_changes() else {
+            return;
+        };
+        // What changed between the load and now.
+        changes.mark_changed();
+        loop {
+            let changed = tokio::select! {
+                () = stop.cancelled() => return,
+                changed = changes.changed() => changed.is_ok(),
+            };
+            if !changed {
+                return;
+            }
+            changes.borrow_and_update();
+            // Twice: the first read may come from a replica that is a moment behind.
+            for pause in [Duration::ZERO, REPLICA_LAG] {
+                tokio::time::sleep(pause).await;
+                if let Err(error) = self.reload().await {
+                    tracing::warn!(%error, "integrations that another relay changed cannot be read yet");
+                    changes.mark_changed();
+                }
+            }
+        }
+    }
+
+    /// Reads all integrations anew, and wakes the lanes of those that have changed.
+    async fn reload(&self) -> Result<(), RegistryError> {
+        let _changing = self.changing.lock().await;
+        let mut stored = BTreeMap::new();
+        for spec in self.outbox.integrations().await? {
+            let integration = restore(&spec)?;
+            stored.insert(integration.id().clone(), Arc::new(integration));
+        }
+        let etag = |found: Option<&Arc<Integration>>| found.map(|one| one.revision.etag.clone());
+        let changed: Vec<IntegrationId> = self.change(|known| {
+            let ids: BTreeSet<_> = known.keys().chain(stored.keys()).cloned().collect();
+            let differs = |id: &IntegrationId| etag(known.get(id)) != etag(stored.get(id));
+            let changed = ids.into_iter().filter(differs).collect();
+            *known = stored;
+            changed
+        });
+        if changed.is_empty() {
+            return Ok(());
+        }
+        tracing::info!(?changed, "integrations were changed by another relay");
+        let waiting = self.outbox.waiting_lanes().await?.into_iter();
+        let own = waiting.filter(|lane| changed.contains(&lane.integration_id));
+        self.outbox.signals().wake_lanes(own);
+        Ok(())
     }
 
     fn changeable(&self, id: &str, etag: &str) -> Result<Arc<Integration>, RegistryError> {

@@ -8,6 +8,7 @@
 mod backlog;
 mod connections;
 mod parts;
+mod store;
 mod tls;
 mod transport;
 
@@ -25,16 +26,18 @@ use crate::{
     grpc::{AccessLayer, RELAY_SERVICE, Services},
     metrics::{self, BacklogBoard, MetricsError},
     notify::{self, Notices, SenderOptions},
-    outbox::{OpenError, Outbox, OutboxError, SqliteOutbox},
+    outbox::{JetStreamError, OpenError, OutboxError},
     proto,
     registry::{Registry, RegistryError, Told},
     segment::SetupError,
     telemetry::OtlpError,
     time::UnixMillis,
-    vault::{Vault, VaultError},
+    vault::VaultError,
 };
 
 use connections::Connections;
+use store::Store;
+pub use store::{connection, jetstream_options, layout};
 use tls::Tls;
 pub use tls::TlsError;
 
@@ -42,12 +45,6 @@ pub use tls::TlsError;
 const MAX_HEALTH_BYTES: usize = 1_024;
 /// This part of the drain's time-out is kept for requests to Segment.
 const SHARE_FOR_DELIVERY: u32 = 4;
-/// How often the outbox forgets what is old.
-const MAINTENANCE_INTERVAL: Duration = Duration::from_secs(10);
-/// How often it does while there is much to forget or to give back.
-const BUSY_MAINTENANCE_INTERVAL: Duration = Duration::from_millis(200);
-/// How often an outbox that could not be written is tried again.
-const PROBE_INTERVAL: Duration = Duration::from_secs(1);
 
 /// Why the relay can't run.
 #[derive(Debug, thiserror::Error)]
@@ -55,6 +52,9 @@ pub enum RunError {
     /// The outbox can't be opened.
     #[error(transparent)]
     Open(#[from] OpenError),
+    /// The shared outbox can't be opened.
+    #[error(transparent)]
+    JetStream(#[from] JetStreamError),
     /// The outbox failed.
     #[error(transparent)]
     Outbox(#[from] OutboxError),
@@ -102,7 +102,7 @@ pub enum RunError {
 
 /// A relay that is ready to run.
 pub struct Relay {
-    outbox: Arc<SqliteOutbox>,
+    store: Store,
     services: Services,
     delivery: DeliveryParts,
     access: AccessLayer,
@@ -136,15 +136,10 @@ impl Relay {
                 Some(listener.map_err(|source| RunError::Metrics { address, source })?)
             }
         };
-        let store_exists = config.outbox.path.join("relay.db").exists();
-        let vault = Arc::new(Vault::load(&config.secrets, store_exists)?);
-        let outbox = Arc::new(SqliteOutbox::open(
-            &parts::outbox_options(&config.outbox, &metrics),
-            &vault,
-        )?);
-        let dyn_outbox: Arc<dyn Outbox> = Arc::clone(&outbox) as Arc<dyn Outbox>;
+        let store = Store::open(&config, &metrics).await?;
+        let outbox = Arc::clone(&store.outbox);
         let notices = match &config.notify {
-            Some(_) => Notices::new(Arc::clone(&dyn_outbox)),
+            Some(_) => Notices::new(Arc::clone(&outbox)),
             None => Notices::nobody(),
         };
         let told = Told {
@@ -152,7 +147,7 @@ impl Relay {
             notices: &notices,
         };
         let registry = Registry::load(
-            Arc::clone(&dyn_outbox),
+            Arc::clone(&outbox),
             &config.integrations,
             &told,
             UnixMillis::now(),
@@ -160,7 +155,7 @@ impl Relay {
         let registry = Arc::new(registry.await?);
         let draining = CancellationToken::new();
         let services = parts::services(
-            &config, dyn_outbox, registry, notices, audit, metrics, &draining,
+            &config, outbox, registry, notices, audit, metrics, &draining,
         )?;
         let delivery = parts::delivery_parts(&config, &services);
         let access = AccessLayer::new(
@@ -175,7 +170,7 @@ impl Relay {
             None => None,
         };
         Ok(Self {
-            outbox,
+            store,
             services,
             delivery,
             access,
@@ -204,9 +199,9 @@ impl Relay {
         shutdown: CancellationToken,
     ) -> Result<(), RunError> {
         let delivery = Delivery::start(self.delivery.clone()).await?;
-        let maintenance = tokio::spawn(maintain(Arc::clone(&self.outbox)));
+        let maintenance = tokio::spawn(self.store.maintain());
         let (health, health_service) = tonic_health::server::health_reporter();
-        let writable = self.outbox.signals().writable();
+        let writable = self.services.outbox.signals().writable();
         let closing = CancellationToken::new();
         let drain = self.drain_on(shutdown.clone(), closing.clone());
         let mut routes = self.services.routes();
@@ -243,7 +238,7 @@ impl Relay {
         if stopped.await.is_err() {
             tracing::warn!("requests to Segment were still under way; they are sent again");
         }
-        self.outbox.close().await;
+        self.services.outbox.close().await;
         // To the end, so that a drain can be watched.
         scraped.cancel();
         let metrics = self.services.metrics.clone();
@@ -262,10 +257,11 @@ impl Relay {
         if let Some(tls) = &self.tls {
             tasks.spawn(Arc::clone(tls).follow(stop.clone()));
         }
+        tasks.spawn(Arc::clone(&self.services.registry).follow(stop.clone()));
         if self.services.metrics.are_read() {
             tasks.spawn(backlog::follow(
                 Arc::clone(&self.services.outbox),
-                self.config.outbox.path.clone(),
+                self.store.directory(),
                 Arc::clone(&self.board),
                 stop.clone(),
             ));
@@ -354,23 +350,4 @@ fn reflection() -> Result<tonic_reflection::server::Builder<'static>, RunError> 
         .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
         // So that a client that knows nothing can read the details of an error.
         .register_encoded_file_descriptor_set(tonic_types::pb::FILE_DESCRIPTOR_SET))
-}
-
-/// Forgets what is old, and finds out soon whether a failing disk works again.
-async fn maintain(outbox: Arc<SqliteOutbox>) {
-    let mut writable = outbox.signals().writable();
-    loop {
-        match outbox.maintain().await {
-            Ok(true) => tokio::time::sleep(BUSY_MAINTENANCE_INTERVAL).await,
-            Ok(false) => {
-                let fails = writable.wait_for(|writable| !writable);
-                let _ = tokio::time::timeout(MAINTENANCE_INTERVAL, fails).await;
-            }
-            Err(OutboxError::Closed) => return,
-            Err(error) => {
-                tracing::warn!(%error, "maintenance of the outbox failed");
-                tokio::time::sleep(PROBE_INTERVAL).await;
-            }
-        }
-    }
 }

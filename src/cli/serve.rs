@@ -1,9 +1,6 @@
 //! `segment-relay serve`: telemetry, config, build, spawn, signal, drain.
 
-use std::{
-    io::Write,
-    path::{Path, PathBuf},
-};
+use std::{io::Write, path::PathBuf};
 
 use clap::Args;
 use tokio::net::TcpListener;
@@ -15,7 +12,7 @@ use super::{
     spec_violations,
 };
 use crate::{
-    config::Config,
+    config::{Config, OutboxKind},
     panics,
     server::Relay,
     telemetry::{self, Telemetry},
@@ -51,7 +48,10 @@ pub(super) async fn run(args: &ServeArgs) -> Result<(), Failure> {
     }
     let telemetry = telemetry::start(&config)?;
     panics::install();
-    let outbox = config.outbox.path.clone();
+    let outbox = match config.outbox.kind {
+        OutboxKind::Embedded => config.outbox.path.display().to_string(),
+        OutboxKind::JetStream => format!("JetStream, {}", config.nats.prefix),
+    };
     let filter = config.log.filter.clone();
     let relay = Relay::open(config).await?;
     let listener = TcpListener::bind(listen)
@@ -113,9 +113,9 @@ fn exposure(config: &Config) -> Option<&'static str> {
 }
 
 /// One line on standard output, for people and for scripts that wait for it.
-fn announce(listener: &TcpListener, outbox: &Path) -> Result<(), Failure> {
+fn announce(listener: &TcpListener, outbox: &str) -> Result<(), Failure> {
     let address = listener.local_addr()?;
-    tracing::info!(%address, outbox = %outbox.display(), "serving");
+    tracing::info!(%address, outbox, "serving");
     let mut out = std::io::stdout().lock();
     writeln!(out, "segment-relay serves gRPC on {address}")?;
     Ok(out.flush()?)

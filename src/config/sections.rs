@@ -6,7 +6,7 @@ use std::{net::SocketAddr, path::PathBuf, time::Duration};
 use super::{
     endpoint::Endpoint,
     reader::Reader,
-    value::{address, boolean, endpoint, hours, millis, number, optional_path, path},
+    value::{address, boolean, endpoint, hours, millis, number, one_of, optional_path, path},
 };
 
 const SECOND_MS: u64 = 1000;
@@ -227,9 +227,20 @@ impl Delivery {
     }
 }
 
+/// Which store the outbox is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum OutboxKind {
+    /// A directory of this relay alone.
+    Embedded,
+    /// NATS JetStream, shared by several relays.
+    JetStream,
+}
+
 /// `[outbox]`: where and how much is stored.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Outbox {
+    /// Which store it is.
+    pub kind: OutboxKind,
     /// Directory of the store.
     pub path: PathBuf,
     /// Waiting events of all integrations, 2 to 1,000,000,000.
@@ -253,7 +264,12 @@ impl Outbox {
     pub(super) fn take(from: &mut Reader<'_>) -> Option<Self> {
         const EVENTS: u64 = 1_000_000_000;
         const BYTES: u64 = 16 * MIB * MIB;
+        const KINDS: &[(&str, OutboxKind)] = &[
+            ("embedded", OutboxKind::Embedded),
+            ("jetstream", OutboxKind::JetStream),
+        ];
         let outbox = Self {
+            kind: from.take("outbox.kind", one_of(KINDS))?,
             path: from.take("outbox.path", path)?,
             max_events: from.take("outbox.max_events", number("events", 2..=EVENTS))?,
             max_bytes: from.take("outbox.max_bytes", number("bytes", MIB..=BYTES))?,

@@ -6,6 +6,7 @@ use super::*;
 
 mod defaults;
 mod integrations;
+mod nats;
 mod security;
 mod telemetry;
 

@@ -29,7 +29,8 @@ impl LaneHolds {
     }
 
     /// Waits until nobody moves dead letters into lanes, and keeps others from it for as
-    /// long as the guard lives. Whoever holds lanes too takes this first.
+    /// long as the guard lives. Whoever holds lanes too takes this first. It is this
+    /// process's: a shared outbox keeps other relays' replays from erasures itself.
     pub async fn hold_replays(&self) -> MutexGuard<'_, ()> {
         self.replays.lock().await
     }

@@ -35,10 +35,10 @@ pub(crate) trait Rig {
     fn open(&self) -> BoxFuture<'_, Arc<dyn Outbox>>;
 }
 
-/// All tests of the suite against a new rig each.
-macro_rules! suite {
-    ($rig:expr) => {
-        $crate::outbox::conformance::suite!($rig;
+/// Calls a macro with the names of all tests of the suite behind other tokens.
+macro_rules! names {
+    ($called:path; $($before:tt)*) => {
+        $called!($($before)*
             captures_come_back_in_order_also_after_a_restart_and_go_when_delivered
             a_capture_id_is_taken_once_also_by_callers_at_the_same_time
             a_pair_is_split_only_where_one_event_is_asked_for
@@ -52,6 +52,17 @@ macro_rules! suite {
             notices_are_kept_in_order_until_they_are_done
         );
     };
+}
+pub(crate) use names;
+
+/// All tests of the suite against a new rig each.
+macro_rules! suite {
+    ($rig:expr) => {
+        $crate::outbox::conformance::names!($crate::outbox::conformance::suite_tests; $rig;);
+    };
+}
+/// The tests of these names.
+macro_rules! suite_tests {
     ($rig:expr; $($name:ident)*) => {
         $(
             #[tokio::test]
@@ -61,7 +72,7 @@ macro_rules! suite {
         )*
     };
 }
-pub(crate) use suite;
+pub(crate) use {suite, suite_tests};
 
 pub(crate) const NOW: UnixMillis = UnixMillis(1_800_000_000_000);
 

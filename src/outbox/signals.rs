@@ -87,6 +87,11 @@ impl Signals {
         self.feed.receiver_count() > 0
     }
 
+    /// Whether somebody waits for a capture.
+    pub(super) fn is_expected(&self) -> bool {
+        !lock(&self.waiting).is_empty()
+    }
+
     /// Tells the watchers. Never waits for a slow one.
     pub(super) fn publish(&self, change: Change) {
         // An error says that nobody watches.

@@ -27,6 +27,7 @@
 
 mod calls;
 mod committer;
+pub(super) mod export;
 mod journal;
 mod keys;
 mod lookup;
@@ -54,6 +55,7 @@ use super::{FoundSubject, Limits, OutboxError, Signals, SubjectQuery, sealing::S
 use crate::{metrics::Metrics, vault::Vault};
 
 use committer::Command;
+pub use export::ExportError;
 pub use keys::KeyError;
 use overlay::Shared;
 use reader::ReadCommand;

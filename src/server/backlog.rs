@@ -13,21 +13,20 @@ use crate::{
 /// How often it looks: often enough for scrapes every 15 s.
 const INTERVAL: Duration = Duration::from_secs(5);
 
-/// Looks now and then, until `stop`.
+/// Looks now and then, until `stop`; at a disk only where the outbox is on one of this machine.
 pub(super) async fn follow(
     outbox: Arc<dyn Outbox>,
-    directory: PathBuf,
+    directory: Option<PathBuf>,
     board: Arc<BacklogBoard>,
     stop: CancellationToken,
 ) {
     let writable = outbox.signals().writable();
     loop {
         let place = directory.clone();
-        let disk = tokio::task::spawn_blocking(move || DiskSpace::of(&place)).await;
+        let disk = tokio::task::spawn_blocking(move || DiskSpace::of(&place?).ok()).await;
         match look(&*outbox).await {
             Ok(backlogs) => {
-                let disk = disk.ok().and_then(Result::ok);
-                board.note(backlogs, disk, *writable.borrow());
+                board.note(backlogs, disk.ok().flatten(), *writable.borrow());
             }
             Err(OutboxError::Closed) => return,
             Err(error) => tracing::warn!(%error, "the backlog cannot be read for the metrics"),

@@ -100,16 +100,20 @@ pub(super) async fn authenticator(config: &Config) -> Result<Authenticator, RunE
 pub(super) fn outbox_options(outbox: &config::Outbox, metrics: &Metrics) -> SqliteOptions {
     SqliteOptions {
         directory: outbox.path.clone(),
-        limits: Limits {
-            max_events: outbox.max_events,
-            max_bytes: outbox.max_bytes,
-            max_integration_events: outbox.max_integration_events,
-            max_integration_bytes: outbox.max_integration_bytes,
-        },
+        limits: limits(outbox),
         group_commit_max: outbox.group_commit_max,
         remember: outbox.idempotency,
         encrypt_payloads: outbox.encryption,
         metrics: metrics.clone(),
+    }
+}
+
+pub(super) fn limits(outbox: &config::Outbox) -> Limits {
+    Limits {
+        max_events: outbox.max_events,
+        max_bytes: outbox.max_bytes,
+        max_integration_events: outbox.max_integration_events,
+        max_integration_bytes: outbox.max_integration_bytes,
     }
 }
 

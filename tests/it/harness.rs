@@ -7,8 +7,10 @@ use std::{
     time::Duration,
 };
 
+use crate::nats_server::Server;
 use segment_relay::{
     config::{Config, Outside},
+    outbox::{Layout, NatsAuth, NatsConnection, NatsHandle},
     proto::{
         self, AttributeValue, Capture, CaptureRequest, CaptureResult, Credential, DataRegion,
         DeliveryState, EventDelivery, FieldMapping, GetCaptureRequest, GetCaptureResponse,
@@ -41,6 +43,7 @@ pub(crate) struct World {
     metrics: SocketAddr,
     shutdown: CancellationToken,
     relay: JoinHandle<Result<(), RunError>>,
+    nats: Option<Server>,
     sandbox_shutdown: CancellationToken,
 }
 
@@ -87,12 +90,13 @@ impl World {
             "[delivery]\nretry_base_ms = 10\nretry_max_ms = 50\n"
         };
         let settings = format!("{short_waits}{endpoints}{settings}");
+        let nats = shared_outbox().await;
         let Started {
             address,
             metrics,
             shutdown,
             relay,
-        } = run_relay(&settings, &directory).await;
+        } = run_relay(&settings, &directory, nats.as_ref()).await;
         Self {
             sandbox,
             address,
@@ -104,6 +108,7 @@ impl World {
             directory,
             shutdown,
             relay,
+            nats,
             sandbox_shutdown,
         }
     }
@@ -111,7 +116,7 @@ impl World {
     /// Drains the relay and starts another on the same outbox.
     pub(crate) async fn restart(&mut self) {
         self.drain().await;
-        let started = run_relay(&self.settings, &self.directory).await;
+        let started = run_relay(&self.settings, &self.directory, self.nats.as_ref()).await;
         self.address = started.address;
         self.metrics = started.metrics;
         self.shutdown = started.shutdown;
@@ -149,9 +154,9 @@ impl World {
         self.sandbox_shutdown.cancel();
     }
 
-    /// The directory of all that the relay stores, its key apart.
+    /// The directory of all that the relay stores, its key apart: here, or with its server.
     pub(crate) fn outbox(&self) -> &Path {
-        &self.store
+        self.nats.as_ref().map_or(&self.store, Server::directory)
     }
 
     pub(crate) fn relay(&self) -> SegmentRelayClient<Channel> {
@@ -233,6 +238,57 @@ impl World {
     }
 }
 
+/// A server for the shared outbox, where `SEGMENT_RELAY_TEST_OUTBOX` says jetstream: so
+/// all tests of a relay can run on either.
+async fn shared_outbox() -> Option<Server> {
+    if std::env::var_os("SEGMENT_RELAY_TEST_OUTBOX").is_none_or(|kind| kind != "jetstream") {
+        return None;
+    }
+    let server = Server::start().expect("nats-server");
+    init_streams(&[server.url()], 1).await;
+    Some(server)
+}
+
+/// The variables that lead a relay to a server.
+pub(crate) fn nats_settings(server: &Server) -> [(String, String); 3] {
+    let set = |name: &str, value: &str| (format!("SEGMENT_RELAY__{name}"), value.to_owned());
+    [
+        set("OUTBOX__KIND", "jetstream"),
+        set("NATS__SERVERS", &server.url()),
+        set("NATS__REPLICAS", "1"),
+    ]
+}
+
+/// Makes the streams as `segment-relay nats init` does.
+pub(crate) async fn init_streams(servers: &[String], replicas: usize) {
+    let connection = NatsConnection {
+        servers: servers.to_vec(),
+        auth: NatsAuth::None,
+        tls: None,
+    };
+    let layout = Layout {
+        prefix: "segment-relay".to_owned(),
+        partitions: 1,
+        replicas,
+        max_bytes: None,
+        cluster: None,
+        tags: Vec::new(),
+    };
+    let deadline = tokio::time::Instant::now() + PATIENCE;
+    loop {
+        // A cluster that has just started has no leader yet.
+        let made = async {
+            let handle = NatsHandle::connect(&connection, layout.clone()).await?;
+            handle.init().await
+        };
+        match made.await {
+            Ok(_) => return,
+            Err(error) if tokio::time::Instant::now() > deadline => panic!("{error}"),
+            Err(_) => tokio::time::sleep(Duration::from_millis(100)).await,
+        }
+    }
+}
+
 async fn listener() -> TcpListener {
     TcpListener::bind("127.0.0.1:0").await.expect("a free port")
 }
@@ -245,7 +301,7 @@ struct Started {
     relay: JoinHandle<Result<(), RunError>>,
 }
 
-async fn run_relay(settings: &str, directory: &TempDir) -> Started {
+async fn run_relay(settings: &str, directory: &TempDir, nats: Option<&Server>) -> Started {
     let outside = Outside {
         validate: &|_| Vec::new(),
         read_key_file: &|_| Err(std::io::ErrorKind::NotFound.into()),
@@ -260,6 +316,11 @@ async fn run_relay(settings: &str, directory: &TempDir) -> Started {
         ("SEGMENT_RELAY__TRACES__SAMPLE_RATIO", "1"),
         ("SEGMENT_RELAY__METRICS__LISTEN", "127.0.0.1:0"),
     ];
+    let mut environment: Vec<(String, String)> = environment
+        .into_iter()
+        .map(|(name, value)| (name.to_owned(), value.to_owned()))
+        .collect();
+    environment.extend(nats.into_iter().flat_map(nats_settings));
     let config = Config::load(Some(("test.toml", settings)), environment, &outside);
     let config = config.unwrap_or_else(|faults| panic!("{faults}"));
     let relay = Relay::open(config).await.expect("opens");

@@ -100,6 +100,7 @@ fn the_default_file_names_every_setting_of_delivery_outbox_and_log() {
     assert_eq!(
         config.outbox,
         Outbox {
+            kind: OutboxKind::Embedded,
             path: "segment-relay-data".into(),
             max_events: 20_000_000,
             max_bytes: 20 * 1024 * 1024 * 1024,

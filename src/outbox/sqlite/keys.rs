@@ -92,6 +92,24 @@ pub(super) fn prepare(
     })
 }
 
+/// The key of what is blinded, of a store that was prepared.
+pub(super) fn index_key(
+    connection: &Connection,
+    vault: &Vault,
+) -> Result<zeroize::Zeroizing<[u8; 32]>, KeyError> {
+    let sealed: Vec<u8> =
+        connection.query_row("SELECT value FROM vault WHERE name = ?1", [INDEX], |row| {
+            row.get(0)
+        })?;
+    let plain = zeroize::Zeroizing::new(vault.unseal(INDEX, &sealed)?);
+    let mut key = zeroize::Zeroizing::new([0; 32]);
+    if plain.len() != key.len() {
+        return Err(UnsealError::Damaged.into());
+    }
+    key.copy_from_slice(&plain);
+    Ok(key)
+}
+
 /// Notes that nothing is sealed under another key any more.
 pub(super) fn finish(transaction: &Transaction<'_>, sealing: &Sealing) -> rusqlite::Result<()> {
     let current = sealing.vault.current();

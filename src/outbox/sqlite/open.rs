@@ -20,9 +20,26 @@ use super::{
     reader, schema,
     writer::Writer,
 };
-use crate::{outbox::Signals, vault::Vault};
+use crate::{
+    outbox::{Signals, sealing::Sealing},
+    vault::Vault,
+};
 
-pub(super) fn open(options: &SqliteOptions, vault: &Arc<Vault>) -> Result<SqliteOutbox, OpenError> {
+/// An outbox with all that was acknowledged in its database; nothing runs yet.
+pub(super) struct Recovered {
+    pub(super) lock: File,
+    pub(super) writer: Writer,
+    pub(super) sealing: Arc<Sealing>,
+    journal: Journal,
+    lookup: Lookup,
+    signals: Arc<Signals>,
+    shared: Arc<Shared>,
+}
+
+pub(super) fn recovered(
+    options: &SqliteOptions,
+    vault: &Arc<Vault>,
+) -> Result<Recovered, OpenError> {
     let lock = lock_directory(&options.directory)?;
     let database = options.directory.join("relay.db");
     let mut write = schema::open_for_writing(&options.directory, &database)?;
@@ -40,7 +57,6 @@ pub(super) fn open(options: &SqliteOptions, vault: &Arc<Vault>) -> Result<Sqlite
     let applied = write
         .query_row("SELECT applied FROM journal", [], |row| row.get(0))
         .map_err(failed)?;
-    let read = schema::open_for_reading(&database).map_err(failed)?;
     let lookup = Lookup::new(schema::open_for_reading(&database).map_err(failed)?);
 
     let (signals, shared) = (Arc::new(Signals::default()), Arc::new(Shared::default()));
@@ -57,6 +73,32 @@ pub(super) fn open(options: &SqliteOptions, vault: &Arc<Vault>) -> Result<Sqlite
             path: options.directory.clone(),
             source,
         })?;
+    Ok(Recovered {
+        lock,
+        writer,
+        sealing: prepared.sealing,
+        journal,
+        lookup,
+        signals,
+        shared,
+    })
+}
+
+pub(super) fn open(options: &SqliteOptions, vault: &Arc<Vault>) -> Result<SqliteOutbox, OpenError> {
+    let Recovered {
+        lock,
+        writer,
+        sealing,
+        journal,
+        lookup,
+        signals,
+        shared,
+    } = recovered(options, vault)?;
+    let failed = |source| OpenError::Database {
+        path: options.directory.clone(),
+        source,
+    };
+    let read = schema::open_for_reading(&options.directory.join("relay.db")).map_err(failed)?;
     let (tally, next_sequence) = writer.known().map_err(failed)?;
     shared.lock().replace_tally(tally);
 
@@ -99,7 +141,7 @@ pub(super) fn open(options: &SqliteOptions, vault: &Arc<Vault>) -> Result<Sqlite
         writer: write_sender,
         reader: read_sender,
         signals,
-        sealing: prepared.sealing,
+        sealing,
         shared,
         open: Mutex::new(Some(files)),
     })

@@ -125,6 +125,11 @@ impl Writer {
         Ok((self.counters.tally().clone(), next))
     }
 
+    /// The database, for somebody who goes on without this thread.
+    pub(super) fn into_connection(self) -> Connection {
+        self.connection
+    }
+
     /// Works until it is closed.
     pub(super) fn run(mut self, mut commands: mpsc::Receiver<WriteCommand>) {
         let mut group = Vec::new();

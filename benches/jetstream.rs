@@ -1,0 +1,274 @@
+//! How many captures relays take and deliver over JetStream, beside one with the embedded
+//! outbox: real processes on loopback, which share the machine with the load and the endpoint.
+//!
+//! `cargo bench --bench jetstream -- 100000` sends so many captures in each of the
+//! settings, in batches of 100. It needs nats-server as the tests do.
+
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    missing_docs,
+    reason = "a measurement stops at the first thing that is not as it should be"
+)]
+
+#[allow(dead_code, reason = "shared with the tests")]
+#[path = "../tests/it/nats_server.rs"]
+mod nats_server;
+
+use std::{
+    io::{BufRead, BufReader},
+    path::Path,
+    process::{Child, Command, Stdio},
+    sync::{
+        Arc,
+        atomic::{AtomicU64, AtomicUsize, Ordering},
+    },
+    time::{Duration, Instant},
+};
+
+use http_body_util::{BodyExt, Full};
+use hyper::{Request, Response, body::Incoming, service::service_fn};
+use hyper_util::rt::TokioIo;
+use nats_server::Server;
+use segment_relay::{
+    outbox::{Layout, NatsAuth, NatsConnection, NatsHandle},
+    proto::{
+        Capture, CaptureBatchRequest, CreateIntegrationRequest, Credential, DataRegion,
+        Integration, UnmappedAttributes, integration_service_client::IntegrationServiceClient,
+        segment_relay_client::SegmentRelayClient,
+    },
+};
+use tokio::net::TcpListener;
+use tonic::transport::Channel;
+
+const BATCH: usize = 100;
+/// Calls under way, over all relays.
+const CALLS: usize = 16;
+const INTEGRATIONS: usize = 4;
+const TIMEOUT: Duration = Duration::from_secs(300);
+
+struct Relay(Child);
+
+impl Drop for Relay {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+async fn endpoint(arrived: Arc<AtomicU64>) -> String {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let url = format!("http://{}/v1/batch", listener.local_addr().unwrap());
+    tokio::spawn(async move {
+        while let Ok((connection, _)) = listener.accept().await {
+            let arrived = Arc::clone(&arrived);
+            tokio::spawn(async move {
+                let service = service_fn(move |request: Request<Incoming>| {
+                    let arrived = Arc::clone(&arrived);
+                    async move {
+                        let body = request.into_body().collect().await?.to_bytes();
+                        let events = body
+                            .windows(12)
+                            .filter(|part| *part == b"\"messageId\":")
+                            .count();
+                        arrived.fetch_add(events as u64, Ordering::Relaxed);
+                        Ok::<_, hyper::Error>(Response::new(Full::<hyper::body::Bytes>::default()))
+                    }
+                });
+                let http = hyper::server::conn::http1::Builder::new();
+                let _ = http
+                    .serve_connection(TokioIo::new(connection), service)
+                    .await;
+            });
+        }
+    });
+    url
+}
+
+async fn start(directory: &Path, endpoint: &str, servers: &[Server]) -> (Relay, Channel) {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_segment-relay"));
+    command
+        .arg("serve")
+        .env("SEGMENT_RELAY__SERVER__LISTEN", "127.0.0.1:0")
+        .env("SEGMENT_RELAY__OUTBOX__PATH", directory.join("outbox"))
+        .env("SEGMENT_RELAY__SECRETS__KEY_FILE", directory.join("key"))
+        .env("SEGMENT_RELAY__SEGMENT__ENDPOINTS__NON_EU", endpoint)
+        .env("SEGMENT_RELAY__SEGMENT__ENDPOINTS__EU", endpoint)
+        .env("SEGMENT_RELAY__DELIVERY__MAX_EVENTS_PER_SECOND", "10000000")
+        .env("SEGMENT_RELAY__DELIVERY__BURST_EVENTS", "10000000")
+        .env(
+            "SEGMENT_RELAY__LIMITS__CALLER_CAPTURES_PER_SECOND",
+            "10000000",
+        )
+        .env("SEGMENT_RELAY__LIMITS__CALLER_BURST_CAPTURES", "10000000")
+        .env(
+            "SEGMENT_RELAY__LIMITS__INTEGRATION_CAPTURES_PER_SECOND",
+            "10000000",
+        )
+        .env(
+            "SEGMENT_RELAY__LIMITS__INTEGRATION_BURST_CAPTURES",
+            "10000000",
+        )
+        .env("SEGMENT_RELAY__LOG__FILTER", "error")
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped());
+    if !servers.is_empty() {
+        let urls: Vec<String> = servers.iter().map(Server::url).collect();
+        command
+            .env("SEGMENT_RELAY__OUTBOX__KIND", "jetstream")
+            .env("SEGMENT_RELAY__NATS__SERVERS", urls.join(","))
+            .env("SEGMENT_RELAY__NATS__REPLICAS", servers.len().to_string());
+    }
+    let mut child = command.spawn().unwrap();
+    let out = child.stdout.take().unwrap();
+    let line = tokio::task::spawn_blocking(move || {
+        let mut line = String::new();
+        BufReader::new(out).read_line(&mut line).unwrap();
+        line
+    });
+    let line = line.await.unwrap();
+    let address = line.trim().rsplit(' ').next().unwrap().to_owned();
+    let channel = Channel::from_shared(format!("http://{address}")).unwrap();
+    (Relay(child), channel.connect().await.unwrap())
+}
+
+async fn init(servers: &[Server]) {
+    let layout = Layout {
+        prefix: "segment-relay".to_owned(),
+        partitions: 1,
+        replicas: servers.len(),
+        max_bytes: None,
+        cluster: None,
+        tags: Vec::new(),
+    };
+    let connection = NatsConnection {
+        servers: servers.iter().map(Server::url).collect(),
+        auth: NatsAuth::None,
+        tls: None,
+    };
+    let begun = Instant::now();
+    loop {
+        let made = async {
+            let handle = NatsHandle::connect(&connection, layout.clone()).await?;
+            handle.init().await
+        };
+        match made.await {
+            Ok(_) => return,
+            Err(error) if begun.elapsed() > Duration::from_secs(60) => panic!("{error}"),
+            Err(_) => tokio::time::sleep(Duration::from_millis(200)).await,
+        }
+    }
+}
+
+fn integration(number: usize) -> Integration {
+    Integration {
+        integration_id: format!("bench-{number}"),
+        credentials: vec![Credential {
+            data_region: DataRegion::NonEu.into(),
+            write_key: "write-key-of-a-benchmark".into(),
+            ..Credential::default()
+        }],
+        unmapped_attributes: UnmappedAttributes::Forward.into(),
+        ..Integration::default()
+    }
+}
+
+fn capture(number: usize) -> Capture {
+    Capture {
+        capture_id: format!("capture-{number}"),
+        email: format!("person-{number}@example.com"),
+        campaign_id: "n3zrik6g".into(),
+        campaign_name: "New Quiz".into(),
+        session_id: format!("session-{number}"),
+        traffic_source: "Owned+Web".into(),
+        ..Capture::default()
+    }
+}
+
+async fn send(channels: &[Channel], captures: usize, next: &Arc<AtomicUsize>) {
+    let tasks: Vec<_> = (0..CALLS)
+        .map(|call| {
+            let mut client = SegmentRelayClient::new(channels[call % channels.len()].clone());
+            let next = Arc::clone(next);
+            tokio::spawn(async move {
+                loop {
+                    let first = next.fetch_add(BATCH, Ordering::Relaxed);
+                    if first >= captures {
+                        return;
+                    }
+                    let request = CaptureBatchRequest {
+                        integration_id: format!("bench-{}", first / BATCH % INTEGRATIONS),
+                        captures: (first..first + BATCH).map(capture).collect(),
+                        ..CaptureBatchRequest::default()
+                    };
+                    let answer = client.capture_batch(request).await.unwrap().into_inner();
+                    let refused = answer.results.iter().find(|one| one.error.is_some());
+                    assert!(refused.is_none(), "{refused:?}");
+                }
+            })
+        })
+        .collect();
+    for task in tasks {
+        task.await.unwrap();
+    }
+}
+
+async fn measure(name: &str, captures: usize, servers: usize, relays: usize) {
+    let servers = match servers {
+        0 => Vec::new(),
+        1 => vec![Server::start().unwrap()],
+        count => Server::cluster(count).unwrap(),
+    };
+    if !servers.is_empty() {
+        init(&servers).await;
+    }
+    let arrived = Arc::new(AtomicU64::new(0));
+    let url = endpoint(Arc::clone(&arrived)).await;
+    let directory = tempfile::tempdir().unwrap();
+    let (mut processes, mut channels) = (Vec::new(), Vec::new());
+    for _ in 0..relays {
+        let (process, channel) = start(directory.path(), &url, &servers).await;
+        processes.push(process);
+        channels.push(channel);
+    }
+    for number in 0..INTEGRATIONS {
+        let request = CreateIntegrationRequest {
+            integration: Some(integration(number)),
+        };
+        let mut client = IntegrationServiceClient::new(channels[0].clone());
+        client.create_integration(request).await.unwrap();
+    }
+    tokio::time::sleep(Duration::from_secs(2)).await;
+    let next = Arc::new(AtomicUsize::new(0));
+    let begun = Instant::now();
+    send(&channels, captures, &next).await;
+    let accepted = begun.elapsed();
+    while arrived.load(Ordering::Relaxed) < 2 * captures as u64 {
+        assert!(begun.elapsed() < TIMEOUT, "not delivered in time");
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+    let delivered = begun.elapsed();
+    let rate = |time: Duration| captures as f64 / time.as_secs_f64();
+    println!(
+        "{name:<44} {:>8.0} accepted/s {:>8.0} delivered/s",
+        rate(accepted),
+        rate(delivered)
+    );
+}
+
+#[tokio::main]
+async fn main() {
+    let captures = std::env::args().skip(1).find_map(|one| one.parse().ok());
+    let captures = captures.unwrap_or(100_000);
+    measure("embedded, one relay", captures, 0, 1).await;
+    if nats_server::program().is_none() {
+        return;
+    }
+    for (servers, word) in [(1, "one server"), (3, "three servers, three replicas")] {
+        for relays in 1..=3 {
+            let name = format!("{word}, {relays} relays");
+            measure(&name, captures, servers, relays).await;
+        }
+    }
+}

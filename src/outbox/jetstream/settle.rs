@@ -1,0 +1,356 @@
+//! Makes the outcome of an attempt durable: records, dead letters and the lane's own
+//! record in one atomic batch, which is refused where the lane went to another relay.
+
+use std::{collections::HashMap, time::Duration};
+
+use prost::Message;
+
+use super::{
+    Shared,
+    lanes::{Hold, Leased},
+    message::{Dead, LaneRecord, Payload, Waiting, decode},
+    wire::{StoreError, ToStore},
+};
+use crate::{
+    event::EventType,
+    outbox::{LaneKey, OutboxError, SettledCapture, Settlement},
+    status::{CaptureRecord, State},
+    time::UnixMillis,
+};
+
+/// Captures of one batch: with two dead letters each it is still below 1,000 messages.
+const CHUNK: usize = 300;
+/// Tries after others have changed records.
+const TRIES: u32 = 10;
+/// Captures of one read.
+const READ: usize = 500;
+
+/// What one capture of a chunk becomes.
+struct Next {
+    /// Its place in what was leased.
+    place: usize,
+    record: CaptureRecord,
+    changed: Vec<EventType>,
+    done: bool,
+    dead: bool,
+}
+
+impl Shared {
+    /// Settles as much as this relay may: nothing where it has lost the lane.
+    pub(super) async fn settle_lane(&self, settlement: &Settlement) -> Result<(), OutboxError> {
+        let lane = &settlement.lane;
+        let slot = self.lanes.slot(lane);
+        let mut guard = slot.hold.lock().await;
+        let mut settled_all = true;
+        for chunk in settlement.captures.chunks(CHUNK) {
+            let Some(hold) = guard.as_mut() else {
+                settled_all = false;
+                break;
+            };
+            if !self.settle_chunk(lane, hold, chunk).await? {
+                *guard = None;
+            }
+        }
+        let Some(hold) = guard.as_mut().filter(|_| settled_all) else {
+            tracing::warn!(%lane, "the lane went to another relay, which sends its events again");
+            return Ok(());
+        };
+        hold.leased_at = None;
+        let moved = |one: &Leased| one.sequence < hold.record.cursor(one.queue);
+        if hold.unpurged || hold.leased.iter().any(moved) {
+            self.purge_settled(lane, hold).await;
+        }
+        hold.leased = Vec::new();
+        Ok(())
+    }
+
+    /// Returns whether the lane is still this relay's.
+    async fn settle_chunk(
+        &self,
+        lane: &LaneKey,
+        hold: &mut Hold,
+        chunk: &[SettledCapture],
+    ) -> Result<bool, OutboxError> {
+        for _ in 0..TRIES {
+            let next = next_states(hold, chunk);
+            let payloads = self.payloads_of_dead(lane, hold, &next).await?;
+            let record = lane_record_after(hold, &next);
+            let batch = self.batch(lane, hold, &record, &next, &payloads);
+            match self.wire.store(batch).await {
+                Ok(first) => {
+                    self.signals.set_writable(true);
+                    self.note_settled(lane, hold, record, next, first).await;
+                    return Ok(true);
+                }
+                Err(StoreError::Conflict) => {
+                    if !self.refresh(lane, hold).await? {
+                        return Ok(false);
+                    }
+                }
+                Err(error) => {
+                    self.signals.set_writable(false);
+                    return Err(error.into());
+                }
+            }
+        }
+        Err(super::wire::unavailable("records change all the time"))
+    }
+
+    /// What is to be stored: the lane's record first.
+    fn batch(
+        &self,
+        lane: &LaneKey,
+        hold: &Hold,
+        record: &LaneRecord,
+        next: &[Next],
+        payloads: &HashMap<(usize, EventType), Payload>,
+    ) -> Vec<ToStore> {
+        let id = &lane.integration_id;
+        let mut batch = vec![ToStore {
+            subject: self.layout.lane(lane),
+            payload: record.encode_to_vec().into(),
+            expected: Some(hold.revision),
+            keep: None,
+        }];
+        for one in next {
+            let leased = &hold.leased[one.place];
+            let mut stored = leased.stored.clone();
+            stored.set(&one.record);
+            batch.push(ToStore {
+                subject: self.layout.record(id, &stored.capture_id),
+                payload: stored.encode_to_vec().into(),
+                expected: Some(leased.revision),
+                keep: (!one.dead).then_some(self.options.remember),
+            });
+        }
+        for one in next {
+            for event in &one.changed {
+                let State::DeadLettered { at, .. } = one.record.event(*event).state else {
+                    continue;
+                };
+                let stored = &hold.leased[one.place].stored;
+                let dead = Dead {
+                    capture_id: stored.capture_id.clone(),
+                    event: event.to_proto() as i32,
+                    millis: at.0,
+                    payload: payloads.get(&(one.place, *event)).cloned(),
+                    shard: u32::from(lane.shard),
+                };
+                batch.push(ToStore {
+                    subject: self.layout.dead(id, &stored.capture_id, *event),
+                    payload: dead.encode_to_vec().into(),
+                    expected: None,
+                    keep: None,
+                });
+            }
+        }
+        batch
+    }
+
+    /// The stored payloads of events that are given up.
+    async fn payloads_of_dead(
+        &self,
+        lane: &LaneKey,
+        hold: &Hold,
+        next: &[Next],
+    ) -> Result<HashMap<(usize, EventType), Payload>, OutboxError> {
+        let mut found = HashMap::new();
+        let stream = self.layout.stream_of(&lane.integration_id);
+        for queue in 0..2 {
+            let mut places: HashMap<u64, usize> = HashMap::new();
+            for one in next {
+                let leased = &hold.leased[one.place];
+                let given_up = |event: &EventType| {
+                    matches!(one.record.event(*event).state, State::DeadLettered { .. })
+                };
+                if leased.queue == queue && one.changed.iter().any(given_up) {
+                    places.insert(leased.sequence, one.place);
+                }
+            }
+            let (Some(mut from), Some(to)) =
+                (places.keys().min().copied(), places.keys().max().copied())
+            else {
+                continue;
+            };
+            let subject = self.layout.queue(lane, queue);
+            while from <= to {
+                let read = self
+                    .wire
+                    .read(&stream, &subject, from, (READ, 4 << 20))
+                    .await?;
+                let Some(last) = read.last() else { break };
+                from = last.sequence + 1;
+                for stored in read {
+                    let Some(place) = places.get(&stored.sequence) else {
+                        continue;
+                    };
+                    let one: Waiting = decode("capture", &stored.payload)?;
+                    let payloads = [
+                        (EventType::Identify, one.identify),
+                        (EventType::Track, one.track),
+                    ];
+                    let payloads = payloads
+                        .into_iter()
+                        .filter_map(|(event, payload)| Some((event, payload?)));
+                    found.extend(payloads.map(|(event, payload)| ((*place, event), payload)));
+                }
+            }
+        }
+        Ok(found)
+    }
+
+    async fn note_settled(
+        &self,
+        lane: &LaneKey,
+        hold: &mut Hold,
+        record: LaneRecord,
+        next: Vec<Next>,
+        first: u64,
+    ) {
+        let stream = self.layout.stream_of(&lane.integration_id);
+        let mut gone = vec![hold.revision];
+        (hold.revision, hold.record) = (first, record);
+        let now = UnixMillis::now();
+        let mut changes = Vec::with_capacity(next.len());
+        for (revision, one) in (first + 1..).zip(next) {
+            let leased = &mut hold.leased[one.place];
+            // The first version goes by its time; those of retries are many.
+            let is_first = leased.queue == 0 && leased.revision + 1 == leased.sequence;
+            if !is_first && leased.revision > 0 {
+                gone.push(leased.revision);
+            }
+            leased.revision = revision;
+            leased.record = one.record.clone();
+            leased.stored.set(&one.record);
+            leased.done = one.done;
+            if one.done {
+                self.counts.remove(lane, 1);
+                if leased.sequence >= hold.record.cursor(leased.queue) {
+                    gone.push(leased.sequence);
+                }
+            }
+            changes.push((one.record, one.changed));
+        }
+        self.deleter.remove_all(&stream, gone);
+        self.announce(changes, now).await;
+    }
+
+    /// Reads what others have changed. Returns whether the lane is still this relay's.
+    async fn refresh(&self, lane: &LaneKey, hold: &mut Hold) -> Result<bool, OutboxError> {
+        tokio::time::sleep(Duration::from_millis(fastrand::u64(1..10))).await;
+        let stream = self.layout.stream_of(&lane.integration_id);
+        let found = self.wire.last(&stream, &self.layout.lane(lane)).await?;
+        let Some((stored, _)) = found else {
+            return Ok(false);
+        };
+        let record: LaneRecord = decode("lane", &stored.payload)?;
+        if Some(&record.session) != self.sessions.name().as_ref()
+            || record.session != hold.record.session
+        {
+            return Ok(false);
+        }
+        (hold.revision, hold.record) = (stored.sequence, record);
+        let ids: Vec<String> = hold
+            .leased
+            .iter()
+            .map(|one| one.stored.capture_id.clone())
+            .collect();
+        let mut newest = self.newest_records(lane, hold.revision, &ids).await?;
+        for leased in &mut hold.leased {
+            match newest.remove(&leased.stored.capture_id) {
+                None => leased.revision = 0,
+                Some((revision, stored)) => {
+                    leased.record = stored.open(&lane.integration_id)?;
+                    leased.revision = revision;
+                    leased.stored = stored;
+                    leased.stored.queued_at = leased.sequence;
+                }
+            }
+        }
+        Ok(true)
+    }
+
+    /// Removes what does not wait any more.
+    pub(super) async fn purge_settled(&self, lane: &LaneKey, hold: &mut Hold) {
+        let stream = self.layout.stream_of(&lane.integration_id);
+        hold.unpurged = false;
+        for queue in 0..2 {
+            let before = hold.record.cursor(queue);
+            if before == 0 {
+                continue;
+            }
+            let subject = self.layout.queue(lane, queue);
+            if let Err(error) = self.wire.purge_before(&stream, &subject, before).await {
+                tracing::warn!(%lane, %error, "what is settled was not removed; it is tried again");
+                hold.unpurged = true;
+            }
+        }
+    }
+}
+
+/// Merges what is stored with what an attempt has changed.
+fn next_states(hold: &Hold, chunk: &[SettledCapture]) -> Vec<Next> {
+    let places = hold.leased.iter().enumerate();
+    let places: HashMap<i64, usize> = places
+        .map(|(place, one)| (i64::try_from(one.sequence).unwrap_or(i64::MAX), place))
+        .collect();
+    let mut next = Vec::with_capacity(chunk.len());
+    for settled in chunk {
+        let Some(place) = places.get(&settled.sequence).copied() else {
+            continue;
+        };
+        let leased = &hold.leased[place];
+        let waits = |event: &EventType| {
+            leased.carries[usize::from(*event == EventType::Track)]
+                && !leased.record.event(*event).state.is_final()
+        };
+        let changed: Vec<_> = settled.changed.iter().copied().filter(waits).collect();
+        if leased.done || !EventType::ALL.iter().any(waits) {
+            continue;
+        }
+        let mut record = leased.record.clone();
+        record.attempts.clone_from(&settled.record.attempts);
+        for event in &changed {
+            *record.event_mut(*event) = settled.record.event(*event).clone();
+        }
+        let dead = |event| matches!(record.event(event).state, State::DeadLettered { .. });
+        next.push(Next {
+            place,
+            done: record.is_final(),
+            dead: EventType::ALL.into_iter().any(dead),
+            changed,
+            record,
+        });
+    }
+    next
+}
+
+/// The lane's record once the chunk is stored.
+fn lane_record_after(hold: &Hold, next: &[Next]) -> LaneRecord {
+    let mut record = hold.record.clone();
+    let done: HashMap<usize, bool> = next.iter().map(|one| (one.place, one.done)).collect();
+    let is_done = |(place, leased): &(usize, &Leased)| {
+        done.get(place)
+            .copied()
+            .unwrap_or_else(|| leased.done || leased.record.is_final())
+    };
+    for queue in 0..2 {
+        let own = || {
+            hold.leased
+                .iter()
+                .enumerate()
+                .filter(|(_, one)| one.queue == queue)
+        };
+        if let Some((_, last)) = own().take_while(is_done).last() {
+            record.cursors[queue] = record.cursors[queue].max(last.sequence + 1);
+        }
+        let tried = own()
+            .filter(|(place, _)| done.contains_key(place))
+            .map(|(_, one)| one.sequence)
+            .max();
+        if let Some(tried) = tried.filter(|tried| *tried >= record.cursors[queue]) {
+            record.touched[queue] = record.touched[queue].max(tried);
+        }
+    }
+    record
+}

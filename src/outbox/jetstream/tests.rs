@@ -1,0 +1,124 @@
+//! The conformance suite against a real nats-server, in a directory of its own. Without
+//! one the tests say so and check nothing: `tests/run` brings it, and makes its absence a failure.
+
+#[allow(dead_code, reason = "shared with tests/it")]
+#[path = "../../../tests/it/nats_server.rs"]
+mod server;
+
+use std::{sync::Arc, time::Duration};
+
+use super::{JetStreamOptions, JetStreamOutbox, Layout, NatsAuth, NatsConnection, NatsHandle};
+use crate::{
+    metrics::Metrics,
+    outbox::{
+        BoxFuture, Erasure, Outbox, SubjectQuery,
+        conformance::{self, LIMITS, Rig},
+    },
+    proto::ErasureReceipt,
+    status::Outcome,
+    vault::Vault,
+};
+
+use server::Server;
+
+/// One outbox on a server of its own, with as many partitions as it says.
+struct JetStreamRig {
+    server: Server,
+    vault: Arc<Vault>,
+    partitions: usize,
+}
+
+impl JetStreamRig {
+    fn new(partitions: usize) -> Option<Self> {
+        Some(Self {
+            server: Server::start()?,
+            vault: Arc::new(Vault::forgetful().expect("random")),
+            partitions,
+        })
+    }
+}
+
+fn connection(server: &Server) -> NatsConnection {
+    NatsConnection {
+        servers: vec![server.url()],
+        auth: NatsAuth::None,
+        tls: None,
+    }
+}
+
+impl Rig for JetStreamRig {
+    fn open(&self) -> BoxFuture<'_, Arc<dyn Outbox>> {
+        Box::pin(async {
+            let layout = Layout {
+                prefix: "test".to_owned(),
+                partitions: self.partitions,
+                replicas: 1,
+                max_bytes: None,
+                cluster: None,
+                tags: Vec::new(),
+            };
+            let handle = NatsHandle::connect(&connection(&self.server), layout)
+                .await
+                .expect("connects");
+            handle.init().await.expect("makes its streams");
+            let options = JetStreamOptions {
+                limits: LIMITS,
+                remember: Duration::from_secs(3_600),
+                encrypt_payloads: false,
+                request_timeout: Duration::from_secs(2),
+                metrics: Metrics::off(),
+            };
+            let opened = JetStreamOutbox::open(handle, options, &self.vault).await;
+            Arc::new(opened.expect("opens")) as Arc<dyn Outbox>
+        })
+    }
+}
+
+/// The suite's tests, each where there is a server.
+macro_rules! with_server {
+    ($partitions:expr; $($name:ident)*) => {
+        $(
+            #[tokio::test]
+            async fn $name() {
+                if let Some(rig) = super::JetStreamRig::new($partitions) {
+                    $crate::outbox::conformance::$name(&rig).await;
+                }
+            }
+        )*
+    };
+}
+
+mod one_partition {
+    crate::outbox::conformance::names!(with_server; 1;);
+}
+
+mod three_partitions {
+    crate::outbox::conformance::names!(with_server; 3;);
+}
+
+#[tokio::test]
+async fn an_erasure_waits_for_what_this_relay_sends_also_where_nobody_has_held_its_lane() {
+    let Some(rig) = JetStreamRig::new(1) else {
+        return;
+    };
+    let outbox = rig.open().await;
+    conformance::submit(&*outbox, vec![conformance::new_capture("acme", "a", 0)]).await;
+    let in_flight = conformance::lease(&*outbox, "acme", 2).await;
+    let subject = SubjectQuery {
+        user_ids: vec![conformance::user_of("a")],
+        integration_id: None,
+    };
+    let found = outbox.find_subject(subject.clone()).await.expect("found");
+    let erasure = Erasure {
+        subject,
+        captures: found.captures,
+        receipt: ErasureReceipt::default(),
+    };
+    let mut erased = outbox.erase(erasure);
+    let early = tokio::time::timeout(Duration::from_millis(300), &mut erased).await;
+    assert!(early.is_err(), "{early:?} while a request was under way");
+    conformance::settle(&*outbox, in_flight, |_, _| Outcome::Delivered).await;
+    let receipt = erased.await.expect("erased");
+    // Delivered before it was erased: nothing waited any more, and its history is gone.
+    assert_eq!((receipt.waiting_event_count, receipt.attempt_count), (0, 1));
+}

@@ -1,0 +1,145 @@
+//! The outbox that the configuration names, opened, and what it needs meanwhile.
+
+use std::{path::PathBuf, sync::Arc, time::Duration};
+
+use super::{RunError, parts};
+use crate::{
+    config::{Config, Nats, OutboxKind},
+    metrics::Metrics,
+    outbox::{
+        JetStreamOptions, JetStreamOutbox, Layout, NatsAuth, NatsConnection, NatsHandle, NatsTls,
+        Outbox, OutboxError, SqliteOutbox,
+    },
+    vault::Vault,
+};
+
+/// How often the embedded outbox forgets what is old.
+const MAINTENANCE_INTERVAL: Duration = Duration::from_secs(10);
+/// How often it does while there is much to forget or to give back.
+const BUSY_MAINTENANCE_INTERVAL: Duration = Duration::from_millis(200);
+/// How often an outbox that could not be written is tried again.
+const PROBE_INTERVAL: Duration = Duration::from_secs(1);
+
+/// The outbox.
+pub(super) struct Store {
+    pub(super) outbox: Arc<dyn Outbox>,
+    /// The embedded one forgets and cleans up when it is told to.
+    embedded: Option<Arc<SqliteOutbox>>,
+    directory: Option<PathBuf>,
+}
+
+impl Store {
+    /// Opens it.
+    pub(super) async fn open(config: &Config, metrics: &Metrics) -> Result<Self, RunError> {
+        if config.outbox.kind == OutboxKind::JetStream {
+            let handle =
+                NatsHandle::connect(&connection(&config.nats), layout(&config.nats)).await?;
+            let exists = handle.store_exists().await?;
+            let vault = Arc::new(Vault::load(&config.secrets, exists)?);
+            let options = jetstream_options(config, metrics);
+            let outbox = JetStreamOutbox::open(handle, options, &vault).await?;
+            let embedded = None;
+            return Ok(Self {
+                outbox: Arc::new(outbox),
+                embedded,
+                directory: None,
+            });
+        }
+        let exists = config.outbox.path.join("relay.db").exists();
+        let vault = Arc::new(Vault::load(&config.secrets, exists)?);
+        let options = parts::outbox_options(&config.outbox, metrics);
+        let outbox = Arc::new(SqliteOutbox::open(&options, &vault)?);
+        Ok(Self {
+            outbox: Arc::clone(&outbox) as Arc<dyn Outbox>,
+            embedded: Some(outbox),
+            directory: Some(config.outbox.path.clone()),
+        })
+    }
+
+    /// Where the embedded one is; `None` for the shared one.
+    pub(super) fn directory(&self) -> Option<PathBuf> {
+        self.directory.clone()
+    }
+
+    /// Forgets what is old, and finds out soon whether a failing disk works again. The
+    /// shared outbox does both itself.
+    pub(super) fn maintain(&self) -> impl Future<Output = ()> + Send + use<> {
+        let embedded = self.embedded.clone();
+        async move {
+            if let Some(outbox) = embedded {
+                maintain(outbox).await;
+            }
+        }
+    }
+}
+
+/// The servers of the shared outbox.
+#[must_use]
+pub fn connection(nats: &Nats) -> NatsConnection {
+    let auth = match (
+        &nats.credentials_file,
+        &nats.user,
+        &nats.password,
+        &nats.token,
+    ) {
+        (Some(path), ..) => NatsAuth::Credentials(path.clone()),
+        (_, Some(user), Some(password), _) => NatsAuth::User {
+            user: user.clone(),
+            password: password.clone(),
+        },
+        (.., Some(token)) => NatsAuth::Token(token.clone()),
+        _ => NatsAuth::None,
+    };
+    let tls = nats.tls.then(|| NatsTls {
+        ca_file: nats.ca_file.clone(),
+        identity: nats.identity.clone(),
+    });
+    NatsConnection {
+        servers: nats.servers.clone(),
+        auth,
+        tls,
+    }
+}
+
+/// The streams of the shared outbox.
+#[must_use]
+pub fn layout(nats: &Nats) -> Layout {
+    Layout {
+        prefix: nats.prefix.clone(),
+        partitions: nats.partitions,
+        replicas: nats.replicas,
+        max_bytes: nats.max_stream_bytes,
+        cluster: nats.cluster.clone(),
+        tags: nats.tags.clone(),
+    }
+}
+
+/// How the shared outbox works.
+#[must_use]
+pub fn jetstream_options(config: &Config, metrics: &Metrics) -> JetStreamOptions {
+    JetStreamOptions {
+        limits: parts::limits(&config.outbox),
+        remember: config.outbox.idempotency,
+        encrypt_payloads: config.outbox.encryption,
+        request_timeout: config.segment.request_timeout,
+        metrics: metrics.clone(),
+    }
+}
+
+async fn maintain(outbox: Arc<SqliteOutbox>) {
+    let mut writable = outbox.signals().writable();
+    loop {
+        match outbox.maintain().await {
+            Ok(true) => tokio::time::sleep(BUSY_MAINTENANCE_INTERVAL).await,
+            Ok(false) => {
+                let fails = writable.wait_for(|writable| !writable);
+                let _ = tokio::time::timeout(MAINTENANCE_INTERVAL, fails).await;
+            }
+            Err(OutboxError::Closed) => return,
+            Err(error) => {
+                tracing::warn!(%error, "maintenance of the outbox failed");
+                tokio::time::sleep(PROBE_INTERVAL).await;
+            }
+        }
+    }
+}

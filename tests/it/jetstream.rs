@@ -1,0 +1,8 @@
+//! Relays that share an outbox: three of them as processes, on three clustered servers.
+
+mod init;
+mod moving;
+mod outage;
+mod proof;
+mod relays;
+mod two;
