@@ -186,6 +186,30 @@ fn capture(number: usize) -> Capture {
     }
 }
 
+fn relay_ids(relays: &[Relay]) -> impl Iterator<Item = u32> {
+    relays.iter().map(|relay| relay.0.id())
+}
+
+fn server_ids(servers: &[Server]) -> impl Iterator<Item = u32> {
+    servers.iter().filter_map(Server::id)
+}
+
+/// CPU seconds of processes so far, by the clock ticks of `/proc`: 100 a second on Linux.
+fn cpu(processes: impl Iterator<Item = u32>) -> f64 {
+    let ticks = |id: u32| -> f64 {
+        let stat = std::fs::read_to_string(format!("/proc/{id}/stat")).unwrap();
+        let (_, fields) = stat.rsplit_once(')').unwrap();
+        let fields: Vec<f64> = fields
+            .split_whitespace()
+            .skip(11)
+            .take(2)
+            .map(|one| one.parse().unwrap())
+            .collect();
+        fields.iter().sum()
+    };
+    processes.map(ticks).sum::<f64>() / 100.0
+}
+
 async fn send(channels: &[Channel], captures: usize, next: &Arc<AtomicUsize>) {
     let tasks: Vec<_> = (0..CALLS)
         .map(|call| {
@@ -241,6 +265,7 @@ async fn measure(name: &str, captures: usize, servers: usize, relays: usize) {
     }
     tokio::time::sleep(Duration::from_secs(2)).await;
     let next = Arc::new(AtomicUsize::new(0));
+    let before = (cpu(relay_ids(&processes)), cpu(server_ids(&servers)));
     let begun = Instant::now();
     send(&channels, captures, &next).await;
     let accepted = begun.elapsed();
@@ -250,10 +275,15 @@ async fn measure(name: &str, captures: usize, servers: usize, relays: usize) {
     }
     let delivered = begun.elapsed();
     let rate = |time: Duration| captures as f64 / time.as_secs_f64();
+    // What settles the last captures is part of their cost.
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    let each = |after: f64, before: f64| (after - before) * 1e6 / captures as f64;
     println!(
-        "{name:<44} {:>8.0} accepted/s {:>8.0} delivered/s",
+        "{name:<34} {:>7.0} accepted/s {:>7.0} delivered/s, CPU a capture: relays {:>5.1} µs, servers {:>5.1} µs",
         rate(accepted),
-        rate(delivered)
+        rate(delivered),
+        each(cpu(relay_ids(&processes)), before.0),
+        each(cpu(server_ids(&servers)), before.1),
     );
 }
 

@@ -144,6 +144,12 @@ impl Server {
         self.directory.path()
     }
 
+    /// Its process, while it runs.
+    #[allow(dead_code, reason = "for the benchmark")]
+    pub(crate) fn id(&self) -> Option<u32> {
+        self.child.as_ref().map(Child::id)
+    }
+
     pub(crate) fn url(&self) -> String {
         format!("nats://127.0.0.1:{}", self.port)
     }
