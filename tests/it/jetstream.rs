@@ -1,5 +1,7 @@
 //! Relays that share an outbox: three of them as processes, on three clustered servers.
 
+mod access;
+mod credentials;
 mod init;
 mod moving;
 mod outage;

@@ -111,9 +111,20 @@ pub(crate) async fn process(
     endpoint: &str,
     replicas: usize,
 ) -> Process {
+    process_with(servers, directory, endpoint, replicas, &[]).await
+}
+
+/// The same with more variables in its environment.
+pub(crate) async fn process_with(
+    servers: &str,
+    directory: &Path,
+    endpoint: &str,
+    replicas: usize,
+    more: &[(&str, &Path)],
+) -> Process {
     let timeout = REQUEST_TIMEOUT.as_millis().to_string();
     let replicas = replicas.to_string();
-    let settings = [
+    let mut settings = vec![
         ("SEGMENT_RELAY__OUTBOX__KIND", Path::new("jetstream")),
         ("SEGMENT_RELAY__NATS__SERVERS", Path::new(servers)),
         ("SEGMENT_RELAY__NATS__REPLICAS", Path::new(&replicas)),
@@ -122,6 +133,7 @@ pub(crate) async fn process(
             Path::new(&timeout),
         ),
     ];
+    settings.extend(more);
     let urls = [endpoint.to_owned(), endpoint.to_owned()];
     Process::start_with(&directory.join("outbox"), &urls, &settings).await
 }
