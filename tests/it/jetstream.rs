@@ -2,6 +2,7 @@
 
 mod access;
 mod credentials;
+mod handover;
 mod init;
 mod moving;
 mod outage;

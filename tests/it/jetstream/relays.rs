@@ -22,8 +22,10 @@ use tokio::{
 
 use crate::{nats_server::Server, process::Process};
 
-/// Longest request to the endpoint; the lease is 3 s longer.
-pub(crate) const REQUEST_TIMEOUT: Duration = Duration::from_secs(1);
+/// Longest request to the endpoint.
+const REQUEST_TIMEOUT: Duration = Duration::from_secs(1);
+/// A relay's lanes are its own for so long after its last word, as docs/scaling.md has it.
+pub(crate) const LEASE: Duration = Duration::from_secs(REQUEST_TIMEOUT.as_secs() + 3);
 /// How long the endpoint takes.
 const LATENCY: Duration = Duration::from_millis(15);
 /// What an event holds that the endpoint refuses for good.
