@@ -386,6 +386,20 @@ pub trait Outbox: Send + Sync + 'static {
     /// All stored integrations.
     fn integrations(&self) -> BoxFuture<'_, Result<Vec<StoredIntegration>, OutboxError>>;
 
+    /// One integration as it is stored at this moment, whoever has stored it.
+    fn integration(
+        &self,
+        id: &IntegrationId,
+    ) -> BoxFuture<'_, Result<Option<StoredIntegration>, OutboxError>> {
+        let id = id.clone();
+        Box::pin(async move {
+            let all = self.integrations().await?;
+            Ok(all
+                .into_iter()
+                .find(|one| one.integration_id == id.as_str()))
+        })
+    }
+
     /// Stores an integration, in place of one of the same id.
     fn put_integration(
         &self,

@@ -178,6 +178,28 @@ impl Registry {
             .cloned()
     }
 
+    /// One integration as the outbox has it at this moment: another relay may have made
+    /// or changed it a moment ago, and what it has accepted may be here already.
+    ///
+    /// # Errors
+    /// The outbox failed, or what is stored breaks rules.
+    pub async fn confirm(
+        &self,
+        id: &IntegrationId,
+    ) -> Result<Option<Arc<Integration>>, RegistryError> {
+        if self.outbox.integration_changes().is_none() {
+            return Ok(self.get(id));
+        }
+        let _changing = self.changing.lock().await;
+        let stored = self.outbox.integration(id).await?;
+        let found = stored.as_ref().map(restore).transpose()?.map(Arc::new);
+        self.change(|known| match &found {
+            Some(found) => known.insert(id.clone(), Arc::clone(found)),
+            None => known.remove(id),
+        });
+        Ok(found)
+    }
+
     /// One integration by what a caller sent.
     ///
     /// # Errors

@@ -292,17 +292,18 @@ fn write_private(path: &Path, line: &str) -> io::Result<()> {
     File::open(parent.unwrap_or(Path::new(".")))?.sync_all()
 }
 
+/// Says in the log where others than the owner and its group may read a file of secrets.
 #[cfg(unix)]
-fn warn_if_open_to_others(path: &Path) {
+pub(crate) fn warn_if_open_to_others(path: &Path) {
     use std::os::unix::fs::PermissionsExt;
     const OTHERS: u32 = 0o007;
     if fs::metadata(path).is_ok_and(|file| file.permissions().mode() & OTHERS != 0) {
-        tracing::warn!(path = %path.display(), "others may read the key file; chmod 600 it");
+        tracing::warn!(path = %path.display(), "others may read this file of secrets; chmod 600 it");
     }
 }
 
 #[cfg(not(unix))]
-fn warn_if_open_to_others(_: &Path) {}
+pub(crate) fn warn_if_open_to_others(_: &Path) {}
 
 /// Turns values that may be guessed, such as the hash of an address, into numbers
 /// that tell nothing without the key.

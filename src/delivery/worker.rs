@@ -16,6 +16,7 @@ use super::{
 };
 use crate::{
     event::EventType,
+    integration::Integration,
     metrics::AttemptFacts,
     notice::{Happening, Notice},
     outbox::{LaneKey, LeasedCapture, Settlement},
@@ -157,7 +158,7 @@ impl Worker {
     /// How long to wait before it may be sent.
     async fn attempt(&mut self, leased: Vec<LeasedCapture>) -> Result<Attempted, Duration> {
         let id = &self.key.integration_id;
-        let integration = self.parts.registry.get(id);
+        let integration = self.integration().await?;
         self.tried_with = integration
             .as_ref()
             .map(|found| found.revision.etag.clone());
@@ -188,6 +189,24 @@ impl Worker {
             // Nothing is sent without a write key.
             (Step::Send(_), None) => Err(OUTBOX_RETRY),
         }
+    }
+
+    /// The integration. What is given up because it is missing is given up for good, so one
+    /// without a write key is looked for where all relays store theirs.
+    ///
+    /// # Errors
+    /// How long to wait until that is tried again.
+    async fn integration(&self) -> Result<Option<Arc<Integration>>, Duration> {
+        let (id, region) = (&self.key.integration_id, self.key.region);
+        let known = self.parts.registry.get(id);
+        let has_key = |known: &Arc<Integration>| known.write_key(region).is_some();
+        if known.as_ref().is_some_and(has_key) {
+            return Ok(known);
+        }
+        self.parts.registry.confirm(id).await.map_err(|error| {
+            tracing::warn!(lane = %self.key, %error, "the integration cannot be read; trying again");
+            OUTBOX_RETRY
+        })
     }
 
     fn note(&self, admission: &Admission<'_>, answer: &Answer) {

@@ -44,6 +44,7 @@ pub(crate) fn program() -> Option<PathBuf> {
 
 /// One server; killed at the end.
 pub(crate) struct Server {
+    program: PathBuf,
     child: Option<Child>,
     directory: tempfile::TempDir,
     arguments: Vec<String>,
@@ -58,20 +59,25 @@ impl Server {
 
     /// A server with other arguments.
     pub(crate) fn start_with(arguments: &[&str]) -> Option<Self> {
-        program()?;
+        Some(Self::start_program(program()?, arguments))
+    }
+
+    /// A server of another program.
+    pub(crate) fn start_program(program: PathBuf, arguments: &[&str]) -> Self {
         let mut server = Self {
+            program,
             child: None,
             directory: tempfile::tempdir().expect("a directory"),
             arguments: arguments.iter().map(|one| (*one).to_owned()).collect(),
             port: free_port(),
         };
         server.run();
-        Some(server)
+        server
     }
 
     /// Several servers that know each other.
     pub(crate) fn cluster(count: usize) -> Option<Vec<Self>> {
-        program()?;
+        let program = program()?;
         let routes: Vec<u16> = (0..count).map(|_| free_port()).collect();
         let all = routes.iter().map(|port| format!("nats://127.0.0.1:{port}"));
         let all = all.collect::<Vec<_>>().join(",");
@@ -79,6 +85,7 @@ impl Server {
             .iter()
             .enumerate()
             .map(|(index, route)| Self {
+                program: program.clone(),
                 child: None,
                 directory: tempfile::tempdir().expect("a directory"),
                 arguments: vec![
@@ -113,7 +120,7 @@ impl Server {
             .append(true)
             .open(self.directory.path().join("log"))
             .expect("a log");
-        let child = Command::new(program().expect("there"))
+        let child = Command::new(&self.program)
             .args(["--addr", "127.0.0.1", "--port", &self.port.to_string()])
             .arg("--store_dir")
             .arg(self.directory.path())

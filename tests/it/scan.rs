@@ -144,6 +144,10 @@ impl Written {
         }
     }
 
+    pub(crate) fn all(&self) -> Vec<String> {
+        self.lines.lock().expect("sound").clone()
+    }
+
     pub(crate) fn count(&self, is_it: impl Fn(&str) -> bool) -> usize {
         let lines = self.lines.lock().expect("sound");
         lines.iter().filter(|line| is_it(line)).count()

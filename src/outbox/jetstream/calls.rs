@@ -247,6 +247,14 @@ impl Outbox for JetStreamOutbox {
         open!(self.0, self.0.state.integrations(&self.0.sealing))
     }
 
+    fn integration(
+        &self,
+        id: &IntegrationId,
+    ) -> BoxFuture<'_, Result<Option<StoredIntegration>, OutboxError>> {
+        let id = id.clone();
+        open!(self.0, self.0.state.integration(&self.0.sealing, &id))
+    }
+
     fn put_integration(
         &self,
         integration: StoredIntegration,

@@ -1,8 +1,15 @@
 //! How the servers are reached.
 
-use std::{path::PathBuf, time::Duration};
+mod fault;
+mod files;
 
-use async_nats::{Client, ConnectOptions};
+use std::{
+    path::{Path, PathBuf},
+    sync::Arc,
+    time::Duration,
+};
+
+use async_nats::{Auth, AuthError, Client, ConnectOptions, Event};
 use secrecy::{ExposeSecret, SecretString};
 
 use super::open::JetStreamError;
@@ -51,9 +58,15 @@ pub struct NatsTls {
     pub identity: Option<(PathBuf, PathBuf)>,
 }
 
-/// Connects, or says which server did not answer.
+/// Connects, or says what is wrong with which setting.
 pub(super) async fn connect(connection: &NatsConnection) -> Result<Client, JetStreamError> {
-    let mut options = ConnectOptions::new()
+    if let NatsAuth::Credentials(path) = &connection.auth {
+        files::check_credentials(path)?;
+    }
+    if let Some(tls) = &connection.tls {
+        files::check_tls(tls)?;
+    }
+    let mut options = authenticated(&connection.auth)
         .name("segment-relay")
         .connection_timeout(CONNECT_TIMEOUT)
         .request_timeout(Some(super::ANSWER_TIMEOUT))
@@ -64,34 +77,21 @@ pub(super) async fn connect(connection: &NatsConnection) -> Result<Client, JetSt
         })
         .event_callback(|event| async move {
             match event {
-                async_nats::Event::Connected => tracing::info!("connected to NATS"),
-                async_nats::Event::Disconnected => tracing::warn!("NATS is away; connecting again"),
+                Event::Connected => tracing::info!("connected to NATS"),
+                Event::Disconnected => tracing::warn!("NATS is away; connecting again"),
+                // Such as a permission that the relay lacks, or TLS that fails.
+                Event::ServerError(error) => tracing::warn!(%error, "NATS refuses something"),
+                Event::ClientError(error) => tracing::warn!(%error, "NATS cannot be reached"),
                 event => tracing::debug!(%event, "NATS"),
             }
         });
-    options = match &connection.auth {
-        NatsAuth::None => options,
-        NatsAuth::Credentials(path) => {
-            let text = std::fs::read_to_string(path)
-                .map(zeroize::Zeroizing::new)
-                .map_err(|source| JetStreamError::Credentials {
-                    path: path.clone(),
-                    source,
-                })?;
-            options
-                .credentials(&text)
-                .map_err(|source| JetStreamError::Credentials {
-                    path: path.clone(),
-                    source,
-                })?
-        }
-        NatsAuth::User { user, password } => {
-            options.user_and_password(user.clone(), password.expose_secret().to_owned())
-        }
-        NatsAuth::Token(token) => options.token(token.expose_secret().to_owned()),
-    };
+    // One URL with TLS is enough: servers that the first one tells of are named without it.
+    let by_url = connection
+        .servers
+        .iter()
+        .any(|url| url.starts_with("tls://"));
+    options = options.require_tls(by_url || connection.tls.is_some());
     if let Some(tls) = &connection.tls {
-        options = options.require_tls(true);
         if let Some(path) = &tls.ca_file {
             options = options.add_root_certificates(path.clone());
         }
@@ -99,9 +99,42 @@ pub(super) async fn connect(connection: &NatsConnection) -> Result<Client, JetSt
             options = options.add_client_certificate(certificate.clone(), key.clone());
         }
     }
-    let servers = connection.servers.join(",");
     options
         .connect(connection.servers.as_slice())
         .await
-        .map_err(|source| JetStreamError::Connect { servers, source })
+        .map_err(|error| fault::explain(connection, &error))
+}
+
+fn authenticated(auth: &NatsAuth) -> ConnectOptions {
+    match auth {
+        NatsAuth::None => ConnectOptions::new(),
+        NatsAuth::Credentials(path) => {
+            let path: Arc<Path> = path.as_path().into();
+            ConnectOptions::with_auth_callback(move |nonce| signed(Arc::clone(&path), nonce))
+        }
+        NatsAuth::User { user, password } => ConnectOptions::with_user_and_password(
+            user.clone(),
+            password.expose_secret().to_owned(),
+        ),
+        NatsAuth::Token(token) => ConnectOptions::with_token(token.expose_secret().to_owned()),
+    }
+}
+
+/// What the credentials say to a server, as they are now.
+async fn signed(path: Arc<Path>, nonce: Vec<u8>) -> Result<Auth, AuthError> {
+    let read = tokio::task::spawn_blocking(move || files::Credentials::read(&path)).await;
+    let credentials = read.map_err(AuthError::new)?.map_err(AuthError::new)?;
+    let signature = credentials.key.sign(&nonce).map_err(AuthError::new)?;
+    let mut auth = Auth::new();
+    auth.jwt = Some(credentials.jwt);
+    auth.signature = Some(signature);
+    Ok(auth)
+}
+
+fn file_fault(setting: &'static str, path: &Path, rule: String) -> JetStreamError {
+    JetStreamError::File {
+        setting,
+        path: path.to_owned(),
+        rule,
+    }
 }

@@ -2,6 +2,7 @@
 
 use std::{path::PathBuf, sync::Arc, time::Duration};
 
+use async_nats::jetstream::context::AccountErrorKind;
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 use super::{
@@ -20,25 +21,35 @@ const OLDEST_SERVER: (i64, i64, i64) = (2, 12, 0);
 /// Why the shared outbox can't be used.
 #[derive(Debug, thiserror::Error)]
 pub enum JetStreamError {
-    /// No server answered.
-    #[error("[nats] servers {servers}: {source}")]
+    /// No server lets the relay in.
+    #[error("[nats] servers {servers}: {why}")]
     Connect {
         /// The configured servers.
         servers: String,
-        /// What went wrong.
-        source: async_nats::ConnectError,
+        /// What went wrong, and what to change.
+        why: String,
     },
-    /// The credentials can't be read.
-    #[error("[nats] credentials_file {path}: {source}")]
-    Credentials {
+    /// A file of `[nats]` can't be used.
+    #[error("[nats] {setting} {path}: {rule}")]
+    File {
+        /// Which setting names it.
+        setting: &'static str,
         /// The configured file.
         path: PathBuf,
-        /// What the system said.
-        source: std::io::Error,
+        /// What is wrong with it.
+        rule: String,
     },
     /// The server is too old.
-    #[error("[nats] servers: nats-server {0} is too old; segment-relay needs 2.12 or newer")]
+    #[error(
+        "[nats] servers: nats-server {0} is too old; segment-relay needs 2.12 or newer, on all servers of the cluster"
+    )]
     TooOld(String),
+    /// The relay may not ask.
+    #[error(
+        "[nats] servers: no answer to a question to JetStream; the relay's user needs the rights to publish to \
+         $JS.API.>, $JS.FC.>, $KV.{0}-state.> and {0}.>, and to subscribe to {0}.> and _INBOX.>"
+    )]
+    NoRights(String),
     /// The server has no JetStream.
     #[error(
         "[nats] servers: this NATS has no JetStream for the relay ({0}); start nats-server with -js, or enable it for the account"
@@ -91,7 +102,10 @@ impl NatsHandle {
         wire.context
             .query_account()
             .await
-            .map_err(|error| JetStreamError::NoJetStream(error.to_string()))?;
+            .map_err(|error| match error.kind() {
+                AccountErrorKind::TimedOut => JetStreamError::NoRights(layout.prefix.clone()),
+                _ => JetStreamError::NoJetStream(error.to_string()),
+            })?;
         Ok(Self { wire, layout })
     }
 

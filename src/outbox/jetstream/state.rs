@@ -155,13 +155,33 @@ impl StateStore {
             .iter()
             .map(|(id, entry)| sealing.open_integration(id, &entry.payload));
         let specs = specs.collect::<Result<_, _>>()?;
-        let revisions = entries.into_iter().map(|(id, entry)| (id, entry.sequence));
-        let mut known = self.revisions();
-        for (id, revision) in revisions {
-            let seen = known.entry(id).or_insert(revision);
-            *seen = (*seen).max(revision);
+        for (id, entry) in &entries {
+            self.note_revision(id, entry.sequence);
         }
         Ok(specs)
+    }
+
+    /// One integration, as the bucket's leader has it.
+    pub(super) async fn integration(
+        &self,
+        sealing: &Sealing,
+        id: &IntegrationId,
+    ) -> Result<Option<StoredIntegration>, OutboxError> {
+        let subject = format!("$KV.{}.integration.{id}", self.store.name);
+        let found = self.wire.last(&self.stream, &subject).await?;
+        // A deleted one leaves an empty mark.
+        let Some((entry, _)) = found.filter(|(entry, _)| !entry.payload.is_empty()) else {
+            return Ok(None);
+        };
+        let spec = sealing.open_integration(id.as_str(), &entry.payload)?;
+        self.note_revision(id.as_str(), entry.sequence);
+        Ok(Some(spec))
+    }
+
+    fn note_revision(&self, id: &str, revision: u64) {
+        let mut known = self.revisions();
+        let seen = known.entry(id.to_owned()).or_insert(revision);
+        *seen = (*seen).max(revision);
     }
 
     pub(in crate::outbox) async fn put_integration(

@@ -11,10 +11,10 @@ use super::{JetStreamOptions, JetStreamOutbox, Layout, NatsAuth, NatsConnection,
 use crate::{
     metrics::Metrics,
     outbox::{
-        BoxFuture, Erasure, Outbox, SubjectQuery,
+        BoxFuture, DeadLetterFilter, Erasure, Outbox, SubjectQuery,
         conformance::{self, LIMITS, Rig},
     },
-    proto::ErasureReceipt,
+    proto::{DeliveryReason, ErasureReceipt},
     status::Outcome,
     vault::Vault,
 };
@@ -46,31 +46,36 @@ fn connection(server: &Server) -> NatsConnection {
     }
 }
 
+impl JetStreamRig {
+    /// One relay's outbox.
+    async fn relay(&self) -> JetStreamOutbox {
+        let layout = Layout {
+            prefix: "test".to_owned(),
+            partitions: self.partitions,
+            replicas: 1,
+            max_bytes: None,
+            cluster: None,
+            tags: Vec::new(),
+        };
+        let handle = NatsHandle::connect(&connection(&self.server), layout)
+            .await
+            .expect("connects");
+        handle.init().await.expect("makes its streams");
+        let options = JetStreamOptions {
+            limits: LIMITS,
+            remember: Duration::from_secs(3_600),
+            encrypt_payloads: false,
+            request_timeout: Duration::from_secs(2),
+            metrics: Metrics::off(),
+        };
+        let opened = JetStreamOutbox::open(handle, options, &self.vault).await;
+        opened.expect("opens")
+    }
+}
+
 impl Rig for JetStreamRig {
     fn open(&self) -> BoxFuture<'_, Arc<dyn Outbox>> {
-        Box::pin(async {
-            let layout = Layout {
-                prefix: "test".to_owned(),
-                partitions: self.partitions,
-                replicas: 1,
-                max_bytes: None,
-                cluster: None,
-                tags: Vec::new(),
-            };
-            let handle = NatsHandle::connect(&connection(&self.server), layout)
-                .await
-                .expect("connects");
-            handle.init().await.expect("makes its streams");
-            let options = JetStreamOptions {
-                limits: LIMITS,
-                remember: Duration::from_secs(3_600),
-                encrypt_payloads: false,
-                request_timeout: Duration::from_secs(2),
-                metrics: Metrics::off(),
-            };
-            let opened = JetStreamOutbox::open(handle, options, &self.vault).await;
-            Arc::new(opened.expect("opens")) as Arc<dyn Outbox>
-        })
+        Box::pin(async { Arc::new(self.relay().await) as Arc<dyn Outbox> })
     }
 }
 
@@ -121,4 +126,62 @@ async fn an_erasure_waits_for_what_this_relay_sends_also_where_nobody_has_held_i
     let receipt = erased.await.expect("erased");
     // Delivered before it was erased: nothing waited any more, and its history is gone.
     assert_eq!((receipt.waiting_event_count, receipt.attempt_count), (0, 1));
+}
+
+/// Ends the session of a relay as another one does that sees it stand still.
+async fn end_session(outbox: &JetStreamOutbox) -> String {
+    let shared = &outbox.0;
+    let name = shared.sessions.name().expect("a session");
+    let bucket = shared.wire.context.get_key_value(shared.layout.bucket());
+    let bucket = bucket.await.expect("the bucket");
+    let ended = bucket.purge_with_ttl(format!("session.{name}"), Duration::from_secs(3_600));
+    ended.await.expect("ended");
+    name
+}
+
+#[tokio::test]
+async fn a_settlement_by_a_lease_that_was_ended_is_refused_and_changes_nothing() {
+    let Some(rig) = JetStreamRig::new(1) else {
+        return;
+    };
+    let (late, next) = (rig.relay().await, rig.relay().await);
+    let mut fenced = false;
+    // A relay whose session has ended takes a new one within half a second, and forgets its
+    // lanes. What is looked at is a settlement before it knows.
+    for round in 0..20 {
+        let (name, capture) = (format!("acme-{round}"), format!("c-{round}"));
+        let lane = conformance::lane(&name);
+        conformance::submit_one(&late, &name, &capture).await;
+        let held = late.0.take_lane(&lane).await.expect("taken");
+        let leased = conformance::lease(&late, &name, 2).await;
+        assert_eq!(conformance::ids(&leased), [capture.as_str()]);
+        let session = end_session(&late).await;
+        let taken = next.0.take_lane(&lane).await.expect("taken over");
+        let before = next.find(&lane.integration_id, &capture).await;
+
+        conformance::settle(&late, leased, |_, _| Outcome::DeadLetter {
+            reason: DeliveryReason::Expired,
+        })
+        .await;
+        fenced |= late.0.sessions.name().as_deref() == Some(session.as_str());
+        drop(held);
+        assert_eq!(next.find(&lane.integration_id, &capture).await, before);
+        let filter = DeadLetterFilter::default();
+        assert_eq!(next.dead_letters(filter, 0, 10).await, Ok(Vec::new()));
+        // The other one has all of it, and settles.
+        let leased = conformance::lease(&next, &name, 2).await;
+        assert_eq!(conformance::ids(&leased), [capture.as_str()]);
+        conformance::settle(&next, leased, |_, _| Outcome::Delivered).await;
+        let settled = late.find(&lane.integration_id, &capture).await;
+        let settled = settled.expect("read").expect("there");
+        assert!(
+            settled.is_final() && settled.attempts.len() == 1,
+            "{settled:?}"
+        );
+        drop(taken);
+        if fenced {
+            return;
+        }
+    }
+    panic!("the relay always knew that its session had ended");
 }

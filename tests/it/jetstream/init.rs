@@ -1,25 +1,32 @@
 //! `segment-relay nats init`, and what a relay says of servers that do not fit.
 
-use std::process::{Command, Output, Stdio};
+use std::{
+    io::{BufRead, BufReader, Write},
+    net::TcpListener,
+    process::{Command, Output, Stdio},
+};
+
+use secrecy::ExposeSecret;
 
 use crate::{
     command::{stderr, stdout},
     nats_server::Server,
 };
 
-fn command(server: &Server, arguments: &[&str], settings: &[(&str, &str)]) -> Output {
-    let directory = tempfile::tempdir().expect("a directory");
+pub(super) fn command(server: &Server, arguments: &[&str], settings: &[(&str, &str)]) -> Output {
+    command_at(&server.url(), arguments, settings)
+}
+
+fn command_at(url: &str, arguments: &[&str], settings: &[(&str, &str)]) -> Output {
+    let key = segment_relay::vault::new_key().expect("a key");
     let mut command = Command::new(env!("CARGO_BIN_EXE_segment-relay"));
     command
         .args(arguments)
         .stdin(Stdio::null())
         .env("SEGMENT_RELAY__SERVER__LISTEN", "127.0.0.1:0")
         .env("SEGMENT_RELAY__OUTBOX__KIND", "jetstream")
-        .env(
-            "SEGMENT_RELAY__SECRETS__KEY_FILE",
-            directory.path().join("key"),
-        )
-        .env("SEGMENT_RELAY__NATS__SERVERS", server.url());
+        .env("SEGMENT_RELAY__SECRETS__KEYS", key.expose_secret())
+        .env("SEGMENT_RELAY__NATS__SERVERS", url);
     for (name, value) in settings {
         command.env(format!("SEGMENT_RELAY__NATS__{name}"), value);
     }
@@ -149,4 +156,44 @@ fn a_server_that_does_not_answer_and_a_wrong_password_are_named() {
     let away = command(&server, &["serve"], &[ALONE]);
     assert_eq!(away.status.code(), Some(1));
     assert!(stderr(&away).contains(&server.url()), "{}", stderr(&away));
+}
+
+/// What a server of 2.9 says and answers until it is asked for more; returns its URL.
+fn old_server() -> String {
+    let listener = TcpListener::bind("127.0.0.1:0").expect("a port");
+    let url = format!("nats://{}", listener.local_addr().expect("bound"));
+    std::thread::spawn(move || {
+        for client in listener.incoming().flatten() {
+            let info = r#"{"server_id":"N","version":"2.9.10","proto":1,"host":"127.0.0.1","port":4222,"headers":true,"max_payload":1048576,"jetstream":true}"#;
+            let mut answers = client.try_clone().expect("cloned");
+            let _ = write!(answers, "INFO {info}\r\n");
+            for line in BufReader::new(client).lines().map_while(Result::ok) {
+                if line.starts_with("PING") && write!(answers, "PONG\r\n").is_err() {
+                    break;
+                }
+            }
+        }
+    });
+    url
+}
+
+/// An older server, such as Debian's, also where `SEGMENT_RELAY_OLD_NATS_SERVER` names one.
+#[test]
+fn a_server_that_is_too_old_is_named_with_its_version_and_the_one_that_is_needed() {
+    let mut urls = vec![old_server()];
+    let named = std::env::var_os("SEGMENT_RELAY_OLD_NATS_SERVER");
+    let real = named.map(|program| Server::start_program(program.into(), &["--jetstream"]));
+    urls.extend(real.as_ref().map(Server::url));
+    for url in urls {
+        for arguments in [&["serve"][..], &["nats", "init"], &["outbox", "move"]] {
+            let refused = command_at(&url, arguments, &[ALONE]);
+            assert_eq!(refused.status.code(), Some(1));
+            let said = stderr(&refused);
+            assert!(said.contains("[nats] servers: nats-server 2."), "{said}");
+            assert!(
+                said.contains("is too old; segment-relay needs 2.12 or newer"),
+                "{said}"
+            );
+        }
+    }
 }

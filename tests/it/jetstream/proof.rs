@@ -16,7 +16,7 @@ use segment_relay::proto::{
 };
 use tonic::{Request, transport::Channel};
 
-use super::relays::{POISON, REQUEST_TIMEOUT, Relay, Watched};
+use super::relays::{LEASE, POISON, Relay, Watched};
 use crate::{
     harness::{acme, credential, init_streams, worked_example},
     nats_server::Server,
@@ -27,8 +27,6 @@ const USERS: usize = 12;
 const INTEGRATIONS: usize = 6;
 /// Longest call.
 const CALL_TIMEOUT: Duration = Duration::from_secs(3);
-/// A relay's lanes are its own for so long after its last word.
-const LEASE: Duration = Duration::from_secs(REQUEST_TIMEOUT.as_secs() + 3);
 /// Longest wait until all is delivered in the end.
 const END_TIMEOUT: Duration = Duration::from_secs(60);
 

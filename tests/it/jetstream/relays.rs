@@ -22,8 +22,10 @@ use tokio::{
 
 use crate::{nats_server::Server, process::Process};
 
-/// Longest request to the endpoint; the lease is 3 s longer.
-pub(crate) const REQUEST_TIMEOUT: Duration = Duration::from_secs(1);
+/// Longest request to the endpoint.
+const REQUEST_TIMEOUT: Duration = Duration::from_secs(1);
+/// A relay's lanes are its own for so long after its last word, as docs/scaling.md has it.
+pub(crate) const LEASE: Duration = Duration::from_secs(REQUEST_TIMEOUT.as_secs() + 3);
 /// How long the endpoint takes.
 const LATENCY: Duration = Duration::from_millis(15);
 /// What an event holds that the endpoint refuses for good.
@@ -111,9 +113,20 @@ pub(crate) async fn process(
     endpoint: &str,
     replicas: usize,
 ) -> Process {
+    process_with(servers, directory, endpoint, replicas, &[]).await
+}
+
+/// The same with more variables in its environment.
+pub(crate) async fn process_with(
+    servers: &str,
+    directory: &Path,
+    endpoint: &str,
+    replicas: usize,
+    more: &[(&str, &Path)],
+) -> Process {
     let timeout = REQUEST_TIMEOUT.as_millis().to_string();
     let replicas = replicas.to_string();
-    let settings = [
+    let mut settings = vec![
         ("SEGMENT_RELAY__OUTBOX__KIND", Path::new("jetstream")),
         ("SEGMENT_RELAY__NATS__SERVERS", Path::new(servers)),
         ("SEGMENT_RELAY__NATS__REPLICAS", Path::new(&replicas)),
@@ -122,6 +135,7 @@ pub(crate) async fn process(
             Path::new(&timeout),
         ),
     ];
+    settings.extend(more);
     let urls = [endpoint.to_owned(), endpoint.to_owned()];
     Process::start_with(&directory.join("outbox"), &urls, &settings).await
 }

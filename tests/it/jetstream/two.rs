@@ -6,8 +6,9 @@ use std::{
 };
 
 use segment_relay::proto::{
-    DeliveryState, EraseSubjectRequest, UpdateIntegrationRequest, WaitFor, WatchDeliveriesRequest,
-    erase_subject_request::Subject, integration_service_client::IntegrationServiceClient,
+    CaptureRequest, CreateIntegrationRequest, DeliveryState, EraseSubjectRequest,
+    UpdateIntegrationRequest, WaitFor, WatchDeliveriesRequest, erase_subject_request::Subject,
+    integration_service_client::IntegrationServiceClient,
     privacy_service_client::PrivacyServiceClient, segment_relay_client::SegmentRelayClient,
 };
 use tokio_stream::StreamExt;
@@ -17,7 +18,7 @@ use super::{
     relays::{Watched, process},
 };
 use crate::{
-    harness::{PATIENCE, init_streams, states},
+    harness::{PATIENCE, acme, init_streams, numbered, states},
     nats_server::Server,
     process::Process,
 };
@@ -172,5 +173,41 @@ async fn a_change_of_an_integration_reaches_the_other_relay_within_a_second() {
             );
             tokio::time::sleep(Duration::from_millis(10)).await;
         }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_is_captured_right_after_its_integration_was_made_is_delivered_by_either_relay() {
+    let Some(two) = two().await else { return };
+    let [one, _] = &two.relays;
+    let mut integrations = IntegrationServiceClient::new(one.channel.clone());
+    for number in 0..12 {
+        let id = format!("new-{number}");
+        let integration = segment_relay::proto::Integration {
+            integration_id: id.clone(),
+            ..acme()
+        };
+        let request = CreateIntegrationRequest {
+            integration: Some(integration),
+        };
+        integrations
+            .create_integration(request)
+            .await
+            .expect("created");
+        // Half of them are delivered by the other relay, which hears of them a moment later.
+        let mut request = tonic::Request::new(CaptureRequest {
+            integration_id: id,
+            capture: Some(numbered(number)),
+            wait_for: WaitFor::Delivered.into(),
+        });
+        request.set_timeout(PATIENCE);
+        let mut client = SegmentRelayClient::new(one.channel.clone());
+        let answer = client
+            .capture(request)
+            .await
+            .expect("accepted")
+            .into_inner();
+        let events = answer.result.expect("a result").events;
+        assert_eq!(states(&events), [DeliveryState::Delivered; 2], "{number}");
     }
 }
