@@ -64,7 +64,9 @@ fn main() {
             black_box(reference::path(black_box(request)));
         }));
         rates[2].push(rate(&requests, least, |request| {
-            black_box(relay_decode(black_box(request)));
+            relay_decode(black_box(request), |capture| {
+                black_box(capture);
+            });
         }));
         rates[3].push(rate(&requests, least, |request| {
             use prost::Message;
