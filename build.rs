@@ -2,6 +2,13 @@
 
 use std::{env, error::Error, fs, path::PathBuf};
 
+/// The requests whose captures the server takes apart itself: see src/proto/raw.rs.
+const RAW: [&str; 3] = [
+    "CaptureBatchRequest",
+    "CaptureRequest",
+    "CaptureStreamRequest",
+];
+
 const PACKAGE: &str = ".jebbit.segmentrelay.v1";
 const REDACTED: [&str; 8] = [
     "AttributeValue",
@@ -42,7 +49,22 @@ fn main() -> Result<(), Box<dyn Error>> {
         compiler.encode_file_descriptor_set(),
     )?;
 
+    let server_dir = out_dir.join("server");
+    fs::create_dir_all(&server_dir)?;
+    let mut server = tonic_prost_build::configure()
+        .build_client(false)
+        .out_dir(server_dir)
+        .extern_path(PACKAGE, "crate::proto");
+    for name in RAW {
+        server = server.extern_path(
+            format!("{PACKAGE}.{name}"),
+            format!("crate::proto::raw::{name}"),
+        );
+    }
+    server.compile_fds(described.clone())?;
+
     tonic_prost_build::configure()
+        .build_server(false)
         // Sorted maps: attributes get a stable order, and a capture one encoding.
         .btree_map(".")
         // These hold secrets or what people said: src/proto/redacted.rs prints them.

@@ -26,7 +26,9 @@ fn main() {
     };
     let result = serde_json::json!({
         "relay": counted(&|| drop(black_box(relay_path(&integration, request)))),
-        "relay_decode": counted(&|| drop(black_box(relay_decode(request)))),
+        "relay_decode": counted(&|| relay_decode(request, |capture| {
+            black_box(capture);
+        })),
         "reference": counted(&|| drop(black_box(reference::path(request)))),
     });
     println!("{result}");

@@ -13,6 +13,10 @@ use std::{hint::black_box, time::Duration};
 
 use workload::{encoded, event_bytes, integration, reference, relay_decode, relay_path};
 
+/// That of the command, for the relay and the reference alike.
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
 /// Different captures, so that caches and branches see what they see in service.
 const CAPTURES: usize = 4_096;
 
@@ -64,7 +68,9 @@ fn main() {
             black_box(reference::path(black_box(request)));
         }));
         rates[2].push(rate(&requests, least, |request| {
-            black_box(relay_decode(black_box(request)));
+            relay_decode(black_box(request), |capture| {
+                black_box(capture);
+            });
         }));
         rates[3].push(rate(&requests, least, |request| {
             use prost::Message;

@@ -5,14 +5,18 @@
 //! description (see `tests/it/vectors`), with `messageId` added. The order of
 //! the attributes is that of their ids.
 
-use serde::{Serialize, Serializer, ser::SerializeMap};
+mod json;
+
+use std::ops::Range;
+
 use sha2::{Digest, Sha256};
 
 use crate::{
     integration::IntegrationId,
-    mapping::{Field, Mapped, Subject},
+    mapping::{Mapped, Subject},
     proto,
-    text::hex_digits,
+    text::{hex_digits, push_hex},
+    time::UnixMillis,
     violation::Violation,
 };
 
@@ -57,21 +61,20 @@ impl EventType {
 /// Segment removes repeats by it. 38 to 41 characters.
 #[must_use]
 pub fn message_id(integration: &IntegrationId, capture_id: &str, event: EventType) -> String {
-    with_suffix(&message_id_stem(integration, capture_id), event)
+    let stem = hex_digits(&message_id_stem(integration, capture_id));
+    [&stem, "-", event.name()].concat()
 }
 
-/// What the ids of both events begin with.
-fn message_id_stem(integration: &IntegrationId, capture_id: &str) -> String {
+/// What the ids of both events begin with, before it is written in digits.
+fn message_id_stem(integration: &IntegrationId, capture_id: &str) -> [u8; MESSAGE_ID_BYTES] {
     let mut hash = Sha256::new();
     hash.update(integration.as_str().as_bytes());
     // An integration id holds no NUL, so no two pairs read the same.
     hash.update([0]);
     hash.update(capture_id.as_bytes());
-    hex_digits(&hash.finalize()[..MESSAGE_ID_BYTES])
-}
-
-fn with_suffix(stem: &str, event: EventType) -> String {
-    [stem, "-", event.name()].concat()
+    let mut stem = [0; MESSAGE_ID_BYTES];
+    stem.copy_from_slice(&hash.finalize()[..MESSAGE_ID_BYTES]);
+    stem
 }
 
 /// Both events of a capture, serialised.
@@ -114,182 +117,178 @@ pub fn build(
     let Some(subject) = &mapped.subject else {
         return Ok(None);
     };
-    let timestamp = mapped.occur_time.to_iso();
-    let context = Context {
-        external_ids: [ExternalId {
-            collection: "users",
-            encoding: "none",
-            id: &subject.user_id,
-            r#type: "emailSha256Hash",
-        }],
-        consent: (!mapped.consent.is_empty()).then_some(Consent {
-            category_preferences: mapped.consent,
-        }),
+    let pair = Pair {
+        mapped,
+        subject,
+        message_id_stem: message_id_stem(integration, &mapped.capture_id),
     };
-    let stem = message_id_stem(integration, &mapped.capture_id);
-    let identify = Identify {
-        context: &context,
-        message_id: with_suffix(&stem, EventType::Identify),
-        timestamp: &timestamp,
-        traits: Traits {
-            subject,
-            fields: &mapped.fields,
-        },
-        r#type: EventType::Identify.name(),
-        user_id: &subject.user_id,
-    };
-    let track = Track {
-        context: &context,
-        event: mapped.event_name,
-        message_id: with_suffix(&stem, EventType::Track),
-        timestamp: &timestamp,
-        properties: Properties {
-            questions: Questions(&mapped.fields),
-            survey_id: mapped.campaign_id,
-            survey_session_id: mapped.session_id,
-            survey_title: mapped.campaign_name,
-            traffic_source: mapped.traffic_source,
-        },
-        r#type: EventType::Track.name(),
-        user_id: &subject.user_id,
-    };
-    Ok(Some(EventPair {
-        identify: serialise(&identify, EventType::Identify, mapped)?,
-        track: serialise(&track, EventType::Track, mapped)?,
-    }))
+    let unserialisable = |error| refusal("NOT_SERIALISABLE", format!("no JSON form: {error}"));
+    let (identify, shared) = pair.identify().map_err(unserialisable)?;
+    check_size(&identify, EventType::Identify, mapped)?;
+    let track = pair.track(&identify, shared).map_err(unserialisable)?;
+    check_size(&track, EventType::Track, mapped)?;
+    Ok(Some(EventPair { identify, track }))
 }
 
-fn serialise(
-    event: &impl Serialize,
+fn refusal(reason: &'static str, description: String) -> Vec<Violation> {
+    vec![Violation {
+        field: "capture.attributes".to_owned(),
+        reason,
+        description,
+    }]
+}
+
+fn check_size(
+    bytes: &[u8],
     event_type: EventType,
     mapped: &Mapped<'_>,
-) -> Result<Vec<u8>, Vec<Violation>> {
-    const TYPICAL_BYTES: usize = 1_024;
-    let refuse = |reason, description| {
-        vec![Violation {
-            field: "capture.attributes".to_owned(),
-            reason,
-            description,
-        }]
-    };
-    let mut bytes = Vec::with_capacity(TYPICAL_BYTES);
-    serde_json::to_writer(&mut bytes, event)
-        .map_err(|error| refuse("NOT_SERIALISABLE", format!("no JSON form: {error}")))?;
-    if bytes.len() > MAX_EVENT_BYTES {
-        let largest = mapped
+) -> Result<(), Vec<Violation>> {
+    if bytes.len() <= MAX_EVENT_BYTES {
+        return Ok(());
+    }
+    let sizes = mapped.fields.iter().map(|field| {
+        let mut value = Vec::new();
+        let written = json::push_value(&mut value, &field.value);
+        (written.map_or(0, |()| value.len()), field.key)
+    });
+    let largest = sizes.max().map(|(size, key)| {
+        format!(
+            " The largest is {} with {size} bytes.",
+            crate::violation::entry_path("", key)
+        )
+    });
+    Err(refusal(
+        "EVENT_TOO_LARGE",
+        format!(
+            "the {} event would have {} bytes of JSON; Segment takes at most {MAX_EVENT_BYTES}. \
+             Shorten or leave out attributes.{}",
+            event_type.name(),
+            bytes.len(),
+            largest.unwrap_or_default()
+        ),
+    ))
+}
+
+/// What both events are written from.
+struct Pair<'a> {
+    mapped: &'a Mapped<'a>,
+    subject: &'a Subject<'a>,
+    message_id_stem: [u8; MESSAGE_ID_BYTES],
+}
+
+/// Where in the identify event stands what the track event has too.
+struct Shared {
+    context: Range<usize>,
+    fields: Range<usize>,
+}
+
+impl Pair<'_> {
+    /// Writes the identify event.
+    fn identify(&self) -> serde_json::Result<(Vec<u8>, Shared)> {
+        const TYPICAL_BYTES: usize = 1_024;
+        let mut out = Vec::with_capacity(TYPICAL_BYTES);
+        out.extend_from_slice(b"{\"context\":");
+        let context = out.len();
+        self.push_context(&mut out)?;
+        let context = context..out.len();
+        self.push_message_id(&mut out, EventType::Identify);
+        push_time(&mut out, self.mapped.occur_time);
+        out.extend_from_slice(b",\"traits\":{\"email\":");
+        json::push_text(&mut out, self.subject.email)?;
+        out.extend_from_slice(b",\"emailSha256Hash\":");
+        json::push_quoted(&mut out, self.subject.user_id.as_bytes());
+        let fields = out.len();
+        let carried = self.mapped.fields.iter().filter(|field| field.in_identify);
+        json::push_fields(&mut out, carried)?;
+        let fields = fields..out.len();
+        out.push(b'}');
+        self.push_end(&mut out, EventType::Identify);
+        Ok((out, Shared { context, fields }))
+    }
+
+    /// Writes the track event; what both have is copied.
+    fn track(&self, identify: &[u8], shared: Shared) -> serde_json::Result<Vec<u8>> {
+        // Without the fields of both an event is about this long, names and titles included.
+        const TYPICAL_BYTES: usize = 640;
+        let mapped = self.mapped;
+        let mut out = Vec::with_capacity(TYPICAL_BYTES + shared.fields.len());
+        out.extend_from_slice(b"{\"context\":");
+        out.extend_from_slice(&identify[shared.context]);
+        out.extend_from_slice(b",\"event\":");
+        json::push_text(&mut out, mapped.event_name)?;
+        self.push_message_id(&mut out, EventType::Track);
+        push_time(&mut out, mapped.occur_time);
+        out.extend_from_slice(b",\"properties\":{\"questions\":{");
+        let fields = out.len();
+        if mapped
             .fields
             .iter()
-            .map(|field| {
-                (
-                    serde_json::to_vec(&field.value).map_or(0, |v| v.len()),
-                    field.key,
-                )
-            })
-            .max()
-            .map(|(size, key)| {
-                format!(
-                    " The largest is {} with {size} bytes.",
-                    crate::violation::entry_path("", key)
-                )
-            });
-        return Err(refuse(
-            "EVENT_TOO_LARGE",
-            format!(
-                "the {} event would have {} bytes of JSON; Segment takes at most {MAX_EVENT_BYTES}. \
-                 Shorten or leave out attributes.{}",
-                event_type.name(),
-                bytes.len(),
-                largest.unwrap_or_default()
-            ),
-        ));
-    }
-    Ok(bytes)
-}
-
-#[derive(Serialize)]
-struct Identify<'a> {
-    context: &'a Context<'a>,
-    #[serde(rename = "messageId")]
-    message_id: String,
-    timestamp: &'a str,
-    traits: Traits<'a>,
-    r#type: &'static str,
-    #[serde(rename = "userId")]
-    user_id: &'a str,
-}
-
-#[derive(Serialize)]
-struct Track<'a> {
-    context: &'a Context<'a>,
-    event: &'a str,
-    #[serde(rename = "messageId")]
-    message_id: String,
-    timestamp: &'a str,
-    properties: Properties<'a>,
-    r#type: &'static str,
-    #[serde(rename = "userId")]
-    user_id: &'a str,
-}
-
-#[derive(Serialize)]
-#[serde(rename_all = "camelCase")]
-struct Context<'a> {
-    external_ids: [ExternalId<'a>; 1],
-    #[serde(skip_serializing_if = "Option::is_none")]
-    consent: Option<Consent<'a>>,
-}
-
-#[derive(Serialize)]
-struct ExternalId<'a> {
-    collection: &'static str,
-    encoding: &'static str,
-    id: &'a str,
-    r#type: &'static str,
-}
-
-#[derive(Serialize)]
-#[serde(rename_all = "camelCase")]
-struct Consent<'a> {
-    category_preferences: &'a std::collections::BTreeMap<String, bool>,
-}
-
-#[derive(Serialize)]
-#[serde(rename_all = "camelCase")]
-struct Properties<'a> {
-    questions: Questions<'a>,
-    survey_id: &'a str,
-    survey_session_id: &'a str,
-    #[serde(skip_serializing_if = "str::is_empty")]
-    survey_title: &'a str,
-    #[serde(skip_serializing_if = "str::is_empty")]
-    traffic_source: &'a str,
-}
-
-struct Traits<'a> {
-    subject: &'a Subject<'a>,
-    fields: &'a [Field<'a>],
-}
-
-impl Serialize for Traits<'_> {
-    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-        let mut map = serializer.serialize_map(None)?;
-        map.serialize_entry("email", self.subject.email)?;
-        map.serialize_entry("emailSha256Hash", &self.subject.user_id)?;
-        for field in self.fields.iter().filter(|field| field.in_identify) {
-            map.serialize_entry(field.key, &field.value)?;
+            .all(|field| field.in_identify && field.in_track)
+        {
+            out.extend_from_slice(&identify[shared.fields]);
+        } else {
+            let carried = mapped.fields.iter().filter(|field| field.in_track);
+            json::push_fields(&mut out, carried)?;
         }
-        map.end()
+        if out.len() > fields {
+            // The comma before the first one, which here has none before it.
+            out.remove(fields);
+        }
+        out.extend_from_slice(b"},\"surveyId\":");
+        json::push_text(&mut out, mapped.campaign_id)?;
+        out.extend_from_slice(b",\"surveySessionId\":");
+        json::push_text(&mut out, mapped.session_id)?;
+        if !mapped.campaign_name.is_empty() {
+            out.extend_from_slice(b",\"surveyTitle\":");
+            json::push_text(&mut out, mapped.campaign_name)?;
+        }
+        if !mapped.traffic_source.is_empty() {
+            out.extend_from_slice(b",\"trafficSource\":");
+            json::push_text(&mut out, mapped.traffic_source)?;
+        }
+        out.push(b'}');
+        self.push_end(&mut out, EventType::Track);
+        Ok(out)
+    }
+
+    fn push_context(&self, out: &mut Vec<u8>) -> serde_json::Result<()> {
+        out.extend_from_slice(
+            b"{\"externalIds\":[{\"collection\":\"users\",\"encoding\":\"none\",\"id\":",
+        );
+        json::push_quoted(out, self.subject.user_id.as_bytes());
+        out.extend_from_slice(b",\"type\":\"emailSha256Hash\"}]");
+        let mut separator: &[u8] = b",\"consent\":{\"categoryPreferences\":{";
+        for (category, given) in &self.mapped.consent {
+            out.extend_from_slice(separator);
+            json::push_text(out, category)?;
+            out.extend_from_slice(if *given { b":true" } else { b":false" });
+            separator = b",";
+        }
+        if !self.mapped.consent.is_empty() {
+            out.extend_from_slice(b"}}");
+        }
+        out.push(b'}');
+        Ok(())
+    }
+
+    fn push_message_id(&self, out: &mut Vec<u8>, event: EventType) {
+        out.extend_from_slice(b",\"messageId\":\"");
+        push_hex(out, &self.message_id_stem);
+        out.push(b'-');
+        out.extend_from_slice(event.name().as_bytes());
+        out.push(b'"');
+    }
+
+    fn push_end(&self, out: &mut Vec<u8>, event: EventType) {
+        out.extend_from_slice(b",\"type\":");
+        json::push_quoted(out, event.name().as_bytes());
+        out.extend_from_slice(b",\"userId\":");
+        json::push_quoted(out, self.subject.user_id.as_bytes());
+        out.push(b'}');
     }
 }
 
-struct Questions<'a>(&'a [Field<'a>]);
-
-impl Serialize for Questions<'_> {
-    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-        let mut map = serializer.serialize_map(None)?;
-        for field in self.0.iter().filter(|field| field.in_track) {
-            map.serialize_entry(field.key, &field.value)?;
-        }
-        map.end()
-    }
+fn push_time(out: &mut Vec<u8>, time: UnixMillis) {
+    out.extend_from_slice(b",\"timestamp\":");
+    json::push_quoted(out, &time.iso_bytes());
 }

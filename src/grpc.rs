@@ -28,7 +28,7 @@ use crate::{
     metrics::Metrics,
     notify::Notices,
     outbox::Outbox,
-    proto::{
+    proto::server::{
         dead_letter_service_server::DeadLetterServiceServer,
         integration_service_server::IntegrationServiceServer,
         privacy_service_server::PrivacyServiceServer, segment_relay_server::SegmentRelayServer,

@@ -1,15 +1,15 @@
 //! From a capture on the wire to what the outbox stores: mapping -> event.
 //! Pure; the clock is passed in.
 
-use prost::Message;
 use sha2::{Digest, Sha256};
 
 use crate::{
+    capture::Capture,
     event,
     integration::Integration,
     mapping::{self, CaptureFault, Mapped},
     outbox::{Content, NewCapture, shard_of},
-    proto::{self, DeliveryReason},
+    proto::DeliveryReason,
     time::UnixMillis,
 };
 
@@ -19,11 +19,11 @@ use crate::{
 /// Everything that is wrong with the capture.
 pub fn prepare(
     integration: &Integration,
-    mut capture: proto::Capture,
+    capture: Capture<'_>,
     received: UnixMillis,
 ) -> Result<NewCapture, CaptureFault> {
-    let digest = digest(&mut capture);
-    let mapped = mapping::map(integration, &capture, received)?;
+    let digest = digest(&capture);
+    let mapped = mapping::map(integration, capture, received)?;
     assemble(integration, mapped, digest, received)
 }
 
@@ -68,10 +68,8 @@ pub fn assemble(
 /// whose id was derived is the same when it comes again with that id. Maps are
 /// sorted, so equal content has equal bytes.
 #[must_use]
-pub fn digest(capture: &mut proto::Capture) -> [u8; 16] {
-    let id = std::mem::take(&mut capture.capture_id);
-    let hash = Sha256::digest(capture.encode_to_vec());
-    capture.capture_id = id;
+pub fn digest(capture: &Capture<'_>) -> [u8; 16] {
+    let hash = Sha256::digest(capture.canonical_content());
     let mut digest = [0; 16];
     digest.copy_from_slice(&hash[..16]);
     digest
@@ -80,7 +78,7 @@ pub fn digest(capture: &mut proto::Capture) -> [u8; 16] {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::integration::Revision;
+    use crate::{integration::Revision, proto};
 
     fn integration(enabled: bool) -> Integration {
         let spec = proto::Integration {
@@ -115,7 +113,7 @@ mod tests {
     fn prepared(enabled: bool, capture: proto::Capture) -> NewCapture {
         prepare(
             &integration(enabled),
-            capture,
+            (&capture).into(),
             UnixMillis(1_800_000_000_000),
         )
         .expect("valid")
@@ -129,7 +127,9 @@ mod tests {
             ..capture()
         };
         assert_eq!(prepared(true, named).digest, first.digest);
-        let later = prepare(&integration(true), capture(), UnixMillis(1_900_000_000_000));
+        let again = capture();
+        let received = UnixMillis(1_900_000_000_000);
+        let later = prepare(&integration(true), (&again).into(), received);
         assert_eq!(later.expect("valid").digest, first.digest);
         let other = proto::Capture {
             traffic_source: "x".into(),

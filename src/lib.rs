@@ -4,12 +4,13 @@
 //! One capture's path, in a straight line; the two halves meet only at the outbox:
 //!
 //! ```text
-//! grpc -> intake: mapping -> event -> outbox || delivery -> segment
+//! grpc -> capture -> intake: mapping -> event -> outbox || delivery -> segment
 //! ```
 //!
 //! | step | module |
 //! | --- | --- |
-//! | decode, answer | [`grpc`] |
+//! | answer | [`grpc`] |
+//! | decode | [`capture`] |
 //! | validate against the [`integration`], build the events | [`intake`], [`mapping`], [`event`] |
 //! | store, answer after the fsync | [`outbox`] |
 //! | lease, batch, send, settle | [`delivery`] |
@@ -23,6 +24,7 @@
 
 pub mod audit;
 pub mod auth;
+pub mod capture;
 pub mod cli;
 pub mod client;
 pub mod config;

@@ -8,13 +8,14 @@
 mod email;
 mod value;
 
-use std::{borrow::Cow, collections::BTreeMap};
+use std::borrow::Cow;
 
 use sha2::{Digest, Sha256};
 
 use crate::{
+    capture::{Answer, Attribute, Capture},
     integration::{FieldMapping, Integration, Privacy, RELAY_KEYS, Unmapped, reserved_trait},
-    proto::{self, AttributeValue, DataRegion},
+    proto::DataRegion,
     region::Region,
     text::{MAX_NAME_CHARS, check_line, hex_digits},
     time::UnixMillis,
@@ -65,7 +66,7 @@ pub struct Mapped<'a> {
     /// What the events carry, in the order of the attribute ids.
     pub fields: Vec<Field<'a>>,
     /// Sent as `context.consent.categoryPreferences`; left out where empty.
-    pub consent: &'a BTreeMap<String, bool>,
+    pub consent: Vec<(&'a str, bool)>,
 }
 
 /// One mapped attribute.
@@ -98,15 +99,15 @@ pub enum CaptureFault {
 /// Everything that is wrong with it; see [`CaptureFault`].
 pub fn map<'a>(
     integration: &'a Integration,
-    capture: &'a proto::Capture,
+    mut capture: Capture<'a>,
     received: UnixMillis,
 ) -> Result<Mapped<'a>, CaptureFault> {
     let mut found = Violations::default();
-    check_texts(&mut found, capture);
-    let subject = email::check(&mut found, &capture.email, integration.normalization);
+    check_texts(&mut found, &capture);
+    let subject = email::check(&mut found, capture.email, integration.normalization);
     let occur_time = check_occur_time(&mut found, capture.occur_time.as_ref(), received);
-    check_consent(&mut found, &capture.consent);
-    let fields = map_attributes(&mut found, integration, &capture.attributes);
+    check_consent(&mut found, capture.consent());
+    let fields = map_attributes(&mut found, integration, capture.take_attributes());
     let region = DataRegion::try_from(capture.data_region);
     if region.is_err() {
         found.add(
@@ -117,25 +118,25 @@ pub fn map<'a>(
     }
     found.or_ok(()).map_err(CaptureFault::Invalid)?;
     Ok(Mapped {
-        capture_id: capture_id(capture),
+        capture_id: capture_id(&capture),
         subject,
         region: choose_region(integration, region.unwrap_or_default())?,
         occur_time,
         event_name: &integration.event_name,
-        campaign_id: &capture.campaign_id,
-        campaign_name: &capture.campaign_name,
-        session_id: &capture.session_id,
-        traffic_source: &capture.traffic_source,
+        campaign_id: capture.campaign_id,
+        campaign_name: capture.campaign_name,
+        session_id: capture.session_id,
+        traffic_source: capture.traffic_source,
         fields,
-        consent: &capture.consent,
+        consent: capture.take_consent(),
     })
 }
 
 /// The caller's capture id, or the one derived from campaign and session.
 #[must_use]
-pub fn capture_id(capture: &proto::Capture) -> Cow<'_, str> {
+pub fn capture_id<'a>(capture: &Capture<'a>) -> Cow<'a, str> {
     if !capture.capture_id.is_empty() {
-        return Cow::Borrowed(&capture.capture_id);
+        return Cow::Borrowed(capture.capture_id);
     }
     let mut hash = Sha256::new();
     hash.update(capture.campaign_id.as_bytes());
@@ -145,16 +146,16 @@ pub fn capture_id(capture: &proto::Capture) -> Cow<'_, str> {
     Cow::Owned(hex_digits(&hash.finalize()[..DERIVED_ID_BYTES]))
 }
 
-fn check_texts(found: &mut Violations, capture: &proto::Capture) {
+fn check_texts(found: &mut Violations, capture: &Capture<'_>) {
     check_line(
         found,
         "capture.capture_id",
-        &capture.capture_id,
+        capture.capture_id,
         MAX_CAPTURE_ID_CHARS,
     );
     for (field, text) in [
-        ("capture.campaign_id", &capture.campaign_id),
-        ("capture.session_id", &capture.session_id),
+        ("capture.campaign_id", capture.campaign_id),
+        ("capture.session_id", capture.session_id),
     ] {
         if text.is_empty() {
             found.add(field, "REQUIRED", "give it: the track event names it");
@@ -162,8 +163,8 @@ fn check_texts(found: &mut Violations, capture: &proto::Capture) {
         check_line(found, field, text, MAX_NAME_CHARS);
     }
     for (field, text) in [
-        ("capture.campaign_name", &capture.campaign_name),
-        ("capture.traffic_source", &capture.traffic_source),
+        ("capture.campaign_name", capture.campaign_name),
+        ("capture.traffic_source", capture.traffic_source),
     ] {
         check_line(found, field, text, MAX_TITLE_CHARS);
     }
@@ -190,7 +191,7 @@ fn check_occur_time(
     }
 }
 
-fn check_consent(found: &mut Violations, consent: &BTreeMap<String, bool>) {
+fn check_consent(found: &mut Violations, consent: &[(&str, bool)]) {
     if consent.len() > MAX_CONSENT_CATEGORIES {
         found.add(
             "capture.consent",
@@ -199,7 +200,7 @@ fn check_consent(found: &mut Violations, consent: &BTreeMap<String, bool>) {
         );
         return;
     }
-    for category in consent.keys() {
+    for (category, _) in consent {
         let path = || entry_path("capture.consent", category);
         if category.is_empty() {
             found.add(path(), "REQUIRED", "name the category");
@@ -217,7 +218,7 @@ fn is_plain_name(name: &str) -> bool {
 fn map_attributes<'a>(
     found: &mut Violations,
     integration: &'a Integration,
-    attributes: &'a BTreeMap<String, AttributeValue>,
+    mut attributes: Vec<Attribute<'a>>,
 ) -> Vec<Field<'a>> {
     if attributes.len() > MAX_ATTRIBUTES {
         found.add(
@@ -228,15 +229,18 @@ fn map_attributes<'a>(
         return Vec::new();
     }
     let mut fields = Vec::with_capacity(attributes.len());
-    for (id, value) in attributes {
-        let field = match integration.mappings().of(id) {
-            Some(mapping) => map_value(found, id, value, mapping),
-            None => map_unmapped(found, integration, id, value),
+    let mut mappings = integration.mappings().in_order();
+    for attribute in &mut attributes {
+        let (id, answer) = (attribute.id, attribute.answer.take());
+        let field = match mappings.of(id) {
+            Some(mapping) => map_value(found, id, answer, mapping),
+            None => map_unmapped(found, integration, id, answer),
         };
         fields.extend(field);
     }
+    let has = |id: &str| attributes.binary_search_by(|one| one.id.cmp(id)).is_ok();
     for mapping in integration.mappings().all() {
-        if mapping.required && !attributes.contains_key(&mapping.attribute_id) {
+        if mapping.required && !has(&mapping.attribute_id) {
             found.add(
                 entry_path("capture.attributes", &mapping.attribute_id),
                 "REQUIRED",
@@ -250,10 +254,10 @@ fn map_attributes<'a>(
 fn map_value<'a>(
     found: &mut Violations,
     id: &'a str,
-    value: &'a AttributeValue,
+    answer: Option<Answer<'a>>,
     mapping: &'a FieldMapping,
 ) -> Option<Field<'a>> {
-    let value = value::check(found, id, value, mapping.value_type)?;
+    let value = value::check(found, id, answer, mapping.value_type)?;
     let value = match mapping.privacy {
         Privacy::Drop => return None,
         Privacy::Hash => value.hashed(),
@@ -274,7 +278,7 @@ fn map_unmapped<'a>(
     found: &mut Violations,
     integration: &Integration,
     id: &'a str,
-    value: &'a AttributeValue,
+    answer: Option<Answer<'a>>,
 ) -> Option<Field<'a>> {
     if !is_plain_name(id) {
         let path = entry_path("capture.attributes", id);
@@ -283,7 +287,7 @@ fn map_unmapped<'a>(
         }
         check_line(found, &path, id, MAX_NAME_CHARS);
     }
-    let value = value::check(found, id, value, None)?;
+    let value = value::check(found, id, answer, None)?;
     match integration.unmapped {
         Unmapped::Drop => None,
         Unmapped::Reject => {

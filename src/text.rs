@@ -37,13 +37,21 @@ fn is_printable_ascii(text: &str) -> bool {
 /// Lower-case hex digits of bytes.
 #[must_use]
 pub fn hex_digits(bytes: &[u8]) -> String {
+    let mut text = Vec::with_capacity(2 * bytes.len());
+    push_hex(&mut text, bytes);
+    // Digits are always UTF-8.
+    String::from_utf8(text).unwrap_or_default()
+}
+
+/// Appends the lower-case hex digits of bytes.
+pub fn push_hex(out: &mut Vec<u8>, bytes: &[u8]) {
     const DIGITS: &[u8; 16] = b"0123456789abcdef";
-    let mut text = String::with_capacity(2 * bytes.len());
-    for byte in bytes {
-        text.push(char::from(DIGITS[usize::from(byte >> 4)]));
-        text.push(char::from(DIGITS[usize::from(byte & 15)]));
-    }
-    text
+    let digit = |half: u8| DIGITS[usize::from(half)];
+    out.extend(
+        bytes
+            .iter()
+            .flat_map(|byte| [digit(byte >> 4), digit(byte & 15)]),
+    );
 }
 
 /// Whether an answer holds a control character other than tab and line ends.

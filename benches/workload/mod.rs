@@ -6,12 +6,13 @@
 pub(crate) mod reference;
 
 use prost::Message;
-use reference::{AttributeValue, Capture, CaptureRequest, Kind, StringList, Timestamp};
+use reference::{AttributeValue, CaptureRequest, Kind, StringList, Timestamp};
 use segment_relay::{
+    capture::Capture,
     intake,
     integration::{Integration, Revision},
     outbox::{Content, NewCapture},
-    proto,
+    proto::{self, raw},
     time::UnixMillis,
 };
 
@@ -24,7 +25,7 @@ pub(crate) const RECEIVED: UnixMillis = UnixMillis(1_800_000_000_000);
 
 /// A capture whose number is a text of [`DIGITS`] digits: another person and
 /// session for each.
-pub(crate) fn capture(number: &str) -> Capture {
+pub(crate) fn capture(number: &str) -> reference::Capture {
     let text = |text: &str| Kind::Text(text.to_owned());
     let choices = ["skin care", "fragrance", "make-up"];
     let kinds = [
@@ -45,7 +46,7 @@ pub(crate) fn capture(number: &str) -> Capture {
         ),
         ("skin_type", text("combination")),
     ];
-    Capture {
+    reference::Capture {
         capture_id: format!("quiz-{number}"),
         email: format!("Person.{number}@example.com"),
         campaign_id: "n3zrik6g".to_owned(),
@@ -60,7 +61,7 @@ pub(crate) fn capture(number: &str) -> Capture {
             .into_iter()
             .map(|(id, kind)| (id.to_owned(), AttributeValue { kind: Some(kind) }))
             .collect(),
-        ..Capture::default()
+        ..reference::Capture::default()
     }
 }
 
@@ -130,17 +131,18 @@ pub(crate) fn integration() -> Integration {
 /// # Panics
 /// The request is not as it should be.
 pub(crate) fn relay_path(integration: &Integration, request: &[u8]) -> NewCapture {
-    let request = proto::CaptureRequest::decode(request).expect("a request");
-    let capture = request.capture.expect("a capture");
+    let request = raw::CaptureRequest::decode(request).expect("a request");
+    let capture = request.capture().expect("decodes").expect("a capture");
     intake::prepare(integration, capture, RECEIVED).expect("a valid capture")
 }
 
-/// The relay's decoding alone.
+/// The relay's decoding alone; `seen` gets the result.
 ///
 /// # Panics
 /// The request is not as it should be.
-pub(crate) fn relay_decode(request: &[u8]) -> proto::CaptureRequest {
-    proto::CaptureRequest::decode(request).expect("a request")
+pub(crate) fn relay_decode(request: &[u8], seen: impl FnOnce(&Capture<'_>)) {
+    let request = raw::CaptureRequest::decode(request).expect("a request");
+    seen(&request.capture().expect("decodes").expect("a capture"));
 }
 
 /// Bytes of JSON of both events.

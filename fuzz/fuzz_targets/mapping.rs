@@ -52,7 +52,7 @@ fn said(found: &[Violation], of_address: bool) -> Vec<&Violation> {
 
 fn submit(integration: &Integration, capture: Capture) {
     let other = Capture { email: "no address".into(), ..capture.clone() };
-    match intake::prepare(integration, capture, NOW) {
+    match intake::prepare(integration, (&capture).into(), NOW) {
         Ok(new) => {
             assert!((1..=64).contains(&new.capture_id.chars().count()));
             if let Content::Send { events, .. } = &new.content {
@@ -62,7 +62,7 @@ fn submit(integration: &Integration, capture: Capture) {
         }
         Err(CaptureFault::Invalid(found)) => {
             assert!(!found.is_empty());
-            let Err(CaptureFault::Invalid(others)) = intake::prepare(integration, other, NOW)
+            let Err(CaptureFault::Invalid(others)) = intake::prepare(integration, (&other).into(), NOW)
             else {
                 panic!("a bad address was taken");
             };

@@ -4,12 +4,13 @@
 use std::{collections::BTreeMap, sync::Arc};
 
 use tokio::sync::OwnedSemaphorePermit;
-use tonic::Request;
+use tonic::{Request, Status};
 use tracing::{Instrument, Span};
 
 use super::{RelayError, Services, convert};
 use crate::{
     auth::AuthError,
+    capture::{Capture, Malformed},
     event::EventType,
     intake,
     integration::{Integration, IntegrationId},
@@ -17,7 +18,7 @@ use crate::{
     metrics::Metrics,
     outbox::{NewCapture, Submitted},
     permission::Caller,
-    proto::{Capture, CaptureResult},
+    proto::CaptureResult,
     status::CaptureRecord,
     time::UnixMillis,
     trace::{TraceLink, step},
@@ -59,12 +60,12 @@ impl Services {
     pub(super) fn prepare(
         &self,
         integration: &Integration,
-        capture: Option<Capture>,
+        capture: Option<Capture<'_>>,
     ) -> Result<NewCapture, RelayError> {
-        let (mut capture, received) = (required(capture)?, UnixMillis::now());
+        let (capture, received) = (required(capture)?, UnixMillis::now());
         let trace = TraceLink::current();
-        let digest = intake::digest(&mut capture);
-        let mapped = step("validate").in_scope(|| mapping::map(integration, &capture, received))?;
+        let digest = intake::digest(&capture);
+        let mapped = step("validate").in_scope(|| mapping::map(integration, capture, received))?;
         let new = step("map").in_scope(|| intake::assemble(integration, mapped, digest, received));
         Ok(NewCapture { trace, ..new? })
     }
@@ -149,13 +150,17 @@ pub(super) fn capture_result(id: &str, answer: &Accepted) -> CaptureResult {
 }
 
 /// The id that a refused capture is answered with, of bounded length.
-pub(super) fn echo_id(capture: &Capture) -> String {
-    mapping::capture_id(capture)
-        .chars()
-        .take(MAX_CAPTURE_ID_CHARS)
-        .collect()
+pub(super) fn echo_id(capture: &Capture<'_>) -> String {
+    let id = mapping::capture_id(capture);
+    let end = id.char_indices().nth(MAX_CAPTURE_ID_CHARS);
+    id[..end.map_or(id.len(), |(end, _)| end)].to_owned()
 }
 
-pub(super) fn required(capture: Option<Capture>) -> Result<Capture, RelayError> {
+pub(super) fn required<T>(capture: Option<T>) -> Result<T, RelayError> {
     capture.ok_or_else(|| RelayError::invalid("capture", "REQUIRED", "give the capture"))
+}
+
+/// The status that tonic gives to bytes that are no message.
+pub(super) fn malformed(error: Malformed) -> Status {
+    Status::internal(error.to_string())
 }

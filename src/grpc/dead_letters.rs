@@ -13,7 +13,7 @@ use crate::{
     proto::{
         self, DeliveryReason, DiscardDeadLettersRequest, DiscardDeadLettersResponse,
         ListDeadLettersRequest, ListDeadLettersResponse, ReplayDeadLettersRequest,
-        ReplayDeadLettersResponse, dead_letter_service_server::DeadLetterService,
+        ReplayDeadLettersResponse, server::dead_letter_service_server::DeadLetterService,
     },
     time::UnixMillis,
 };

@@ -20,7 +20,7 @@ use crate::{
         IntegrationHealth, IntegrationTestResult, ListIntegrationsRequest,
         ListIntegrationsResponse, TestIntegrationRequest, TestIntegrationResponse,
         UpdateIntegrationRequest, UpdateIntegrationResponse,
-        integration_service_server::IntegrationService,
+        server::integration_service_server::IntegrationService,
     },
     region::Region,
     time::UnixMillis,
@@ -219,7 +219,7 @@ impl Integrations {
     ) -> Result<IntegrationTestResult, RelayError> {
         let capture = test_capture(region, UnixMillis::now());
         let marked = marked_copy(integration)?;
-        let mapped = mapping::map(&marked, &capture, UnixMillis::now())?;
+        let mapped = mapping::map(&marked, (&capture).into(), UnixMillis::now())?;
         let events = event::build(marked.id(), &mapped)
             .map_err(|found| RelayError::Capture(mapping::CaptureFault::Invalid(found)))?;
         let (Some(events), Some(write_key)) = (events, integration.write_key(region)) else {

@@ -15,7 +15,7 @@ use crate::{
     proto::{
         EraseSubjectRequest, EraseSubjectResponse, ErasureReceipt, ListErasureReceiptsRequest,
         ListErasureReceiptsResponse, erase_subject_request::Subject,
-        privacy_service_server::PrivacyService,
+        server::privacy_service_server::PrivacyService,
     },
     time::UnixMillis,
 };

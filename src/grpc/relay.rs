@@ -8,20 +8,24 @@ use tracing::Span;
 
 use super::{
     RelayError, Services,
-    accept::{Accepted, accepted, caller, capture_result, describe, echo_id, required, tally},
+    accept::{
+        Accepted, accepted, caller, capture_result, describe, echo_id, malformed, required, tally,
+    },
     convert, stream, watch,
 };
 use crate::{
+    capture::Capture,
     event::{self, EventType, message_id},
     intake,
     integration::Integration,
     mapping::{self, CaptureFault, MAX_CAPTURE_ID_CHARS},
     outbox::NewCapture,
     proto::{
-        Capture, CaptureBatchRequest, CaptureBatchResponse, CaptureRequest, CaptureResponse,
-        CaptureStreamRequest, CaptureStreamResponse, GetCaptureRequest, GetCaptureResponse,
-        PreviewCaptureRequest, PreviewCaptureResponse, PreviewedEvent, WaitFor,
-        WatchDeliveriesRequest, WatchDeliveriesResponse, segment_relay_server::SegmentRelay,
+        self, CaptureBatchResponse, CaptureResponse, CaptureStreamResponse, GetCaptureRequest,
+        GetCaptureResponse, PreviewCaptureRequest, PreviewCaptureResponse, PreviewedEvent, WaitFor,
+        WatchDeliveriesRequest, WatchDeliveriesResponse,
+        raw::{CaptureBatchRequest, CaptureRequest, CaptureStreamRequest},
+        server::segment_relay_server::SegmentRelay,
     },
     status::CaptureRecord,
     time::UnixMillis,
@@ -45,10 +49,11 @@ impl SegmentRelay for Relay {
         let (caller, _permit) = self.0.enter(&request)?;
         let deadline = self.answer_by(request.metadata());
         let request = request.into_inner();
+        let capture = request.capture().map_err(malformed)?;
         let wait_for = wait_for(request.wait_for)?;
         let integration = self.0.integration(&caller, &request.integration_id)?;
         self.0.usage.capture(&caller, integration.id(), 1)?;
-        let answer = self.accept(&integration, request.capture).await;
+        let answer = self.accept(&integration, capture).await;
         tally(&self.0.metrics, integration.id(), std::iter::once(&answer));
         let (mut record, duplicate) = answer?;
         if wait_for == WaitFor::Delivered {
@@ -65,18 +70,19 @@ impl SegmentRelay for Relay {
         let (caller, _permit) = self.0.enter(&request)?;
         let deadline = self.answer_by(request.metadata());
         let request = request.into_inner();
+        let captures = request.captures().map_err(malformed)?;
         let wait_for = wait_for(request.wait_for)?;
-        if request.captures.is_empty() || request.captures.len() > MAX_BATCH {
+        if captures.is_empty() || captures.len() > MAX_BATCH {
             let rule = format!("1 to {MAX_BATCH} captures; split a larger batch");
             return Err(RelayError::invalid("captures", "OUT_OF_RANGE", rule).into());
         }
         let integration = self.0.integration(&caller, &request.integration_id)?;
-        let count = request.captures.len();
+        let count = captures.len();
         Span::current()
             .record("segment_relay.integration_id", integration.id().as_str())
             .record("segment_relay.captures", count);
         self.0.usage.capture(&caller, integration.id(), count)?;
-        let mut answers = self.accept_batch(&integration, request.captures).await?;
+        let mut answers = self.accept_batch(&integration, captures).await?;
         let outcomes = answers.iter().map(|(_, answer)| answer);
         tally(&self.0.metrics, integration.id(), outcomes);
         if wait_for == WaitFor::Delivered {
@@ -168,7 +174,7 @@ impl SegmentRelay for Relay {
 
 impl Relay {
     /// Validates and stores one capture.
-    async fn accept(&self, integration: &Integration, capture: Option<Capture>) -> Accepted {
+    async fn accept(&self, integration: &Integration, capture: Option<Capture<'_>>) -> Accepted {
         let new = self.0.prepare(integration, capture)?;
         describe(integration.id(), &new.capture_id);
         let submitted = self.0.enqueue(vec![new]).await?;
@@ -182,7 +188,7 @@ impl Relay {
     async fn accept_batch(
         &self,
         integration: &Integration,
-        captures: Vec<Capture>,
+        captures: Vec<Capture<'_>>,
     ) -> Result<Vec<(String, Accepted)>, RelayError> {
         let mut answers = Vec::with_capacity(captures.len());
         let mut taken = Vec::with_capacity(captures.len());
@@ -276,9 +282,9 @@ fn wait_for(value: i32) -> Result<WaitFor, RelayError> {
 
 fn preview(
     integration: &Integration,
-    capture: &Capture,
+    capture: &proto::Capture,
 ) -> Result<Vec<PreviewedEvent>, CaptureFault> {
-    let mapped = mapping::map(integration, capture, UnixMillis::now())?;
+    let mapped = mapping::map(integration, capture.into(), UnixMillis::now())?;
     let events = event::build(integration.id(), &mapped).map_err(CaptureFault::Invalid)?;
     let Some(events) = events.filter(|_| integration.enabled) else {
         return Ok(Vec::new());

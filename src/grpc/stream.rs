@@ -19,11 +19,12 @@ use super::{
     usage::units,
 };
 use crate::{
+    capture::{Capture, Malformed},
     integration::IntegrationId,
     metrics::Metrics,
     outbox::{NewCapture, Receipt},
     permission::Caller,
-    proto::{CaptureStreamRequest, CaptureStreamResponse},
+    proto::{CaptureStreamResponse, raw::CaptureStreamRequest},
     trace::{TraceLink, step},
 };
 
@@ -81,8 +82,11 @@ async fn run(
                 if let Some(request) = next.take() {
                     let span = spans::message(services.traces, stream);
                     let submitted = submit(&services, &caller, request, held);
-                    let submitted = submitted.instrument(span.clone()).await;
-                    in_flight.push(submitted.result().instrument(span));
+                    match submitted.instrument(span.clone()).await {
+                        Ok(submitted) => in_flight.push(submitted.result().instrument(span)),
+                        // As with bytes that are no request: what was taken is stored.
+                        Err(_) => return,
+                    }
                 }
             }
             request = requests.message(),
@@ -124,13 +128,17 @@ struct InFlight {
 }
 
 /// Submits one capture, in its turn.
+///
+/// # Errors
+/// The bytes are no capture.
 async fn submit(
     services: &Services,
     caller: &Caller,
     request: CaptureStreamRequest,
     room: Option<OwnedSemaphorePermit>,
-) -> InFlight {
-    let capture_id = request.capture.as_ref().map(echo_id).unwrap_or_default();
+) -> Result<InFlight, Malformed> {
+    let capture = request.capture()?;
+    let capture_id = capture.as_ref().map(echo_id).unwrap_or_default();
     let correlation_id = request
         .correlation_id
         .chars()
@@ -140,7 +148,10 @@ async fn submit(
         .integration(caller, &request.integration_id)
         .ok()
         .map(|found| found.id().clone());
-    let submitted = match prepare(services, caller, request) {
+    let prepared = prepare(services, caller, &request, capture);
+    // Its bytes are part of a buffer that is read into again once they are given back.
+    drop(request);
+    let submitted = match prepared {
         Ok(new) => {
             describe(&new.integration_id, &new.capture_id);
             let submitted = services.outbox.submit(vec![NewCapture { room, ..new }]);
@@ -155,13 +166,13 @@ async fn submit(
             Err(error)
         }
     };
-    InFlight {
+    Ok(InFlight {
         correlation_id,
         capture_id,
         submitted,
         metrics: services.metrics.clone(),
         integration_id,
-    }
+    })
 }
 
 impl InFlight {
@@ -192,7 +203,8 @@ impl InFlight {
 fn prepare(
     services: &Services,
     caller: &Caller,
-    request: CaptureStreamRequest,
+    request: &CaptureStreamRequest,
+    capture: Option<Capture<'_>>,
 ) -> Result<NewCapture, RelayError> {
     if request.correlation_id.chars().count() > MAX_CORRELATION_CHARS {
         let rule = format!("at most {MAX_CORRELATION_CHARS} characters");
@@ -200,5 +212,5 @@ fn prepare(
     }
     let integration = services.integration(caller, &request.integration_id)?;
     services.usage.capture(caller, integration.id(), 1)?;
-    services.prepare(&integration, request.capture)
+    services.prepare(&integration, capture)
 }

@@ -1,6 +1,6 @@
 //! What becomes of one attribute, and the rules that make a mapping possible.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::HashSet;
 
 use crate::{
     proto::{self, EventType},
@@ -146,7 +146,8 @@ impl FieldMapping {
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Mappings {
     list: Vec<FieldMapping>,
-    by_attribute: HashMap<Box<str>, usize>,
+    /// Places in the list, in the order of the attribute ids.
+    by_attribute: Vec<usize>,
     written_keys: HashSet<Box<str>>,
 }
 
@@ -168,13 +169,13 @@ impl Mappings {
     }
 
     fn push(&mut self, found: &mut Violations, path: &str, mapping: FieldMapping) {
-        let id = mapping.attribute_id.clone().into_boxed_str();
-        if self.by_attribute.insert(id, self.list.len()).is_some() {
-            found.add(
+        match self.place(&mapping.attribute_id) {
+            Ok(_) => found.add(
                 format!("{path}.attribute_id"),
                 "DUPLICATE",
                 "this attribute is mapped already; map each attribute once",
-            );
+            ),
+            Err(place) => self.by_attribute.insert(place, self.list.len()),
         }
         let key = mapping.segment_key.clone().into_boxed_str();
         if mapping.privacy != Privacy::Drop && !self.written_keys.insert(key) {
@@ -196,15 +197,52 @@ impl Mappings {
     /// The mapping of one attribute.
     #[must_use]
     pub fn of(&self, attribute_id: &str) -> Option<&FieldMapping> {
+        let place = self.place(attribute_id).ok()?;
+        Some(&self.list[self.by_attribute[place]])
+    }
+
+    fn place(&self, attribute_id: &str) -> Result<usize, usize> {
         self.by_attribute
-            .get(attribute_id)
-            .and_then(|index| self.list.get(*index))
+            .binary_search_by(|index| self.list[*index].attribute_id.as_str().cmp(attribute_id))
+    }
+
+    /// Finds the mappings of attributes whose ids come in ascending order.
+    #[must_use]
+    pub fn in_order(&self) -> InOrder<'_> {
+        InOrder {
+            list: &self.list,
+            rest: &self.by_attribute,
+        }
     }
 
     /// Whether a mapping sends a value under this key.
     #[must_use]
     pub fn write(&self, key: &str) -> bool {
         self.written_keys.contains(key)
+    }
+}
+
+/// The mappings from the last attribute on.
+pub struct InOrder<'a> {
+    list: &'a [FieldMapping],
+    rest: &'a [usize],
+}
+
+impl<'a> InOrder<'a> {
+    /// The mapping of one attribute, whose id is not before that of the last one.
+    pub fn of(&mut self, attribute_id: &str) -> Option<&'a FieldMapping> {
+        let id = |index: &usize| self.list[*index].attribute_id.as_str();
+        // Mostly a capture has all attributes that are mapped, so it is the next one.
+        if id(self.rest.first()?) != attribute_id {
+            let before = |index: &usize| id(index) < attribute_id;
+            self.rest = &self.rest[self.rest.partition_point(before)..];
+        }
+        let (next, rest) = self.rest.split_first()?;
+        if id(next) != attribute_id {
+            return None;
+        }
+        self.rest = rest;
+        Some(&self.list[*next])
     }
 }
 

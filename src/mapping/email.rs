@@ -81,10 +81,22 @@ fn is_address(email: &str) -> bool {
 
 fn user_id(email: &str, normalization: Normalization) -> String {
     let hashed = match normalization {
-        Normalization::Lowercase if email.chars().any(char::is_uppercase) => {
-            Cow::Owned(email.to_lowercase())
-        }
-        _ => Cow::Borrowed(email),
+        Normalization::Lowercase if email.is_ascii() => return hash_in_lower_case(email),
+        Normalization::Lowercase => Cow::Owned(email.to_lowercase()),
+        Normalization::Exact => Cow::Borrowed(email),
     };
     hex_digits(&Sha256::digest(hashed.as_bytes()))
+}
+
+/// The hash of an ASCII address, whose lower case is as long as it is.
+fn hash_in_lower_case(email: &str) -> String {
+    let mut hash = Sha256::new();
+    for piece in email.as_bytes().chunks(64) {
+        let mut lower = [0; 64];
+        let lower = &mut lower[..piece.len()];
+        lower.copy_from_slice(piece);
+        lower.make_ascii_lowercase();
+        hash.update(lower);
+    }
+    hex_digits(&hash.finalize())
 }

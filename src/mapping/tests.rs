@@ -4,8 +4,16 @@ use super::*;
 use crate::{
     event::{EventType, MAX_EVENT_BYTES, build, message_id},
     integration::Revision,
-    proto::{Credential, StringList, attribute_value::Kind},
+    proto::{self, AttributeValue, Credential, StringList, attribute_value::Kind},
 };
+
+fn map<'a>(
+    integration: &'a Integration,
+    capture: &'a proto::Capture,
+    received: UnixMillis,
+) -> Result<Mapped<'a>, CaptureFault> {
+    super::map(integration, capture.into(), received)
+}
 
 const NOW: UnixMillis = UnixMillis(1_800_000_000_000);
 

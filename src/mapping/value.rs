@@ -2,12 +2,11 @@
 
 use std::borrow::Cow;
 
-use serde::{Serialize, Serializer};
 use sha2::{Digest, Sha256};
 
 use crate::{
+    capture::Answer,
     integration::{ReservedTrait, ValueType},
-    proto::{AttributeValue, attribute_value::Kind},
     text::{has_control_beyond_line_ends, hex_digits},
     time::UnixMillis,
     violation::{Violations, entry_path},
@@ -29,27 +28,16 @@ pub enum Value<'a> {
     Bool(bool),
     /// A moment.
     Time(UnixMillis),
-    /// Several texts, or their hashes.
-    List(Cow<'a, [String]>),
+    /// Several texts.
+    List(Vec<&'a str>),
+    /// The hashes of several texts.
+    Hashes(Vec<String>),
 }
 
 impl std::fmt::Debug for Value<'_> {
     /// An attribute's value is personal data, so only its type is printed.
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         write!(f, "Value({})", self.value_type().name())
-    }
-}
-
-impl Serialize for Value<'_> {
-    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-        match self {
-            Self::Text(text) => serializer.serialize_str(text),
-            Self::Number(number) => serializer.serialize_f64(*number),
-            Self::Integer(integer) => serializer.serialize_i64(*integer),
-            Self::Bool(value) => serializer.serialize_bool(*value),
-            Self::Time(time) => serializer.serialize_str(&time.to_iso()),
-            Self::List(texts) => texts.serialize(serializer),
-        }
     }
 }
 
@@ -60,7 +48,7 @@ impl Value<'_> {
             Self::Number(_) | Self::Integer(_) => ValueType::Number,
             Self::Bool(_) => ValueType::Bool,
             Self::Time(_) => ValueType::Timestamp,
-            Self::List(_) => ValueType::List,
+            Self::List(_) | Self::Hashes(_) => ValueType::List,
         }
     }
 
@@ -70,14 +58,15 @@ impl Value<'_> {
         let hash = |text: &str| hex_digits(&Sha256::digest(text.as_bytes()));
         Self::Text(Cow::Owned(match self {
             Self::Text(text) => hash(&text),
-            Self::Time(time) => hash(&time.to_iso()),
+            Self::Time(time) => hash(time.to_iso().as_str()),
             Self::Bool(value) => hash(if value { "true" } else { "false" }),
             Self::Integer(integer) => hash(&integer.to_string()),
             // A finite number always has a JSON form.
             Self::Number(number) => hash(&serde_json::to_string(&number).unwrap_or_default()),
             Self::List(texts) => {
-                return Self::List(texts.iter().map(|text| hash(text)).collect());
+                return Self::Hashes(texts.into_iter().map(hash).collect());
             }
+            hashes @ Self::Hashes(_) => return hashes,
         }))
     }
 }
@@ -87,15 +76,17 @@ impl Value<'_> {
 pub(super) fn check<'a>(
     found: &mut Violations,
     id: &str,
-    value: &'a AttributeValue,
+    answer: Option<Answer<'a>>,
     declared: Option<ValueType>,
 ) -> Option<Value<'a>> {
-    let checked = match &value.kind {
+    let checked = match answer {
         None => Err((
             "VALUE_MISSING",
             Cow::Borrowed("set one kind of value, or leave the attribute out"),
         )),
-        Some(kind) => check_kind(kind).map_err(|(reason, rule)| (reason, Cow::Borrowed(rule))),
+        Some(answer) => {
+            check_answer(answer).map_err(|(reason, rule)| (reason, Cow::Borrowed(rule)))
+        }
     };
     let checked = checked.and_then(|value| match declared {
         Some(declared) if declared != value.value_type() => Err((
@@ -113,32 +104,32 @@ pub(super) fn check<'a>(
         .ok()
 }
 
-fn check_kind(kind: &Kind) -> Result<Value<'_>, (&'static str, &'static str)> {
+fn check_answer(answer: Answer<'_>) -> Result<Value<'_>, (&'static str, &'static str)> {
     const CONTROL: (&str, &str) = (
         "CONTROL_CHARACTER",
         "control characters other than tab and line ends are not allowed; remove them",
     );
-    match kind {
-        Kind::StringValue(text) if has_control_beyond_line_ends(text) => Err(CONTROL),
-        Kind::StringValue(text) => Ok(Value::Text(Cow::Borrowed(text))),
-        Kind::NumberValue(number) if !number.is_finite() => Err((
+    match answer {
+        Answer::Text(text) if has_control_beyond_line_ends(text) => Err(CONTROL),
+        Answer::Text(text) => Ok(Value::Text(Cow::Borrowed(text))),
+        Answer::Number(number) if !number.is_finite() => Err((
             "NOT_FINITE",
             "NaN and infinity have no form in JSON; leave the attribute out",
         )),
-        Kind::NumberValue(number) => Ok(Value::Number(*number)),
-        Kind::IntegerValue(integer) => Ok(Value::Integer(*integer)),
-        Kind::BoolValue(value) => Ok(Value::Bool(*value)),
-        Kind::TimestampValue(time) => UnixMillis::from_proto(time).map(Value::Time).ok_or((
+        Answer::Number(number) => Ok(Value::Number(number)),
+        Answer::Integer(integer) => Ok(Value::Integer(integer)),
+        Answer::Bool(value) => Ok(Value::Bool(value)),
+        Answer::Time(time) => UnixMillis::from_proto(&time).map(Value::Time).ok_or((
             "OUT_OF_RANGE",
             "years 1 to 9999, nanos 0 to 999,999,999 (google.protobuf.Timestamp)",
         )),
-        Kind::ListValue(list) if list.values.len() > MAX_LIST_VALUES => {
+        Answer::List(list) if list.len() > MAX_LIST_VALUES => {
             Err(("TOO_MANY", "at most 1,000 values in a list"))
         }
-        Kind::ListValue(list) if list.values.iter().any(|v| has_control_beyond_line_ends(v)) => {
+        Answer::List(list) if list.iter().any(|text| has_control_beyond_line_ends(text)) => {
             Err(CONTROL)
         }
-        Kind::ListValue(list) => Ok(Value::List(Cow::Borrowed(&list.values))),
+        Answer::List(list) => Ok(Value::List(list)),
     }
 }
 

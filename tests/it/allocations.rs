@@ -9,8 +9,8 @@ use crate::workload::{encoded, event_bytes, integration, relay_path};
 
 /// What decoding, validating, mapping and serialising one capture of the benchmarks allocates,
 /// measured. A change that needs more says why in its commit; one that needs fewer lowers it.
-const MAX_ALLOCATIONS: u64 = 37;
-const MAX_BYTES: u64 = 4_246;
+const MAX_ALLOCATIONS: u64 = 12;
+const MAX_BYTES: u64 = 4_094;
 
 #[test]
 fn the_pure_path_of_a_capture_allocates_no_more_than_it_did() {
