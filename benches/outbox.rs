@@ -21,8 +21,8 @@ use segment_relay::{
     integration::IntegrationId,
     metrics::Metrics,
     outbox::{
-        Content, LaneKey, LeaseBudget, Limits, NewCapture, Outbox, SettledCapture, Settlement,
-        SqliteOptions, SqliteOutbox,
+        Content, EventSet, LaneKey, LeaseBudget, Limits, NewCapture, Outbox, SettledCapture,
+        Settlement, SqliteOptions, SqliteOutbox,
     },
     region::Region,
     status::Outcome,
@@ -83,7 +83,7 @@ async fn drain_once(outbox: &SqliteOutbox) -> usize {
     let captures = leased
         .into_iter()
         .map(|leased| {
-            let mut record = leased.record;
+            let mut record = Arc::unwrap_or_clone(leased.record);
             for event in EventType::ALL {
                 record
                     .event_mut(event)
@@ -91,8 +91,8 @@ async fn drain_once(outbox: &SqliteOutbox) -> usize {
             }
             SettledCapture {
                 sequence: leased.sequence,
-                record,
-                changed: EventType::ALL.into(),
+                record: Arc::new(record),
+                changed: EventSet::BOTH,
             }
         })
         .collect();

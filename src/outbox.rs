@@ -12,6 +12,7 @@
 #[cfg(test)]
 pub(crate) mod conformance;
 mod dead_letters;
+mod event_set;
 mod jetstream;
 #[cfg(test)]
 pub(crate) mod model;
@@ -23,6 +24,7 @@ mod transfer;
 
 use std::{fmt, future::Future, pin::Pin, sync::Arc};
 
+use bytes::Bytes;
 use tokio::sync::{OwnedSemaphorePermit, oneshot, watch};
 
 use crate::{
@@ -37,6 +39,7 @@ use crate::{
 };
 
 pub use dead_letters::{DeadLetter, DeadLetterCount, DeadLetterFilter, Selection};
+pub use event_set::EventSet;
 pub use jetstream::{
     Difference, JetStreamError, JetStreamOptions, JetStreamOutbox, Layout, LayoutReport, NatsAuth,
     NatsConnection, NatsHandle, NatsTls,
@@ -126,9 +129,9 @@ pub enum Content {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Submitted {
     /// It is durable.
-    Accepted(CaptureRecord),
+    Accepted(Arc<CaptureRecord>),
     /// It had been accepted before; this is its current state.
-    Duplicate(CaptureRecord),
+    Duplicate(Arc<CaptureRecord>),
     /// Its id had been used for other content.
     Conflict,
     /// There is no room.
@@ -183,17 +186,33 @@ pub struct LeaseBudget {
     pub max_bytes: usize,
 }
 
+impl LeaseBudget {
+    /// Whether about as much was leased as it allows: there may be more that waits.
+    #[must_use]
+    pub fn is_used_up_by(&self, leased: &[LeasedCapture]) -> bool {
+        let events = leased
+            .iter()
+            .flat_map(|capture| [&capture.identify, &capture.track]);
+        let (mut count, mut bytes) = (0, 0);
+        for event in events.flatten() {
+            count += 1;
+            bytes += event.len() + 1;
+        }
+        count >= self.max_events / 2 || bytes >= self.max_bytes / 2
+    }
+}
+
 /// A capture with events that wait, as a lane takes it. Prints without them.
 #[derive(Clone)]
 pub struct LeasedCapture {
     /// Place in the order of acceptance.
     pub sequence: i64,
     /// Its status so far.
-    pub record: CaptureRecord,
+    pub record: Arc<CaptureRecord>,
     /// The identify event, if it is to be sent now.
-    pub identify: Option<Vec<u8>>,
+    pub identify: Option<Bytes>,
     /// The track event, if it is to be sent now.
-    pub track: Option<Vec<u8>>,
+    pub track: Option<Bytes>,
     /// Whether what is stored does not match its checksum: it must not be sent.
     pub damaged: bool,
 }
@@ -218,10 +237,10 @@ impl LeasedCapture {
 
     /// The bytes of an event that is to be sent now.
     #[must_use]
-    pub fn payload(&self, event: EventType) -> Option<&[u8]> {
+    pub fn payload(&self, event: EventType) -> Option<&Bytes> {
         match event {
-            EventType::Identify => self.identify.as_deref(),
-            EventType::Track => self.track.as_deref(),
+            EventType::Identify => self.identify.as_ref(),
+            EventType::Track => self.track.as_ref(),
         }
     }
 }
@@ -241,9 +260,9 @@ pub struct SettledCapture {
     /// Place in the order of acceptance.
     pub sequence: i64,
     /// Its status from now on, as far as the attempt changed it.
-    pub record: CaptureRecord,
+    pub record: Arc<CaptureRecord>,
     /// The events that the attempt changed; the others stay as they are stored.
-    pub changed: Vec<EventType>,
+    pub changed: EventSet,
 }
 
 /// Why the outbox could not do it. What was asked has left nothing behind.

@@ -14,6 +14,8 @@ use std::{
     time::{Duration, Instant},
 };
 
+use bytes::Bytes;
+
 use crate::{
     config::{Endpoint, Segment as Options},
     region::{PerRegion, Region},
@@ -21,6 +23,7 @@ use crate::{
     time::UnixMillis,
 };
 
+use request::Batch;
 pub use request::REQUEST_OVERHEAD_BYTES;
 
 /// How much of an answer is read, in bytes; Segment's are of 20 bytes.
@@ -167,14 +170,14 @@ impl SegmentClient {
         &self,
         region: Region,
         write_key: &WriteKey,
-        events: &[&[u8]],
+        events: Vec<Bytes>,
         retry_count: u32,
     ) -> Answer {
         let started = UnixMillis::now();
         let clock = Instant::now();
         let region = self.regions.get(region);
-        let body = request::body(events, write_key, started);
-        let result = region.post(body, self.gzip, write_key, retry_count).await;
+        let batch = Batch::new(events, write_key, started);
+        let result = region.post(batch, self.gzip, write_key, retry_count).await;
         let reply = result.unwrap_or_else(|error| failure(&error));
         region.note(&reply);
         Answer {
@@ -219,7 +222,7 @@ impl RegionClient {
 
     async fn post(
         &self,
-        body: Vec<u8>,
+        batch: Batch,
         gzip: bool,
         write_key: &WriteKey,
         retry_count: u32,
@@ -232,11 +235,11 @@ impl RegionClient {
         if retry_count > 0 {
             request = request.header("X-Retry-Count", retry_count);
         }
-        request = match gzip.then(|| request::gzip(&body)) {
+        request = match gzip.then(|| batch.gzip()) {
             Some(Ok(packed)) => request
                 .header(http::header::CONTENT_ENCODING, "gzip")
                 .body(packed),
-            _ => request.body(body),
+            _ => request.body(reqwest::Body::wrap(batch.into_body())),
         };
         let mut answer = request.send().await?;
         let status = answer.status().as_u16();
@@ -358,7 +361,9 @@ mod tests {
         );
         let client = SegmentClient::new(&config.expect("valid").segment).expect("set up");
         let key = WriteKey::new("a-planted-write-key").expect("valid");
-        let answer = client.send(Region::NonEu, &key, &[b"{}"], 0).await;
+        let answer = client
+            .send(Region::NonEu, &key, vec![Bytes::from_static(b"{}")], 0)
+            .await;
         assert_eq!(answer.http_status(), 0);
         let error = answer.error();
         assert!(error.starts_with("no connection: "), "{error}");

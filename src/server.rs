@@ -160,6 +160,7 @@ impl Relay {
         let delivery = parts::delivery_parts(&config, &services);
         let access = AccessLayer::new(
             Arc::new(parts::authenticator(&config).await?),
+            Arc::clone(&services.gate),
             Arc::clone(&services.usage),
             services.audit.clone(),
             services.metrics.clone(),

@@ -1,7 +1,7 @@
 //! A lane's state machine: what to take next, and what an answer changes.
 //! Pure: clock and jitter are passed in.
 
-use std::time::Duration;
+use std::{sync::Arc, time::Duration};
 
 use crate::{
     event::EventType,
@@ -249,7 +249,7 @@ impl Lane {
         let mut captures = Vec::with_capacity(leased.len());
         for capture in leased {
             let carried = EventType::ALL.map(|event| capture.payload(event).is_some());
-            let mut record = capture.record;
+            let mut record = Arc::unwrap_or_clone(capture.record);
             if let Some((answer, reason)) = attempt {
                 record.note_attempt(Attempt {
                     identify: carried[0],
@@ -271,7 +271,7 @@ impl Lane {
                 .collect();
             captures.push(SettledCapture {
                 sequence: capture.sequence,
-                record,
+                record: Arc::new(record),
                 changed,
             });
         }

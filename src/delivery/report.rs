@@ -10,8 +10,8 @@ use crate::{
 pub(super) fn settled(metrics: &Metrics, settlement: &Settlement) {
     let mut counts: BTreeMap<(&str, &str, &str), u64> = BTreeMap::new();
     for capture in &settlement.captures {
-        for event in &capture.changed {
-            let state = capture.record.event(*event).state;
+        for event in capture.changed.iter() {
+            let state = capture.record.event(event).state;
             if let State::Delivered { at } = state {
                 let took = at.since(capture.record.accept_time);
                 metrics.delivered_after(settlement.lane.region, took);
@@ -31,8 +31,8 @@ pub(super) fn settled(metrics: &Metrics, settlement: &Settlement) {
 /// Why the events of an attempt were not delivered; all of them have one reason.
 pub(super) fn reason(settlement: &Settlement) -> DeliveryReason {
     let changed = settlement.captures.iter().find_map(|capture| {
-        let event = capture.changed.first()?;
-        Some(capture.record.event(*event).state.reason())
+        let event = capture.changed.iter().next()?;
+        Some(capture.record.event(event).state.reason())
     });
     changed.unwrap_or_default()
 }
@@ -44,7 +44,7 @@ pub(super) fn log(settlement: &Settlement, answer: &Answer, reason: DeliveryReas
         let captures = settlement.captures.iter();
         captures.flat_map(|capture| {
             let events = capture.changed.iter();
-            events.map(|event| capture.record.event(*event).state)
+            events.map(|event| capture.record.event(event).state)
         })
     };
     let (events, error) = (changed().count(), answer.error());

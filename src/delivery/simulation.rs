@@ -161,7 +161,7 @@ impl Simulation {
                 },
             };
             if let Submitted::Accepted(record) = self.outbox.submit(new) {
-                self.accepted.insert((id, record.capture_id));
+                self.accepted.insert((id, record.capture_id.clone()));
             }
         }
     }

@@ -2,6 +2,8 @@
 
 use std::{sync::Arc, time::Duration};
 
+use bytes::Bytes;
+use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tracing::Instrument;
 
@@ -28,6 +30,10 @@ use crate::{
 
 /// A worker without work goes home after this time.
 const IDLE: Duration = Duration::from_secs(60);
+/// Requests of a lane do not begin more often than this unless they are full: where
+/// Segment answers within less, each would carry an event or two. The first after a rest
+/// goes at once.
+const MIN_GAP: Duration = Duration::from_millis(20);
 /// Wait after the outbox failed.
 const OUTBOX_RETRY: Duration = Duration::from_secs(1);
 
@@ -38,6 +44,8 @@ pub(super) struct Worker {
     bell: Arc<Bell>,
     stop: CancellationToken,
     lane: Lane,
+    /// When the last request that was not full began.
+    small_since: Option<Instant>,
     /// The integration as it was at the last attempt, by its etag.
     tried_with: Option<String>,
 }
@@ -76,6 +84,7 @@ impl Worker {
             bell,
             stop,
             lane,
+            small_since: None,
             tried_with: None,
         }
     }
@@ -104,6 +113,7 @@ impl Worker {
             Plan::WaitUntil(moment) => return Turn::Wait(moment.since(UnixMillis::now())),
             Plan::Send(budget) => budget,
         };
+        self.fill_up().await;
         let shared = Arc::clone(&self.shared);
         let breaker = shared.breakers.get(self.key.region);
         let (admission, permit) = tokio::select! {
@@ -122,6 +132,7 @@ impl Worker {
                 return Turn::Wait(OUTBOX_RETRY);
             }
         };
+        self.small_since = (!budget.is_used_up_by(&leased)).then(Instant::now);
         let attempted = match self.attempt(leased).await {
             Ok(attempted) => attempted,
             Err(wait) => return Turn::Wait(wait),
@@ -262,20 +273,21 @@ impl Worker {
             .rates
             .take(id, region, count, UnixMillis::now())?;
         self.parts.conditions.recall(&self.key, &leased);
-        let events: Vec<&[u8]> = leased
+        // Shared with what is leased, and not copied before they are sent.
+        let events: Vec<Bytes> = leased
             .iter()
-            .flat_map(|capture| EventType::ALL.map(|event| capture.payload(event)))
+            .flat_map(|capture| EventType::ALL.map(|event| capture.payload(event).cloned()))
             .flatten()
             .collect();
         let retries = self.lane.failures();
-        let bytes: usize = events.iter().map(|event| event.len()).sum();
+        let bytes: usize = events.iter().map(Bytes::len).sum();
         let (segment, traces) = (&self.parts.segment, self.parts.traces);
         let spans = BatchSpans::open(traces, &self.key, &leased);
         let endpoint = segment.endpoint(region);
         let span = spans
             .batch()
             .in_scope(|| spans::attempt(traces, endpoint, retries, events.len(), bytes));
-        let sent = segment.send(region, write_key, &events, retries);
+        let sent = segment.send(region, write_key, events, retries);
         let answer = sent.instrument(span.clone()).await;
         self.parts.metrics.attempt(&AttemptFacts {
             region,
@@ -310,6 +322,16 @@ impl Worker {
             tokio::select! {
                 () = self.stop.cancelled() => return,
                 () = tokio::time::sleep(OUTBOX_RETRY) => {}
+            }
+        }
+    }
+
+    /// Waits until there may be more to send than a few events.
+    async fn fill_up(&mut self) {
+        if let Some(since) = self.small_since.take() {
+            tokio::select! {
+                () = self.stop.cancelled() => {}
+                () = tokio::time::sleep_until(since + MIN_GAP) => {}
             }
         }
     }

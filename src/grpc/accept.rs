@@ -3,11 +3,10 @@
 
 use std::{collections::BTreeMap, sync::Arc};
 
-use tokio::sync::OwnedSemaphorePermit;
 use tonic::{Request, Status};
 use tracing::{Instrument, Span};
 
-use super::{RelayError, Services, convert};
+use super::{RelayError, Services, convert, gate::Place};
 use crate::{
     auth::AuthError,
     capture::{Capture, Malformed},
@@ -25,15 +24,20 @@ use crate::{
 };
 
 /// What became of one capture of a request: its record, and whether it is a duplicate.
-pub(super) type Accepted = Result<(CaptureRecord, bool), RelayError>;
+pub(super) type Accepted = Result<(Arc<CaptureRecord>, bool), RelayError>;
 
 impl Services {
-    /// Lets a call in for as long as the permit lives, and says whose it is.
+    /// Lets a call in for as long as it has its place, and says whose it is. Where many
+    /// bytes may come, the access layer has let it in already.
     pub(super) fn enter<T>(
         &self,
         request: &Request<T>,
-    ) -> Result<(Arc<Caller>, OwnedSemaphorePermit), RelayError> {
-        Ok((caller(request)?, self.gate.enter()?))
+    ) -> Result<(Arc<Caller>, Place), RelayError> {
+        let place = match request.extensions().get::<Place>() {
+            Some(place) => place.clone(),
+            None => self.gate.enter()?,
+        };
+        Ok((caller(request)?, place))
     }
 
     /// The integration of a request, if it is the caller's.

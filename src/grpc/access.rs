@@ -16,14 +16,18 @@ use tower_service::Service;
 use tracing::Instrument;
 
 use super::{
-    Peer, RelayError, Throttle, Usage,
-    body::{Answering, CallGuards, Metered},
+    Gate, Peer, RelayError, Throttle, Usage,
+    body::{Answering, CallGuards, Metered, discard},
     rpcs::{Need, method, need, streams_requests},
     spans,
     timer::CallTimer,
 };
 use crate::{
-    audit::Audit, auth::Authenticator, metrics::Metrics, permission::Caller, trace::Traces,
+    audit::Audit,
+    auth::Authenticator,
+    metrics::Metrics,
+    permission::{Caller, Permission},
+    trace::Traces,
 };
 
 /// Calls at once on a connection of those that anybody may make: there are few
@@ -38,6 +42,7 @@ pub struct AccessLayer {
 
 struct Access {
     authenticator: Arc<Authenticator>,
+    gate: Arc<Gate>,
     usage: Arc<Usage>,
     audit: Audit,
     metrics: Metrics,
@@ -49,6 +54,7 @@ impl AccessLayer {
     #[must_use]
     pub fn new(
         authenticator: Arc<Authenticator>,
+        gate: Arc<Gate>,
         usage: Arc<Usage>,
         audit: Audit,
         metrics: Metrics,
@@ -56,6 +62,7 @@ impl AccessLayer {
     ) -> Self {
         let access = Access {
             authenticator,
+            gate,
             usage,
             audit,
             metrics,
@@ -105,19 +112,23 @@ where
         self.inner.poll_ready(context)
     }
 
-    fn call(&mut self, request: Request<Body>) -> Self::Future {
+    fn call(&mut self, mut request: Request<Body>) -> Self::Future {
         // The one that is ready goes, its clone stays.
         let next = self.inner.clone();
         let mut inner = std::mem::replace(&mut self.inner, next);
         let access = Arc::clone(&self.access);
         let method = method(request.uri().path());
+        let streams = streams_requests(request.uri().path());
         let span = spans::call(access.traces, method, request.headers());
         let timer = CallTimer::new(access.metrics.clone(), method, span.clone());
         let call = async move {
-            let (request, guards) = match access.admit(request).await {
-                Ok(admitted) => admitted,
+            let guards = match access.admit(&mut request).await {
+                Ok(guards) => guards,
                 Err(error) => {
                     timer.end(error.code());
+                    if error.code() == Code::ResourceExhausted && !streams {
+                        discard(request.into_body());
+                    }
                     return Ok(Status::from(error).into_http());
                 }
             };
@@ -161,10 +172,8 @@ impl Access {
         }
     }
 
-    async fn admit(
-        &self,
-        mut request: Request<Body>,
-    ) -> Result<(Request<Body>, CallGuards), RelayError> {
+    /// Lets a call in, before any of its body is read.
+    async fn admit(&self, request: &mut Request<Body>) -> Result<CallGuards, RelayError> {
         let peer = request.extensions().get::<Peer>().cloned();
         let activity = peer.as_ref().map(|peer| peer.activity.begin());
         let need = need(request.uri().path());
@@ -174,18 +183,23 @@ impl Access {
             if matches!(open, Some(None)) {
                 return Err(Throttle::OPEN_CALLS.into());
             }
-            return Ok((request, CallGuards::open(activity, open.flatten())));
+            return Ok(CallGuards::open(activity, open.flatten()));
         }
         let caller = self
             .known(request.headers(), request.uri().path(), peer.as_ref(), need)
             .await?;
         let permit = self.usage.enter(&caller)?;
+        if need == Need::Permission(Permission::Capture) {
+            let place = self.gate.enter()?;
+            request.extensions_mut().insert(place);
+        }
         request.extensions_mut().insert(caller);
         let guards = CallGuards::new(activity, permit);
         let (usage, bytes) = (Arc::clone(&self.usage), Arc::clone(guards.bytes()));
         let streams = streams_requests(request.uri().path());
-        let request = request.map(|body| Body::new(Metered::new(body, usage, bytes, streams)));
-        Ok((request, guards))
+        let body = std::mem::replace(request.body_mut(), Body::empty());
+        *request.body_mut() = Body::new(Metered::new(body, usage, bytes, streams));
+        Ok(guards)
     }
 
     async fn known(

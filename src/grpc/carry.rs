@@ -1,13 +1,12 @@
 //! Changes are carried to their end, also when whoever asked for them goes.
 
-use tokio::sync::OwnedSemaphorePermit;
 use tracing::Instrument;
 
-use super::{RelayError, Services};
+use super::{RelayError, Services, gate::Place};
 use crate::outbox::OutboxError;
 
 impl Services {
-    /// Makes a change in a task of its own, which holds the permit. A call that is
+    /// Makes a change in a task of its own, which holds the call's place. A call that is
     /// cancelled half-way must not leave memory and disk apart, nor a change that
     /// the audit log does not know.
     ///
@@ -15,11 +14,11 @@ impl Services {
     /// That of the change.
     pub(super) async fn carry_out<T: Send + 'static>(
         &self,
-        permit: OwnedSemaphorePermit,
+        place: Place,
         change: impl Future<Output = Result<T, RelayError>> + Send + 'static,
     ) -> Result<T, RelayError> {
         let task = async move {
-            let _permit = permit;
+            let _place = place;
             change.await
         };
         // The drain waits for it, as for streams.

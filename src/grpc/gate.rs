@@ -7,6 +7,10 @@ use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 use super::RelayError;
 
+/// A call's place among those in flight; it is free again when the last copy goes.
+#[derive(Clone, Debug)]
+pub(super) struct Place(#[expect(dead_code, reason = "held")] Arc<OwnedSemaphorePermit>);
+
 /// Counts calls and streams. Cheap to ask.
 #[derive(Debug)]
 pub struct Gate {
@@ -29,12 +33,12 @@ impl Gate {
         }
     }
 
-    /// Lets a call in for as long as the permit lives.
-    pub(super) fn enter(&self) -> Result<OwnedSemaphorePermit, RelayError> {
+    /// Lets a call in for as long as it has its place.
+    pub(super) fn enter(&self) -> Result<Place, RelayError> {
         self.open()?;
-        Arc::clone(&self.calls)
-            .try_acquire_owned()
-            .map_err(|_| RelayError::Busy("calls"))
+        let permit = Arc::clone(&self.calls).try_acquire_owned();
+        let permit = permit.map_err(|_| RelayError::Busy("calls"))?;
+        Ok(Place(Arc::new(permit)))
     }
 
     /// Lets a watcher in for as long as the permit lives.

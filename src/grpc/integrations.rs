@@ -225,8 +225,9 @@ impl Integrations {
         let (Some(events), Some(write_key)) = (events, integration.write_key(region)) else {
             return Err(mapping::CaptureFault::RegionNotConfigured(region).into());
         };
-        let pair = EventType::ALL.map(|event| events.get(event));
-        let answer = self.0.segment.send(region, write_key, &pair, 0).await;
+        let pair = EventType::ALL.map(|event| events.get(event).to_vec().into());
+        let sent = self.0.segment.send(region, write_key, pair.into(), 0);
+        let answer = sent.await;
         let id = |event| message_id(marked.id(), &mapped.capture_id, event);
         Ok(IntegrationTestResult {
             data_region: region.to_proto().into(),

@@ -1,6 +1,9 @@
 //! SegmentRelay: captures in, status out.
 
-use std::time::{Duration, Instant};
+use std::{
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status, Streaming, metadata::MetadataMap};
@@ -87,7 +90,7 @@ impl SegmentRelay for Relay {
         tally(&self.0.metrics, integration.id(), outcomes);
         if wait_for == WaitFor::Delivered {
             for (record, _) in answers.iter_mut().flat_map(|answer| &mut answer.1) {
-                *record = self.until_final(record.clone(), deadline).await?;
+                *record = self.until_final(Arc::clone(record), deadline).await?;
             }
         }
         let results = answers
@@ -237,9 +240,9 @@ impl Relay {
     /// deadline is near or the relay drains.
     async fn until_final(
         &self,
-        mut record: CaptureRecord,
+        mut record: Arc<CaptureRecord>,
         deadline: Instant,
-    ) -> Result<CaptureRecord, RelayError> {
+    ) -> Result<Arc<CaptureRecord>, RelayError> {
         let signals = self.0.outbox.signals();
         let expectation = signals.expect(&record.integration_id, &record.capture_id);
         while !record.is_final() {
@@ -250,7 +253,7 @@ impl Relay {
                 .find(&record.integration_id, &record.capture_id)
                 .await?;
             let Some(current) = current else { break };
-            record = current;
+            record = Arc::new(current);
             if record.is_final() {
                 break;
             }
@@ -267,7 +270,7 @@ impl Relay {
                 .outbox
                 .find(&record.integration_id, &record.capture_id)
                 .await?;
-            record = current.unwrap_or(record);
+            record = current.map_or(record, Arc::new);
         }
         Ok(record)
     }

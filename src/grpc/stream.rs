@@ -15,6 +15,7 @@ use tracing::{Instrument, Span};
 use super::{
     RelayError, Services,
     accept::{accepted, capture_result, describe, echo_id, tally},
+    gate::Place,
     spans,
     usage::units,
 };
@@ -35,19 +36,19 @@ const MAX_CORRELATION_CHARS: usize = 256;
 
 type Results = mpsc::Sender<Result<CaptureStreamResponse, Status>>;
 
-/// Serves a stream in a task of its own, which holds the permit.
+/// Serves a stream in a task of its own, which holds the call's place.
 pub(super) fn serve(
     services: Services,
     caller: Arc<Caller>,
     requests: Streaming<CaptureStreamRequest>,
-    permit: OwnedSemaphorePermit,
+    place: Place,
 ) -> ReceiverStream<Result<CaptureStreamResponse, Status>> {
     let (results, receiver) = mpsc::channel(RESULTS);
     let stream = TraceLink::current();
     let tracker = services.gate.streams.clone();
     tracker.spawn(async move {
         run(services, caller, requests, results, stream).await;
-        drop(permit);
+        drop(place);
     });
     ReceiverStream::new(receiver)
 }

@@ -6,9 +6,9 @@ use std::{sync::Arc, time::Duration};
 use sha2::{Digest, Sha256};
 
 use super::{
-    Backlog, BoxFuture, Content, DeadLetterFilter, Erasure, LaneKey, LeaseBudget, LeasedCapture,
-    Limits, NewCapture, Outbox, OutboxError, Quota, Selection, SettledCapture, Settlement,
-    SubjectQuery, Submitted,
+    Backlog, BoxFuture, Content, DeadLetterFilter, Erasure, EventSet, LaneKey, LeaseBudget,
+    LeasedCapture, Limits, NewCapture, Outbox, OutboxError, Quota, Selection, SettledCapture,
+    Settlement, SubjectQuery, Submitted,
 };
 use crate::{
     event::{EventPair, EventType},
@@ -155,7 +155,7 @@ pub(crate) async fn settle(
     let lane = lane(leased[0].record.integration_id.as_str());
     let mut captures = Vec::new();
     for capture in leased {
-        let mut record = capture.record.clone();
+        let mut record = CaptureRecord::clone(&capture.record);
         record.note_attempt(Attempt {
             identify: capture.identify.is_some(),
             track: capture.track.is_some(),
@@ -166,14 +166,14 @@ pub(crate) async fn settle(
             error: String::new(),
         });
         let carried = |event: &EventType| capture.payload(*event).is_some();
-        let changed: Vec<_> = EventType::ALL.into_iter().filter(carried).collect();
-        for event in &changed {
-            let outcome = outcome(&capture.record.capture_id, *event);
-            record.event_mut(*event).advance(outcome, NOW);
+        let changed: EventSet = EventType::ALL.into_iter().filter(carried).collect();
+        for event in changed.iter() {
+            let outcome = outcome(&capture.record.capture_id, event);
+            record.event_mut(event).advance(outcome, NOW);
         }
         captures.push(SettledCapture {
             sequence: capture.sequence,
-            record,
+            record: Arc::new(record),
             changed,
         });
     }

@@ -1,7 +1,12 @@
 //! The outbox in its simplest form, in memory: what an implementation is compared
 //! with, and what the simulation of delivery runs on.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::{
+    collections::{BTreeMap, BTreeSet, HashMap},
+    sync::Arc,
+};
+
+use bytes::Bytes;
 
 use super::{
     Content, LaneKey, LeaseBudget, LeasedCapture, Limits, NewCapture, Quota, SettledCapture,
@@ -20,8 +25,8 @@ struct Stored {
     digest: [u8; 16],
     lane: Option<LaneKey>,
     record: CaptureRecord,
-    waiting: [Option<Vec<u8>>; 2],
-    dead: [Option<Vec<u8>>; 2],
+    waiting: [Option<Bytes>; 2],
+    dead: [Option<Bytes>; 2],
     replay: bool,
 }
 
@@ -79,7 +84,7 @@ impl Model {
         if let Some(sequence) = self.ids.get(&key) {
             let stored = &self.captures[sequence];
             return if stored.digest == capture.digest {
-                Submitted::Duplicate(stored.record.clone())
+                Submitted::Duplicate(Arc::new(stored.record.clone()))
             } else {
                 Submitted::Conflict
             };
@@ -99,7 +104,7 @@ impl Model {
                 (
                     State::Queued,
                     Some(lane),
-                    [Some(events.identify), Some(events.track)],
+                    [events.identify, events.track].map(|it| Some(it.into())),
                 )
             }
         };
@@ -135,7 +140,7 @@ impl Model {
         }
         self.captures.insert(sequence, stored);
         self.ids.insert(key, sequence);
-        Submitted::Accepted(record)
+        Submitted::Accepted(Arc::new(record))
     }
 
     pub(crate) fn lease(&self, lane: &LaneKey, budget: LeaseBudget) -> Vec<LeasedCapture> {
@@ -157,7 +162,7 @@ impl Model {
             if !leased.is_empty() && (events > budget.max_events || bytes > budget.max_bytes) {
                 break;
             }
-            let record = stored.record.clone();
+            let record = Arc::new(stored.record.clone());
             let sequence = *sequence;
             leased.push(LeasedCapture {
                 sequence,
@@ -181,16 +186,16 @@ impl Model {
             return;
         }
         stored.record.attempts.clone_from(&settled.record.attempts);
-        for event in &settled.changed {
-            let status = settled.record.event(*event).clone();
-            let place = usize::from(*event == EventType::Track);
+        for event in settled.changed.iter() {
+            let status = settled.record.event(event).clone();
+            let place = usize::from(event == EventType::Track);
             if status.state.is_final()
                 && let Some(payload) = stored.waiting[place].take()
                 && matches!(status.state, State::DeadLettered { .. })
             {
                 stored.dead[place] = Some(payload);
             }
-            *stored.record.event_mut(*event) = status;
+            *stored.record.event_mut(event) = status;
         }
         if stored.waiting.iter().all(Option::is_none) {
             let place = (stored.replay, settled.sequence);

@@ -5,6 +5,8 @@ use std::time::Duration;
 
 use prost::Message;
 
+pub(super) mod write;
+
 use crate::{
     event::EventType,
     integration::IntegrationId,
@@ -73,22 +75,29 @@ struct StoredAttempt {
 
 /// Encodes all of a record but its key.
 pub(super) fn encode(record: &CaptureRecord) -> Vec<u8> {
-    StoredCapture {
-        eu: record.region == Region::Eu,
-        mapping_version: record.mapping_version,
-        accept_millis: record.accept_time.0,
-        identify: Some(encode_event(record.event(EventType::Identify))),
-        track: Some(encode_event(record.event(EventType::Track))),
-        attempts: record.attempts.iter().map(encode_attempt).collect(),
-        queue_millis: match record.queue_time {
-            time if time == record.accept_time => 0,
-            time => time.0,
-        },
-        trace: record
-            .trace
-            .map_or_else(Vec::new, |trace| trace.to_bytes().to_vec()),
+    let mut bytes = Vec::with_capacity(128);
+    encode_into(record, &mut bytes);
+    bytes
+}
+
+/// Appends all of a record but its key, as [`StoredCapture`]: without making one, since
+/// every capture is encoded a few times.
+pub(super) fn encode_into(record: &CaptureRecord, bytes: &mut Vec<u8>) {
+    write::number(1, (record.region == Region::Eu).into(), bytes);
+    write::number(2, record.mapping_version, bytes);
+    write::signed(3, record.accept_time.0, bytes);
+    for (tag, event) in [(4, EventType::Identify), (5, EventType::Track)] {
+        write::nested(tag, bytes, |bytes| encode_event(record.event(event), bytes));
     }
-    .encode_to_vec()
+    for attempt in &record.attempts {
+        write::nested(6, bytes, |bytes| encode_attempt(attempt, bytes));
+    }
+    if record.queue_time != record.accept_time {
+        write::signed(7, record.queue_time.0, bytes);
+    }
+    if let Some(trace) = record.trace {
+        write::bytes(8, &trace.to_bytes(), bytes);
+    }
 }
 
 /// Decodes a record.
@@ -182,19 +191,18 @@ pub fn sample_records() -> Vec<(&'static str, Vec<u8>)> {
         .collect()
 }
 
-fn encode_event(event: &EventStatus) -> StoredEvent {
-    StoredEvent {
-        state: event.state.to_proto().into(),
-        reason: event.state.reason().into(),
-        state_millis: match event.state {
-            State::Queued | State::Skipped { .. } => 0,
-            State::Retrying { next_attempt, .. } => next_attempt.0,
-            State::Delivered { at } | State::DeadLettered { at, .. } => at.0,
-        },
-        attempt_count: event.attempt_count,
-        last_http_status: event.last_http_status.into(),
-        last_error: event.last_error.clone(),
-    }
+fn encode_event(event: &EventStatus, bytes: &mut Vec<u8>) {
+    write::enumeration(1, event.state.to_proto().into(), bytes);
+    write::enumeration(2, event.state.reason().into(), bytes);
+    let millis = match event.state {
+        State::Queued | State::Skipped { .. } => 0,
+        State::Retrying { next_attempt, .. } => next_attempt.0,
+        State::Delivered { at } | State::DeadLettered { at, .. } => at.0,
+    };
+    write::signed(3, millis, bytes);
+    write::number(4, event.attempt_count.into(), bytes);
+    write::number(5, event.last_http_status.into(), bytes);
+    write::bytes(6, event.last_error.as_bytes(), bytes);
 }
 
 fn decode_event(event: StoredEvent) -> Result<EventStatus, String> {
@@ -218,15 +226,15 @@ fn decode_event(event: StoredEvent) -> Result<EventStatus, String> {
     })
 }
 
-fn encode_attempt(attempt: &Attempt) -> StoredAttempt {
-    StoredAttempt {
-        carried: u32::from(attempt.identify) | (u32::from(attempt.track) << 1),
-        millis: attempt.time.0,
-        http_status: attempt.http_status.into(),
-        latency_millis: u32::try_from(attempt.latency.as_millis()).unwrap_or(u32::MAX),
-        reason: attempt.reason.into(),
-        error: attempt.error.clone(),
-    }
+fn encode_attempt(attempt: &Attempt, bytes: &mut Vec<u8>) {
+    let carried = u64::from(attempt.identify) | (u64::from(attempt.track) << 1);
+    let latency = u32::try_from(attempt.latency.as_millis()).unwrap_or(u32::MAX);
+    write::number(1, carried, bytes);
+    write::signed(2, attempt.time.0, bytes);
+    write::number(3, attempt.http_status.into(), bytes);
+    write::number(4, latency.into(), bytes);
+    write::enumeration(5, attempt.reason.into(), bytes);
+    write::bytes(6, attempt.error.as_bytes(), bytes);
 }
 
 fn decode_attempt(attempt: StoredAttempt) -> Attempt {
@@ -305,7 +313,11 @@ mod tests {
                     .collect(),
                 trace: TraceLink::from_bytes(&trace),
             };
-            prop_assert_eq!(decode(id, "c".into(), &encode(&record)), Ok(record));
+            let bytes = encode(&record);
+            // As the message itself would be written.
+            let message = StoredCapture::decode(bytes.as_slice()).expect("a message");
+            prop_assert_eq!(&message.encode_to_vec(), &bytes);
+            prop_assert_eq!(decode(id, "c".into(), &bytes), Ok(record));
         }
 
         #[test]

@@ -102,7 +102,7 @@ impl Sealing {
                 .vault
                 .unseal(&payload_place(id, capture_id, event), sealed)
             {
-                Ok(opened) => *sealed = opened,
+                Ok(opened) => *sealed = opened.into(),
                 Err(error) => {
                     tracing::error!(integration = %id, capture_id, %error, "a payload is not sent");
                     capture.damaged = true;

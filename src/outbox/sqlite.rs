@@ -27,12 +27,15 @@
 
 mod calls;
 mod committer;
+mod entry;
 pub(super) mod export;
+mod filter;
 mod journal;
 mod keys;
 mod lookup;
 mod open;
 mod overlay;
+mod priority;
 mod reader;
 mod row;
 mod schema;
@@ -151,6 +154,7 @@ pub struct SqliteOutbox {
     signals: Arc<Signals>,
     sealing: Arc<Sealing>,
     shared: Arc<Shared>,
+    limits: Limits,
     open: Mutex<Option<OpenFiles>>,
 }
 

@@ -1,6 +1,8 @@
+use bytes::Bytes;
 use proptest::prelude::*;
 
 use super::*;
+use crate::outbox::EventSet;
 use crate::{
     integration::IntegrationId,
     region::Region,
@@ -41,7 +43,7 @@ fn lane() -> Lane {
 fn leased(sequence: i64) -> LeasedCapture {
     LeasedCapture {
         sequence,
-        record: CaptureRecord {
+        record: Arc::new(CaptureRecord {
             integration_id: id(),
             capture_id: sequence.to_string(),
             region: Region::Eu,
@@ -52,9 +54,9 @@ fn leased(sequence: i64) -> LeasedCapture {
             track: EventStatus::new(State::Queued),
             attempts: Vec::new(),
             trace: None,
-        },
-        identify: Some(b"{}".to_vec()),
-        track: Some(b"{}".to_vec()),
+        }),
+        identify: Some(Bytes::from_static(b"{}")),
+        track: Some(Bytes::from_static(b"{}")),
         damaged: false,
     }
 }
@@ -89,10 +91,14 @@ fn a_delivered_batch_settles_every_event_that_it_carried() {
     let mut lane = lane();
     let mut half = leased(2);
     half.identify = None;
-    half.record.identify = EventStatus::new(State::Delivered { at: UnixMillis(1) });
+    Arc::make_mut(&mut half.record).identify =
+        EventStatus::new(State::Delivered { at: UnixMillis(1) });
     let settled = lane.settle(vec![leased(1), half], &answer(200, None), NOW, 0.5);
-    assert_eq!(settled.captures[0].changed, EventType::ALL);
-    assert_eq!(settled.captures[1].changed, [EventType::Track]);
+    assert_eq!(settled.captures[0].changed, EventSet::BOTH);
+    assert_eq!(
+        settled.captures[1].changed,
+        [EventType::Track].into_iter().collect()
+    );
     for SettledCapture { record, .. } in &settled.captures {
         assert!(record.is_final());
         assert_eq!(record.track.state, State::Delivered { at: NOW });
@@ -173,7 +179,7 @@ fn an_event_is_given_up_when_it_is_too_old_but_never_untried() {
     let age = Duration::from_secs(3_600);
     let later = NOW.plus(age + Duration::from_millis(1));
     let mut tried = leased(1);
-    tried.record.identify.attempt_count = 1;
+    Arc::make_mut(&mut tried.record).identify.attempt_count = 1;
     let batch = || vec![tried.clone(), leased(2)];
     assert_eq!(
         sent(lane.next_step(batch(), Credentials::Ready, NOW.plus(age))),
@@ -242,7 +248,7 @@ fn a_clock_that_is_put_back_makes_no_wait_longer() {
 /// Sends `count` captures through a lane to a Segment that answers 400 to every
 /// request with one of `poisoned` events; returns the final states, and how many
 /// requests it took.
-fn drive(count: i64, poisoned: &[(i64, EventType)]) -> (Vec<CaptureRecord>, usize) {
+fn drive(count: i64, poisoned: &[(i64, EventType)]) -> (Vec<Arc<CaptureRecord>>, usize) {
     let mut lane = lane();
     let mut queue: Vec<LeasedCapture> = (0..count).map(leased).collect();
     let mut done = Vec::new();

@@ -318,7 +318,7 @@ async fn accepted(
             *sum = (sum.0 + 1, sum.1 + item.bytes);
         }
         answers[place] = Some(Answered {
-            submitted: Submitted::Accepted(item.record.clone()),
+            submitted: Submitted::Accepted(Arc::new(item.record.clone())),
             record: item.record,
             digest: item.digest,
         });
@@ -369,7 +369,7 @@ async fn find_known(
         digest.copy_from_slice(stored.digest.get(..16).unwrap_or(&[0; 16]));
         let record = stored.open(&item.key.0)?;
         let submitted = if digest == item.digest && stored.capture_id == item.key.1 {
-            Submitted::Duplicate(record.clone())
+            Submitted::Duplicate(Arc::new(record.clone()))
         } else {
             Submitted::Conflict
         };
@@ -414,7 +414,7 @@ async fn find_among_refused(
         *fate = Fate::Known(match known.get(&subject(key)) {
             None => Submitted::Full(*quota),
             Some(stored) if stored.digest == digest.as_slice() => {
-                Submitted::Duplicate(stored.open(&key.0)?)
+                Submitted::Duplicate(Arc::new(stored.open(&key.0)?))
             }
             Some(_) => Submitted::Conflict,
         });
@@ -434,7 +434,7 @@ fn answer(open: &mut Vec<Open>, fates: Vec<(usize, Fate)>, answers: &[Answered])
             },
             Fate::Repeats(item, digest) => match answers.get(item) {
                 Some(stored) if stored.digest == digest => {
-                    Submitted::Duplicate(stored.record.clone())
+                    Submitted::Duplicate(Arc::new(stored.record.clone()))
                 }
                 _ => Submitted::Conflict,
             },

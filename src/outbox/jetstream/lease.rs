@@ -2,8 +2,11 @@
 
 use std::{
     collections::{HashMap, HashSet},
+    sync::Arc,
     time::{Duration, Instant},
 };
+
+use bytes::Bytes;
 
 use super::{
     Shared,
@@ -248,9 +251,9 @@ impl Draft {
         self.leased.push(leased);
         self.captures.push(LeasedCapture {
             sequence: i64::try_from(sequence).unwrap_or(i64::MAX),
-            record,
-            identify,
-            track,
+            record: Arc::new(record),
+            identify: identify.map(Bytes::from),
+            track: track.map(Bytes::from),
             damaged,
         });
         self.events < self.budget.max_events

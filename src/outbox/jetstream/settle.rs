@@ -304,7 +304,7 @@ fn next_states(hold: &Hold, chunk: &[SettledCapture]) -> Vec<Next> {
             leased.carries[usize::from(*event == EventType::Track)]
                 && !leased.record.event(*event).state.is_final()
         };
-        let changed: Vec<_> = settled.changed.iter().copied().filter(waits).collect();
+        let changed: Vec<_> = settled.changed.iter().filter(waits).collect();
         if leased.done || !EventType::ALL.iter().any(waits) {
             continue;
         }

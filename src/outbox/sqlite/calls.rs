@@ -5,30 +5,71 @@ use std::sync::{Arc, PoisonError};
 use tokio::sync::oneshot;
 
 use super::{
-    OpenFiles, SqliteOutbox, committer::Command, join, reader::ReadCommand, writer::WriteCommand,
+    OpenFiles, SqliteOutbox,
+    committer::{Command, Incoming},
+    entry::{key_of, stored_key},
+    join,
+    reader::ReadCommand,
+    writer::WriteCommand,
 };
 use crate::{
     integration::IntegrationId,
     notice::Notice,
     outbox::{
-        Backlog, BoxFuture, DeadLetter, DeadLetterCount, DeadLetterFilter, Erasure, FoundSubject,
-        LaneKey, LeaseBudget, LeasedCapture, NewCapture, Outbox, OutboxError, Quota, Receipt,
-        Selection, Settlement, Signals, StoredIntegration, SubjectQuery,
+        Backlog, BoxFuture, Content, DeadLetter, DeadLetterCount, DeadLetterFilter, Erasure,
+        FoundSubject, LaneKey, LeaseBudget, LeasedCapture, NewCapture, Outbox, OutboxError, Quota,
+        Receipt, Selection, Settlement, Signals, StoredIntegration, SubjectQuery, Submitted,
+        sealing::SealedCapture,
     },
     proto::ErasureReceipt,
     status::CaptureRecord,
     time::UnixMillis,
 };
 
+impl SqliteOutbox {
+    /// The answers where there is no room for any of these captures and none of them is
+    /// known: so refusals take nothing from what is accepted, and wait for no sync.
+    fn refused_at_once(&self, captures: &[NewCapture]) -> Option<Vec<Submitted>> {
+        if !self.shared.is_full() {
+            return None;
+        }
+        let filter = self.shared.filter()?;
+        let overlay = self.shared.lock();
+        let refused = captures.iter().map(|capture| {
+            let id = &capture.integration_id;
+            let Content::Send { events, .. } = &capture.content else {
+                return None;
+            };
+            let bytes = (events.identify.len() + events.track.len()) as u64;
+            let quota = overlay.tally.full(&self.limits, id, bytes)?;
+            let key = stored_key(key_of(id, &capture.capture_id));
+            (!filter.may_hold(key)).then_some(Submitted::Full(quota))
+        });
+        refused.collect()
+    }
+}
+
 impl Outbox for SqliteOutbox {
     fn submit(&self, captures: Vec<NewCapture>) -> BoxFuture<'_, Result<Receipt, OutboxError>> {
         Box::pin(async move {
             let (reply, answer) = oneshot::channel();
-            // Here and not in the writer: callers encrypt side by side.
+            if let Some(refused) = self.refused_at_once(&captures) {
+                let _ = reply.send(Ok(refused));
+                return Ok(Receipt(answer));
+            }
+            // Here and not in the committer: callers hash and encrypt side by side.
             let captures = captures
                 .into_iter()
-                .map(|capture| self.sealing.capture(capture))
-                .collect::<Result<_, _>>()?;
+                .map(|capture| {
+                    let key = key_of(&capture.integration_id, &capture.capture_id);
+                    let SealedCapture { capture, subject } = self.sealing.capture(capture)?;
+                    Ok(Incoming {
+                        key,
+                        capture,
+                        subject,
+                    })
+                })
+                .collect::<Result<_, OutboxError>>()?;
             let command = Command::Submit { captures, reply };
             self.committer
                 .send(command)

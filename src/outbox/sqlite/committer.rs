@@ -2,6 +2,9 @@
 //! journal, and has them put into the database later, many at a time.
 
 mod flush;
+mod known;
+mod parked;
+mod stage;
 mod staged;
 mod tell;
 
@@ -10,36 +13,28 @@ use std::{
     time::{Duration, Instant},
 };
 
-use tokio::{
-    runtime::Runtime,
-    sync::{mpsc, oneshot},
-};
+use tokio::sync::{mpsc, oneshot};
 
 use super::{
     SqliteOptions,
-    journal::{
-        Journal,
-        record::{ACCEPTED, PROBE, SETTLED, write_accepted, write_settled},
-    },
+    entry::Key,
+    journal::{Journal, record::PROBE},
     lookup::Lookup,
-    overlay::{Entry, Key, Shared, key_of},
+    overlay::Shared,
     tally::Tally,
     writer::WriteCommand,
 };
 use crate::{
-    event::EventType,
     metrics::Metrics,
-    outbox::{
-        Content, Limits, NewCapture, OutboxError, Settlement, Signals, Submitted,
-        sealing::SealedCapture,
-    },
-    status::CaptureRecord,
+    outbox::{Content, Limits, NewCapture, OutboxError, Settlement, Signals, Submitted},
 };
 
 use flush::Flushing;
 pub(super) use flush::{Done, SEGMENT_BYTES};
+use known::Known;
+use parked::{Elapsed, Parked};
+use staged::Staged;
 pub(super) use staged::settled;
-use staged::{Next, Staged, accepted};
 
 type Reply<T> = oneshot::Sender<Result<T, OutboxError>>;
 
@@ -52,7 +47,7 @@ const CALM_WAIT: Duration = Duration::from_millis(200);
 #[derive(Debug)]
 pub(super) enum Command {
     Submit {
-        captures: Vec<SealedCapture>,
+        captures: Vec<Incoming>,
         reply: Reply<Vec<Submitted>>,
     },
     Settle {
@@ -71,7 +66,35 @@ pub(super) enum Command {
     Close,
 }
 
+/// A capture as it is to be stored.
+#[derive(Debug)]
+pub(super) struct Incoming {
+    pub(super) key: Key,
+    /// With blinded digest and, where that is wanted, sealed payloads.
+    pub(super) capture: NewCapture,
+    /// Whose data it is, blinded.
+    pub(super) subject: Option<i64>,
+}
+
+/// Bytes in the journal beside a capture's payloads, and of a settled one: about.
+const RECORD_BYTES: usize = 256;
+
 impl Command {
+    /// About how many bytes it takes in the journal.
+    fn bytes(&self) -> usize {
+        match self {
+            Self::Submit { captures, .. } => {
+                let payloads = captures.iter().map(|one| match &one.capture.content {
+                    Content::Send { events, .. } => events.identify.len() + events.track.len(),
+                    Content::Skip { .. } => 0,
+                });
+                payloads.sum::<usize>() + captures.len() * RECORD_BYTES
+            }
+            Self::Settle { settlement, .. } => settlement.captures.len() * RECORD_BYTES,
+            Self::Flush { .. } | Self::Alone(_) | Self::Close => 0,
+        }
+    }
+
     /// How much of a group it takes; `None` where it can't be in one.
     fn weight(&self) -> Option<usize> {
         match self {
@@ -101,6 +124,11 @@ pub(super) struct Parts {
 pub(super) struct Committer {
     journal: Journal,
     lookup: Lookup,
+    known: Known,
+    /// What the group under way makes of captures.
+    staged: Staged,
+    /// A record's body while it is written.
+    body: Vec<u8>,
     shared: Arc<Shared>,
     store: mpsc::Sender<WriteCommand>,
     done: (channel::SyncSender<Done>, channel::Receiver<Done>),
@@ -117,9 +145,14 @@ pub(super) struct Committer {
 impl Committer {
     pub(super) fn new(parts: Parts, options: &SqliteOptions) -> Self {
         let tally = parts.shared.lock().tally.clone();
+        let ids = parts.next_sequence.saturating_sub(1).cast_unsigned();
+        let database = options.directory.join("relay.db");
         Self {
             journal: parts.journal,
             lookup: parts.lookup,
+            known: Known::new(database, Arc::clone(&parts.shared), ids),
+            staged: Staged::default(),
+            body: Vec::new(),
             shared: parts.shared,
             store: parts.store,
             // One thing at a time is asked of the writer.
@@ -134,22 +167,18 @@ impl Committer {
         }
     }
 
-    /// Works until it is closed. The runtime is for this thread's waits alone.
-    pub(super) fn run(mut self, mut commands: mpsc::Receiver<Command>, clock: &Runtime) {
+    /// Works until it is closed.
+    pub(super) fn run(mut self, mut commands: mpsc::Receiver<Command>) {
+        let parked = Parked::here();
         let mut next = None;
         loop {
             let command = match next.take() {
                 Some(command) => Some(command),
-                None => match self.wait() {
-                    None => commands.blocking_recv(),
-                    Some(wait) => {
-                        let waited = clock
-                            .block_on(async { tokio::time::timeout(wait, commands.recv()).await });
-                        let Ok(command) = waited else {
-                            self.keep_house();
-                            continue;
-                        };
-                        command
+                None => match parked.receive(&mut commands, self.wait()) {
+                    Ok(command) => command,
+                    Err(Elapsed) => {
+                        self.keep_house();
+                        continue;
                     }
                 },
             };
@@ -205,15 +234,15 @@ impl Committer {
         let begun = Instant::now();
         let weight: usize = group.iter().filter_map(Command::weight).sum();
         let mut owed = Vec::with_capacity(group.len());
-        let mut staged = Staged::default();
         let mut result = self.ready();
+        self.journal.reserve(group.iter().map(Command::bytes).sum());
         for command in group {
             match command {
                 Command::Submit { captures, reply } => {
                     let mut submitted = Vec::with_capacity(captures.len());
                     if result.is_ok() {
                         result = captures.into_iter().try_for_each(|capture| {
-                            submitted.push(self.submit(capture, &mut staged)?);
+                            submitted.push(self.submit(capture)?);
                             Ok(())
                         });
                     }
@@ -221,7 +250,7 @@ impl Committer {
                 }
                 Command::Settle { settlement, reply } => {
                     if result.is_ok() {
-                        result = self.settle(&settlement, &mut staged);
+                        result = self.settle(&settlement);
                     }
                     owed.push(Owed::Settled(reply));
                 }
@@ -231,7 +260,7 @@ impl Committer {
         }
         // A snapshot keeps SQLite's log from being used anew.
         self.lookup.refresh();
-        let result = self.make_durable(result, &staged);
+        let result = self.make_durable(result);
         self.metrics
             .commit(weight as u64, begun.elapsed(), result.is_ok());
         for debt in owed {
@@ -246,17 +275,14 @@ impl Committer {
             }
         }
         if result.is_ok() {
-            self.tell(&staged);
+            self.tell();
         }
+        self.staged.clear();
         self.start_flush_if_due();
     }
 
-    fn make_durable(
-        &mut self,
-        result: Result<(), OutboxError>,
-        staged: &Staged,
-    ) -> Result<(), OutboxError> {
-        let wrote = !staged.states.is_empty();
+    fn make_durable(&mut self, result: Result<(), OutboxError>) -> Result<(), OutboxError> {
+        let wrote = !self.staged.states.is_empty();
         let result = match result {
             Ok(()) => self.journal.commit().map_err(failed),
             Err(error) => {
@@ -268,139 +294,34 @@ impl Committer {
         if wrote || result.is_err() {
             self.signals.set_writable(result.is_ok());
         }
-        match &result {
-            Ok(()) => {
+        match result {
+            Ok(group) => {
+                self.staged.place_payloads(&group);
                 let mut overlay = self.shared.lock();
-                for next in &staged.states {
-                    overlay.put(next.key, Arc::clone(&next.entry), next.before);
+                for next in &self.staged.states {
+                    overlay.put(&next.entry, next.before);
                 }
                 drop(overlay);
                 self.flushing.note_change();
+                Ok(())
             }
             Err(error) => {
                 tracing::error!(%error, "the outbox cannot be written; nothing was acknowledged");
                 self.tally = self.shared.lock().tally.clone();
+                Err(error)
             }
         }
-        result
-    }
-
-    fn submit(
-        &mut self,
-        sealed: SealedCapture,
-        staged: &mut Staged,
-    ) -> Result<Submitted, OutboxError> {
-        let SealedCapture { capture, subject } = sealed;
-        let key = key_of(&capture.integration_id, &capture.capture_id);
-        if let Some((digest, record)) = self.known(key, &capture, staged)? {
-            return Ok(if digest == capture.digest {
-                Submitted::Duplicate(record)
-            } else {
-                Submitted::Conflict
-            });
-        }
-        if let Content::Send { events, .. } = &capture.content {
-            let bytes = (events.identify.len() + events.track.len()) as u64;
-            let id = &capture.integration_id;
-            if let Some(quota) = self.tally.full(&self.limits, id, bytes) {
-                return Ok(Submitted::Full(quota));
-            }
-        }
-        let since = self.journal.last() + 1;
-        let entry = accepted(self.next_sequence, since, capture, subject);
-        self.next_sequence += 1;
-        if let Some(lane) = entry.lane() {
-            for bytes in entry.waiting.into_iter().flatten() {
-                self.tally.add(&lane, 1, bytes);
-            }
-        }
-        self.journal
-            .push(ACCEPTED, |body| write_accepted(&entry, body));
-        let record = entry.record.clone();
-        staged.put(Next {
-            key,
-            entry: Arc::new(entry),
-            before: [None, None],
-            announce: EventType::ALL.into(),
-            is_new: true,
-        });
-        Ok(Submitted::Accepted(record))
-    }
-
-    /// Digest and record of a capture that was accepted before.
-    fn known(
-        &mut self,
-        key: Key,
-        capture: &NewCapture,
-        staged: &Staged,
-    ) -> Result<Option<([u8; 16], CaptureRecord)>, OutboxError> {
-        let known = |entry: &Arc<Entry>| (entry.digest, entry.record.clone());
-        if let Some(entry) = staged.find(key) {
-            return Ok(Some(known(entry)));
-        }
-        if let Some(entry) = self.shared.lock().find(key) {
-            return Ok(Some(known(entry)));
-        }
-        self.lookup
-            .find(key, &capture.integration_id, &capture.capture_id)
-    }
-
-    fn settle(&mut self, settlement: &Settlement, staged: &mut Staged) -> Result<(), OutboxError> {
-        for settled in &settlement.captures {
-            let mut before = [None, None];
-            let current = staged.get(settled.sequence).cloned();
-            let current = match current {
-                Some(entry) => Some(entry),
-                None => self.shared.lock().get(settled.sequence).cloned(),
-            };
-            let current = match current {
-                Some(entry) => Some(entry),
-                None => {
-                    let stored =
-                        self.lookup
-                            .waiting(&settlement.lane, settled, self.journal.last() + 1)?;
-                    before = stored.as_ref().map_or(before, |stored| stored.waiting);
-                    stored.map(Arc::new)
-                }
-            };
-            let Some(current) = current else { continue };
-            let Some(entry) = staged::settled(&current, settled) else {
-                continue;
-            };
-            for (was, is) in current.waiting.iter().zip(entry.waiting) {
-                if let (Some(bytes), None) = (was, is) {
-                    self.tally.remove(&settlement.lane, 1, *bytes);
-                }
-            }
-            staged.put(Next {
-                key: key_of(&entry.record.integration_id, &entry.record.capture_id),
-                entry: Arc::new(entry),
-                before,
-                announce: settled.changed.clone(),
-                is_new: false,
-            });
-        }
-        self.journal
-            .push(SETTLED, |body| write_settled(settlement, body));
-        Ok(())
     }
 
     /// Writes something that says nothing, to see whether that works again.
     fn probe(&mut self) -> Result<(), OutboxError> {
         let result = self.ready().and_then(|()| {
-            self.journal.push(PROBE, |_| {});
-            self.journal.commit().map_err(failed)
+            self.journal.push(PROBE, &[]);
+            self.journal.commit().map(drop).map_err(failed)
         });
         self.signals.set_writable(result.is_ok());
         result
     }
-}
-
-/// A runtime for the waits of one thread.
-pub(super) fn clock() -> std::io::Result<Runtime> {
-    tokio::runtime::Builder::new_current_thread()
-        .enable_time()
-        .build()
 }
 
 fn failed(error: std::io::Error) -> OutboxError {

@@ -5,8 +5,9 @@ use std::{fs::File, path::Path, sync::Arc, time::Duration};
 use rusqlite::{Connection, params};
 
 use super::{
-    OpenError, SqliteOptions, keys, open,
-    overlay::{key_of, stored_key},
+    OpenError, SqliteOptions,
+    entry::{key_of, stored_key},
+    keys, open,
     row::region_of,
 };
 use crate::{

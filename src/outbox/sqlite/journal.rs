@@ -19,6 +19,8 @@ use std::{
     path::Path,
 };
 
+use bytes::{Bytes, BytesMut};
+
 pub(super) mod record;
 
 const MAGIC: [u8; 8] = *b"SegRjnl1";
@@ -26,8 +28,8 @@ const HEAD_BYTES: usize = 20;
 const RECORD_HEAD_BYTES: usize = 17;
 /// A longer record is none: it is damaged.
 const MAX_RECORD_BYTES: u32 = 256 * 1024 * 1024;
-/// Memory that is kept for the next group.
-const KEPT_BUFFER_BYTES: usize = 4 * 1024 * 1024;
+/// Groups share pieces of memory of this size.
+const BUFFER_BYTES: usize = 256 * 1024;
 /// Zeros are written in pieces of this size.
 static ZEROS: [u8; 64 * 1024] = [0; 64 * 1024];
 
@@ -47,6 +49,8 @@ struct Segment {
     file: File,
     /// Where the next record goes.
     end: u64,
+    /// Where the file's cursor stands, if that is known.
+    cursor: Option<u64>,
     /// Behind this nothing has been written since it was zeroed.
     used: u64,
     /// Number of the last record.
@@ -64,7 +68,8 @@ pub(super) struct Journal {
     applied: u64,
     /// Number of the next record.
     next: u64,
-    buffer: Vec<u8>,
+    /// The group. Payloads of captures that wait stay in its memory.
+    buffer: BytesMut,
     staged: u64,
     broken: bool,
     /// Longer segments are cut back to this, in bytes.
@@ -86,6 +91,7 @@ impl Journal {
             Ok(Segment {
                 file,
                 end: 0,
+                cursor: None,
                 used,
                 last: 0,
             })
@@ -123,7 +129,7 @@ impl Journal {
             active: 0,
             applied,
             next,
-            buffer: Vec::new(),
+            buffer: BytesMut::new(),
             staged: 0,
             broken: false,
             kept_bytes,
@@ -185,13 +191,23 @@ impl Journal {
         self.buffer.extend_from_slice(&crc.to_le_bytes());
     }
 
-    /// Adds a record to the group that the next [`Self::commit`] makes durable.
-    pub(super) fn push(&mut self, kind: u8, write_body: impl FnOnce(&mut Vec<u8>)) {
+    /// Makes room for a group of about so many bytes.
+    pub(super) fn reserve(&mut self, bytes: usize) {
+        if self.buffer.capacity() - self.buffer.len() < bytes {
+            self.buffer.reserve(bytes.max(BUFFER_BYTES));
+        }
+    }
+
+    /// Adds a record to the group that the next [`Self::commit`] makes durable. Its body
+    /// is put together from parts. Returns where it ends in the group.
+    pub(super) fn push(&mut self, kind: u8, body: &[&[u8]]) -> usize {
         let start = self.buffer.len();
         self.buffer.extend_from_slice(&[0; RECORD_HEAD_BYTES]);
         self.buffer[start + 8..start + 16].copy_from_slice(&self.next.to_le_bytes());
         self.buffer[start + 16] = kind;
-        write_body(&mut self.buffer);
+        for part in body {
+            self.buffer.extend_from_slice(part);
+        }
         let length = self.buffer.len() - start - RECORD_HEAD_BYTES;
         // A group is far smaller than 4 GiB.
         let length = u32::try_from(length).unwrap_or(u32::MAX);
@@ -200,41 +216,36 @@ impl Journal {
         self.buffer[start + 4..start + 8].copy_from_slice(&crc.to_le_bytes());
         self.next += 1;
         self.staged += 1;
+        self.buffer.len()
     }
 
-    /// Makes the group durable with one write and one sync.
+    /// Makes the group durable with one write and one sync; returns its bytes.
     ///
     /// # Errors
     /// What the system said. Nothing of the group counts then, and since a failed sync
     /// says nothing about what is on the disk, nothing more is taken until
     /// [`Self::restart`].
-    pub(super) fn commit(&mut self) -> io::Result<()> {
+    pub(super) fn commit(&mut self) -> io::Result<Bytes> {
         if self.broken {
             self.forget_group();
             return Err(io::Error::other("the journal is broken"));
         }
         if self.staged == 0 {
-            return Ok(());
+            return Ok(Bytes::new());
         }
         let segment = &mut self.segments[self.active];
-        let result = segment.append(&self.buffer);
-        match &result {
-            Ok(()) => {
-                segment.last = self.next - 1;
-                self.staged = 0;
-                self.buffer.clear();
-                self.buffer.shrink_to(KEPT_BUFFER_BYTES);
+        if let Err(error) = segment.append(&self.buffer) {
+            // So that a restart does not find what was refused.
+            if segment.file.set_len(segment.end).is_ok() {
+                segment.used = segment.end;
             }
-            Err(_) => {
-                // So that a restart does not find what was refused.
-                if segment.file.set_len(segment.end).is_ok() {
-                    segment.used = segment.end;
-                }
-                self.broken = true;
-                self.forget_group();
-            }
+            self.broken = true;
+            self.forget_group();
+            return Err(error);
         }
-        result
+        segment.last = self.next - 1;
+        self.staged = 0;
+        Ok(self.buffer.split().freeze())
     }
 
     /// Takes back what was pushed since the last [`Self::commit`].
@@ -299,14 +310,17 @@ impl Segment {
     fn append(&mut self, bytes: &[u8]) -> io::Result<()> {
         let end = self.end + bytes.len() as u64;
         self.used = self.used.max(end);
-        self.file.seek(SeekFrom::Start(self.end))?;
+        if self.cursor.take() != Some(self.end) {
+            self.file.seek(SeekFrom::Start(self.end))?;
+        }
         self.file.write_all(bytes)?;
         self.file.sync_data()?;
-        self.end = end;
+        (self.end, self.cursor) = (end, Some(end));
         Ok(())
     }
 
     fn erase(&mut self, kept_bytes: u64) -> io::Result<()> {
+        self.cursor = None;
         self.file.seek(SeekFrom::Start(0))?;
         let mut left = self.used;
         while left > 0 {

@@ -1,9 +1,11 @@
 //! What the database knows of a capture, for those who accept and settle.
 
+use std::sync::Arc;
+
 use rusqlite::{Connection, OptionalExtension, params};
 
 use super::{
-    overlay::{Entry, Key, Origin, stored_key},
+    entry::{Entry, Key, Origin, key_of, stored_key},
     row::{record_of, unavailable},
 };
 use crate::{
@@ -49,6 +51,21 @@ impl Lookup {
             self.in_snapshot = true;
         }
         Ok(&self.connection)
+    }
+
+    /// How many captures the database has at the most.
+    pub(super) fn ids(&mut self) -> u64 {
+        const SQL: &str = "
+            SELECT coalesce((SELECT max(sequence) FROM capture), 0)
+                - coalesce((SELECT min(sequence) FROM capture), 1) + 1";
+        let read = |connection: &Connection| {
+            let mut statement = connection.prepare_cached(SQL)?;
+            statement.query_row([], |row| row.get(0))
+        };
+        self.snapshot().and_then(read).unwrap_or_else(|error| {
+            tracing::warn!(%error, "the outbox cannot be read");
+            0
+        })
     }
 
     /// Digest and record of a capture by its id.
@@ -106,8 +123,9 @@ impl Lookup {
             .map_err(unavailable)?;
         Ok(found.map(|(waiting, capture_id, digest, status)| Entry {
             sequence: settled.sequence,
+            key: key_of(&lane.integration_id, &capture_id),
             record: record_of(lane.integration_id.clone(), capture_id, &status)
-                .unwrap_or_else(|_| settled.record.clone()),
+                .map_or_else(|_| Arc::clone(&settled.record), Arc::new),
             digest,
             shard: Some(lane.shard),
             waiting,

@@ -16,7 +16,7 @@ use super::{
     journal::{Journal, Record, record},
     keys,
     lookup::Lookup,
-    overlay::{Overlay, Shared, key_of},
+    overlay::{Overlay, Shared},
     reader, schema,
     writer::Writer,
 };
@@ -118,13 +118,12 @@ pub(super) fn open(options: &SqliteOptions, vault: &Arc<Vault>) -> Result<Sqlite
         path: options.directory.clone(),
         source,
     };
-    let clock = committer::clock().map_err(system)?;
     let read_shared = Arc::clone(&shared);
     let spawn = |name, run| spawn(name, run).map_err(system);
     let files = OpenFiles {
         committer: spawn(
             "outbox-commit",
-            Box::new(move || committer.run(commit_receiver, &clock)),
+            Box::new(move || committer.run(commit_receiver)),
         )?,
         writer: spawn(
             "outbox-writer",
@@ -143,6 +142,7 @@ pub(super) fn open(options: &SqliteOptions, vault: &Arc<Vault>) -> Result<Sqlite
         signals,
         sealing,
         shared,
+        limits: options.limits,
         open: Mutex::new(Some(files)),
     })
 }
@@ -182,8 +182,7 @@ fn replay(record: &Record, overlay: &mut Overlay, lookup: &mut Lookup) -> io::Re
     match record::read(record)? {
         record::Said::Probe => {}
         record::Said::Accepted(entry) => {
-            let key = key_of(&entry.record.integration_id, &entry.record.capture_id);
-            overlay.put(key, Arc::from(entry), [None, None]);
+            overlay.put(&Arc::from(entry), [None, None]);
         }
         record::Said::Settled(settlement) => {
             for settled in &settlement.captures {
@@ -200,8 +199,7 @@ fn replay(record: &Record, overlay: &mut Overlay, lookup: &mut Lookup) -> io::Re
                     Some((next, current.waiting))
                 });
                 if let Some((entry, before)) = next {
-                    let key = key_of(&entry.record.integration_id, &entry.record.capture_id);
-                    overlay.put(key, Arc::new(entry), before);
+                    overlay.put(&Arc::new(entry), before);
                 }
             }
         }

@@ -4,100 +4,25 @@
 //! capture looks here first: what stands here is newer than what the database has.
 
 use std::{
-    collections::{BTreeSet, HashMap},
+    collections::BTreeSet,
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicBool, Ordering},
     },
 };
 
-use sha2::{Digest, Sha256};
+use foldhash::HashMap;
 
-use super::tally::Tally;
-use crate::{
-    event::{EventPair, EventType},
-    integration::IntegrationId,
-    outbox::{Backlog, LaneKey, LeaseBudget, LeasedCapture},
-    status::CaptureRecord,
-    time::UnixMillis,
-    vault::unsealed_len,
+use super::{
+    entry::{Entry, Key, Origin, bytes, events},
+    filter::Filter,
+    tally::Tally,
 };
-
-/// A capture's newest state.
-#[derive(Debug)]
-pub(super) struct Entry {
-    pub(super) sequence: i64,
-    pub(super) record: CaptureRecord,
-    pub(super) digest: [u8; 16],
-    /// The lane's shard, where there is something to send.
-    pub(super) shard: Option<u16>,
-    /// Bytes of the events that wait.
-    pub(super) waiting: [Option<u64>; 2],
-    pub(super) origin: Origin,
-    /// Number of the first record of the journal that made it differ from what the
-    /// database has.
-    pub(super) since: u64,
-}
-
-/// What the database has of a capture.
-#[derive(Debug)]
-pub(super) enum Origin {
-    /// Nothing yet.
-    New {
-        /// Whose data it is, blinded.
-        subject: Option<i64>,
-        /// The payloads, while one of them waits or is a dead letter.
-        payloads: Option<Arc<EventPair>>,
-    },
-    /// An older state.
-    Stored,
-}
-
-impl Entry {
-    pub(super) fn lane(&self) -> Option<LaneKey> {
-        Some(LaneKey {
-            integration_id: self.record.integration_id.clone(),
-            region: self.record.region,
-            shard: self.shard?,
-        })
-    }
-
-    fn fresh_events(&self) -> u64 {
-        match self.origin {
-            Origin::New { .. } => events(&self.waiting),
-            Origin::Stored => 0,
-        }
-    }
-}
-
-fn events(waiting: &[Option<u64>; 2]) -> u64 {
-    waiting.iter().flatten().count() as u64
-}
-
-fn bytes(waiting: &[Option<u64>; 2]) -> u64 {
-    waiting.iter().flatten().sum()
-}
-
-/// Tells captures apart by integration and id: 128 bits of a hash.
-pub(super) type Key = u128;
-
-/// The key of a capture.
-pub(super) fn key_of(integration: &IntegrationId, capture_id: &str) -> Key {
-    let mut hash = Sha256::new();
-    hash.update(integration.as_str().as_bytes());
-    // An integration id holds no NUL, so no two pairs read the same.
-    hash.update([0]);
-    hash.update(capture_id.as_bytes());
-    let mut key = [0; 16];
-    key.copy_from_slice(&hash.finalize()[..16]);
-    u128::from_le_bytes(key)
-}
-
-/// The part of a key by which the database finds a capture.
-pub(super) fn stored_key(key: Key) -> i64 {
-    let [a, b, c, d, e, f, g, h, ..] = key.to_le_bytes();
-    i64::from_le_bytes([a, b, c, d, e, f, g, h])
-}
+use crate::{
+    integration::IntegrationId,
+    outbox::{Backlog, LaneKey, LeaseBudget},
+    time::UnixMillis,
+};
 
 #[derive(Debug, Default)]
 struct Lane {
@@ -138,6 +63,11 @@ impl Overlay {
         self.entries.get(self.keys.get(&key)?)
     }
 
+    /// The keys of all captures here.
+    pub(super) fn keys(&self) -> impl Iterator<Item = Key> {
+        self.keys.keys().copied()
+    }
+
     /// All that differs from the database since a record up to `through`, in no order.
     pub(super) fn changed_through(&self, through: u64) -> Vec<Arc<Entry>> {
         let entries = self.entries.values();
@@ -148,14 +78,14 @@ impl Overlay {
     }
 
     /// Takes a capture's next state. `before` is what waited of one that is not here.
-    pub(super) fn put(&mut self, key: Key, entry: Arc<Entry>, before: [Option<u64>; 2]) {
-        let old = self.entries.insert(entry.sequence, Arc::clone(&entry));
+    pub(super) fn put(&mut self, entry: &Arc<Entry>, before: [Option<u64>; 2]) {
+        let old = self.entries.insert(entry.sequence, Arc::clone(entry));
         let waited = old.as_ref().map_or(before, |old| old.waiting);
         if old.is_none() {
-            self.keys.insert(key, entry.sequence);
+            self.keys.insert(entry.key, entry.sequence);
         }
         let Some(lane) = entry.lane() else { return };
-        let state = self.lanes.entry(lane.clone()).or_default();
+        let state = lane_of(&mut self.lanes, &lane);
         state.fresh_events += entry.fresh_events();
         state.fresh_events -= old.as_ref().map_or(0, |old| old.fresh_events());
         if entry.fresh_events() > 0 {
@@ -163,9 +93,13 @@ impl Overlay {
         } else {
             state.fresh.remove(&entry.sequence);
         }
-        self.tally.remove(&lane, events(&waited), bytes(&waited));
-        self.tally
-            .add(&lane, events(&entry.waiting), bytes(&entry.waiting));
+        let (gone, come) = (events(&waited), events(&entry.waiting));
+        if gone > 0 {
+            self.tally.remove(&lane, gone, bytes(&waited));
+        }
+        if come > 0 {
+            self.tally.add(&lane, come, bytes(&entry.waiting));
+        }
     }
 
     /// These states are in the database now. What was changed meanwhile was so after
@@ -184,7 +118,7 @@ impl Overlay {
             }
             if changed {
                 let stored = Entry {
-                    record: current.record.clone(),
+                    record: Arc::clone(&current.record),
                     origin: Origin::Stored,
                     since: through + 1,
                     ..**current
@@ -192,9 +126,7 @@ impl Overlay {
                 self.entries.insert(entry.sequence, Arc::new(stored));
             } else {
                 self.entries.remove(&entry.sequence);
-                let record = &entry.record;
-                self.keys
-                    .remove(&key_of(&record.integration_id, &record.capture_id));
+                self.keys.remove(&entry.key);
             }
         }
         if self.entries.is_empty() {
@@ -236,7 +168,7 @@ impl Overlay {
 
     /// Notes that no capture of the database up to `sequence` waits in a lane.
     pub(super) fn pass(&mut self, lane: &LaneKey, sequence: i64) {
-        let state = self.lanes.entry(lane.clone()).or_default();
+        let state = lane_of(&mut self.lanes, lane);
         state.passed = state.passed.max(sequence);
     }
 
@@ -265,49 +197,14 @@ impl Overlay {
     }
 }
 
+fn lane_of<'a>(lanes: &'a mut HashMap<LaneKey, Lane>, lane: &LaneKey) -> &'a mut Lane {
+    // The key is shared, so that its copy is cheap.
+    lanes.entry(lane.clone()).or_default()
+}
+
 /// The earlier of two times.
 pub(super) fn earlier(a: Option<UnixMillis>, b: Option<UnixMillis>) -> Option<UnixMillis> {
     a.into_iter().chain(b).min()
-}
-
-impl Entry {
-    /// Bytes of the events that a lease would take.
-    fn sizes(&self, budget: LeaseBudget) -> [Option<usize>; 2] {
-        let [identify, track] = self.waiting;
-        let split = budget.max_events == 1 && identify.is_some();
-        let Origin::New {
-            payloads: Some(payloads),
-            ..
-        } = &self.origin
-        else {
-            return [None, None];
-        };
-        [
-            identify.map(|_| unsealed_len(&payloads.identify)),
-            track
-                .filter(|_| !split)
-                .map(|_| unsealed_len(&payloads.track)),
-        ]
-    }
-
-    /// A new capture as a lane takes it.
-    pub(super) fn leased(&self, budget: LeaseBudget) -> LeasedCapture {
-        let [identify, track] = self.sizes(budget).map(|size| size.is_some());
-        let payload = |event| match &self.origin {
-            Origin::New {
-                payloads: Some(payloads),
-                ..
-            } => Some(payloads.get(event).to_vec()),
-            _ => None,
-        };
-        LeasedCapture {
-            sequence: self.sequence,
-            record: self.record.clone(),
-            identify: identify.then(|| payload(EventType::Identify)).flatten(),
-            track: track.then(|| payload(EventType::Track)).flatten(),
-            damaged: false,
-        }
-    }
 }
 
 /// How full a lease is.
@@ -357,6 +254,10 @@ pub(super) struct Shared {
     overlay: Mutex<Overlay>,
     leasing: Mutex<()>,
     rekeying: AtomicBool,
+    /// Whether a capture was refused for want of room just now.
+    full: AtomicBool,
+    /// Which ids may be known; nothing while that is found out.
+    filter: Mutex<Option<Arc<Filter>>>,
 }
 
 impl Shared {
@@ -367,6 +268,24 @@ impl Shared {
 
     pub(super) fn set_rekeying(&self, rekeying: bool) {
         self.rekeying.store(rekeying, Ordering::Relaxed);
+    }
+
+    /// Whether it is worth asking for room before a capture is handed over.
+    pub(super) fn is_full(&self) -> bool {
+        self.full.load(Ordering::Relaxed)
+    }
+
+    pub(super) fn set_full(&self, full: bool) {
+        self.full.store(full, Ordering::Relaxed);
+    }
+
+    pub(super) fn set_filter(&self, filter: Arc<Filter>) {
+        *self.filter.lock().unwrap_or_else(PoisonError::into_inner) = Some(filter);
+    }
+
+    pub(super) fn filter(&self) -> Option<Arc<Filter>> {
+        let filter = self.filter.lock();
+        filter.unwrap_or_else(PoisonError::into_inner).clone()
     }
 
     pub(super) fn lock(&self) -> MutexGuard<'_, Overlay> {

@@ -1,11 +1,15 @@
 //! The thread that reads: beside the writer, without waiting for it.
 
+use std::sync::Arc;
+
+use bytes::Bytes;
 use rusqlite::{Connection, OptionalExtension, Row, params};
 use tokio::sync::{mpsc, oneshot};
 
 use super::{
+    entry::{Origin, key_of, stored_key},
     lookup::FIND_SQL,
-    overlay::{Filler, Origin, Shared, earlier, key_of, stored_key},
+    overlay::{Filler, Shared, earlier},
     row::{crc32, record_of, region_number, unavailable},
     selection,
     subjects::{self, Scanned, SubjectScan},
@@ -235,7 +239,7 @@ impl Lease<'_> {
             skipped_all = false;
             let mut capture = leased_capture(self.lane, row)?;
             if let Some(entry) = newer {
-                capture.record = entry.record.clone();
+                capture.record = Arc::clone(&entry.record);
                 capture.identify = capture.identify.filter(|_| waits[0]);
                 capture.track = capture.track.filter(|_| waits[1]);
             }
@@ -253,7 +257,7 @@ impl Lease<'_> {
     fn take(&mut self, capture: LeasedCapture) -> bool {
         let payloads = EventType::ALL
             .iter()
-            .filter_map(|event| capture.payload(*event));
+            .filter_map(|event| capture.payload(*event).map(Bytes::as_ref));
         let fits = !self.filler.is_full() && self.filler.take(payloads.map(unsealed_len));
         if fits {
             self.leased.push(capture);
@@ -303,12 +307,12 @@ fn leased_capture(lane: &LaneKey, row: &Row<'_>) -> Result<LeasedCapture, Outbox
         attempts: Vec::new(),
         trace: None,
     };
-    let record = decoded.unwrap_or_else(|_| unreadable());
+    let record = Arc::new(decoded.unwrap_or_else(|_| unreadable()));
     Ok(LeasedCapture {
         sequence,
         record,
-        identify,
-        track,
+        identify: identify.map(Bytes::from),
+        track: track.map(Bytes::from),
         damaged,
     })
 }
@@ -321,7 +325,7 @@ fn find(
 ) -> Result<Option<CaptureRecord>, OutboxError> {
     let key = key_of(&integration_id, &capture_id);
     if let Some(entry) = shared.lock().find(key) {
-        return Ok(Some(entry.record.clone()));
+        return Ok(Some(CaptureRecord::clone(&entry.record)));
     }
     let status = connection
         .prepare_cached(FIND_SQL)

@@ -1,6 +1,6 @@
 //! What waits, counted by lane, by integration, and in all.
 
-use std::collections::HashMap;
+use foldhash::HashMap;
 
 use crate::{
     integration::IntegrationId,

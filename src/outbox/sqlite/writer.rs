@@ -18,13 +18,8 @@ use rusqlite::{Connection, Transaction, TransactionBehavior};
 use tokio::sync::{mpsc, oneshot};
 
 use super::{
-    SqliteOptions,
-    committer::Done,
-    keys::Prepared,
-    overlay::{Entry, Shared},
-    row::unavailable,
-    schema::LOG_LIMIT_BYTES,
-    tally::Tally,
+    SqliteOptions, committer::Done, entry::Entry, keys::Prepared, overlay::Shared, priority,
+    row::unavailable, schema::LOG_LIMIT_BYTES, tally::Tally,
 };
 use crate::{
     integration::IntegrationId,
@@ -132,6 +127,7 @@ impl Writer {
 
     /// Works until it is closed.
     pub(super) fn run(mut self, mut commands: mpsc::Receiver<WriteCommand>) {
+        priority::lower();
         let mut group = Vec::new();
         while let Some(first) = commands.blocking_recv() {
             let mut closing = matches!(first, WriteCommand::Close);

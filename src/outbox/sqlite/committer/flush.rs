@@ -91,6 +91,8 @@ impl Committer {
         if let Ok(done) = self.done.1.try_recv() {
             self.note(done);
         }
+        let lookup = &mut self.lookup;
+        self.known.tend(|| lookup.ids());
         self.retire();
         if self.flushing.running {
             return;
@@ -309,6 +311,7 @@ impl Committer {
             tracing::error!(%error, "the journal is kept for the next start");
         }
         drop(self.lookup);
+        self.known.end();
         let _ = self.store.blocking_send(WriteCommand::Close);
     }
 }

@@ -1,13 +1,16 @@
 //! What a group of commands makes of captures, before it is durable: nobody else
 //! sees it.
 
-use std::{collections::HashMap, sync::Arc};
+use std::{ops::Range, sync::Arc};
+
+use bytes::Bytes;
+use foldhash::HashMap;
 
 use crate::{
     event::EventType,
     outbox::{
-        Content, NewCapture, SettledCapture,
-        sqlite::overlay::{Entry, Key, Origin},
+        EventSet, NewCapture, SettledCapture,
+        sqlite::entry::{Entry, Key, Origin, Payloads},
     },
     status::{CaptureRecord, EventStatus, State},
 };
@@ -17,35 +20,61 @@ use crate::{
 pub(super) struct Staged {
     pub(super) states: Vec<Next>,
     places: HashMap<i64, usize>,
-    keys: HashMap<Key, i64>,
 }
+
+/// Where both payloads of a capture stand in its group, and where the second begins.
+pub(super) type PayloadPlace = (Range<usize>, usize);
 
 /// One next state.
 pub(super) struct Next {
-    pub(super) key: Key,
     pub(super) entry: Arc<Entry>,
+    /// Where the payloads of a new one stand in the group.
+    pub(super) payloads: Option<PayloadPlace>,
     /// What waited of it in the database.
     pub(super) before: [Option<u64>; 2],
     /// The events that changed.
-    pub(super) announce: Vec<EventType>,
+    pub(super) announce: EventSet,
     pub(super) is_new: bool,
 }
 
 impl Staged {
-    pub(super) fn get(&self, sequence: i64) -> Option<&Arc<Entry>> {
+    pub(super) fn get(&self, sequence: i64) -> Option<&Next> {
         let place = self.places.get(&sequence)?;
-        self.states.get(*place).map(|next| &next.entry)
+        self.states.get(*place)
     }
 
+    /// Goes through all of them: asked only where a key may be known.
     pub(super) fn find(&self, key: Key) -> Option<&Arc<Entry>> {
-        self.get(*self.keys.get(&key)?)
+        let mut newest_first = self.states.iter().rev();
+        let found = newest_first.find(|next| next.entry.key == key);
+        found.map(|next| &next.entry)
     }
 
     pub(super) fn put(&mut self, next: Next) {
-        let sequence = next.entry.sequence;
-        self.keys.insert(next.key, sequence);
-        self.places.insert(sequence, self.states.len());
+        self.places.insert(next.entry.sequence, self.states.len());
         self.states.push(next);
+    }
+
+    /// Gives new captures their payloads, which stand in the group as it was written.
+    pub(super) fn place_payloads(&mut self, group: &Bytes) {
+        for next in &mut self.states {
+            let Some((range, track)) = next.payloads.take() else {
+                continue;
+            };
+            // Nobody else has it before it is durable.
+            if let Some(entry) = Arc::get_mut(&mut next.entry)
+                && let Origin::New { payloads, .. } = &mut entry.origin
+                && payloads.is_some()
+            {
+                let identify_bytes = track - range.start;
+                *payloads = Some(Payloads::new(group.slice(range), identify_bytes));
+            }
+        }
+    }
+
+    pub(super) fn clear(&mut self) {
+        self.states.clear();
+        self.places.clear();
     }
 }
 
@@ -57,17 +86,10 @@ pub(in crate::outbox::sqlite) fn settled(
     if current.waiting == [None, None] {
         return None;
     }
-    // Merged with what is known: the capture's other event may have been replayed
-    // while this attempt was under way.
-    let mut record = settled.record.clone();
-    record.queue_time = current.record.queue_time;
+    let record = merged(current, settled);
     let mut waiting = current.waiting;
     for (event, waits) in EventType::ALL.into_iter().zip(&mut waiting) {
-        if !settled.changed.contains(&event) {
-            record
-                .event_mut(event)
-                .clone_from(current.record.event(event));
-        } else if record.event(event).state.is_final() {
+        if settled.changed.contains(event) && record.event(event).state.is_final() {
             *waits = None;
         }
     }
@@ -82,6 +104,7 @@ pub(in crate::outbox::sqlite) fn settled(
     };
     Some(Entry {
         sequence: current.sequence,
+        key: current.key,
         record,
         digest: current.digest,
         shard: current.shard,
@@ -91,39 +114,67 @@ pub(in crate::outbox::sqlite) fn settled(
     })
 }
 
-/// A capture that is accepted now.
-pub(super) fn accepted(
-    sequence: i64,
-    since: u64,
-    capture: NewCapture,
-    subject: Option<i64>,
-) -> Entry {
-    let (state, shard, payloads) = match capture.content {
-        Content::Skip { reason } => (State::Skipped { reason }, None, None),
-        Content::Send { shard, events } => (State::Queued, Some(shard), Some(events)),
-    };
-    let bytes = |event| payloads.as_ref().map(|pair| pair.get(event).len() as u64);
-    Entry {
-        sequence,
-        waiting: EventType::ALL.map(bytes),
-        record: CaptureRecord {
-            integration_id: capture.integration_id,
-            capture_id: capture.capture_id,
-            region: capture.region,
-            mapping_version: capture.mapping_version,
-            accept_time: capture.accept_time,
-            queue_time: capture.accept_time,
-            identify: EventStatus::new(state),
-            track: EventStatus::new(state),
-            attempts: Vec::new(),
-            trace: capture.trace,
-        },
-        digest: capture.digest,
-        shard,
-        origin: Origin::New {
-            subject,
-            payloads: payloads.map(Arc::new),
-        },
-        since,
+/// What an attempt made of a capture, merged with what is known: its other event may have
+/// been replayed while the attempt was under way.
+fn merged(current: &Entry, settled: &SettledCapture) -> Arc<CaptureRecord> {
+    let queue_time = current.record.queue_time;
+    if settled.changed == EventSet::BOTH && settled.record.queue_time == queue_time {
+        return Arc::clone(&settled.record);
+    }
+    let mut record = CaptureRecord::clone(&settled.record);
+    record.queue_time = queue_time;
+    for event in EventType::ALL {
+        if !settled.changed.contains(event) {
+            let known = current.record.event(event);
+            record.event_mut(event).clone_from(known);
+        }
+    }
+    Arc::new(record)
+}
+
+/// What is to become of a capture that is accepted now.
+pub(super) struct New {
+    pub(super) sequence: i64,
+    pub(super) key: Key,
+    pub(super) capture: NewCapture,
+    pub(super) subject: Option<i64>,
+    pub(super) state: State,
+    /// Where there is something to send: the lane's shard, and the sizes of the events.
+    pub(super) sends: Option<(u16, [usize; 2])>,
+    /// Number of its record in the journal.
+    pub(super) since: u64,
+}
+
+impl New {
+    /// Its first state. The payloads are placed later.
+    pub(super) fn entry(self) -> Entry {
+        let capture = self.capture;
+        Entry {
+            sequence: self.sequence,
+            key: self.key,
+            record: Arc::new(CaptureRecord {
+                integration_id: capture.integration_id,
+                capture_id: capture.capture_id,
+                region: capture.region,
+                mapping_version: capture.mapping_version,
+                accept_time: capture.accept_time,
+                queue_time: capture.accept_time,
+                identify: EventStatus::new(self.state),
+                track: EventStatus::new(self.state),
+                attempts: Vec::new(),
+                trace: capture.trace,
+            }),
+            digest: capture.digest,
+            shard: self.sends.map(|(shard, _)| shard),
+            waiting: match self.sends {
+                Some((_, sizes)) => sizes.map(|bytes| Some(bytes as u64)),
+                None => [None, None],
+            },
+            origin: Origin::New {
+                subject: self.subject,
+                payloads: self.sends.map(|_| Payloads::default()),
+            },
+            since: self.since,
+        }
     }
 }

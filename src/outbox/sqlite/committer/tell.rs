@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use super::{Committer, staged::Staged};
+use super::Committer;
 use crate::{
     outbox::{Change, LaneKey},
     time::UnixMillis,
@@ -10,7 +10,8 @@ use crate::{
 
 impl Committer {
     /// Tells others what is durable now.
-    pub(super) fn tell(&self, staged: &Staged) {
+    pub(super) fn tell(&self) {
+        let staged = &self.staged;
         let mut lanes: Vec<LaneKey> = Vec::new();
         let new = staged.states.iter().filter(|next| next.is_new);
         for lane in new.filter_map(|next| next.entry.lane()) {
@@ -25,11 +26,10 @@ impl Committer {
             let record = &next.entry.record;
             if watched {
                 let time = if next.is_new { record.accept_time } else { now };
-                let record = Arc::new(record.clone());
-                for event in &next.announce {
+                for event in next.announce.iter() {
                     self.signals.publish(Change {
-                        record: Arc::clone(&record),
-                        event: *event,
+                        record: Arc::clone(record),
+                        event,
                         time,
                     });
                 }

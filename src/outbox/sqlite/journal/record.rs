@@ -2,15 +2,17 @@
 
 use std::{io, sync::Arc};
 
+use bytes::Bytes;
 use prost::Message;
 
 use super::Record;
 use crate::{
-    event::{EventPair, EventType},
+    event::EventType,
     integration::IntegrationId,
     outbox::{
-        LaneKey, SettledCapture, Settlement, record,
-        sqlite::overlay::{Entry, Origin},
+        LaneKey, SettledCapture, Settlement,
+        record::{self, write},
+        sqlite::entry::{Entry, Origin, Payloads, key_of},
     },
     region::Region,
     status::CaptureRecord,
@@ -79,59 +81,50 @@ pub(in crate::outbox::sqlite) enum Said {
     Probe,
 }
 
-/// Writes an accepted capture.
-pub(in crate::outbox::sqlite) fn write_accepted(entry: &Entry, body: &mut Vec<u8>) {
-    let Origin::New { subject, payloads } = &entry.origin else {
-        return;
-    };
-    let [identify, track] = match payloads {
-        Some(pair) => [pair.identify.as_slice(), pair.track.as_slice()],
-        None => [&[][..], &[][..]],
-    };
-    // An event has at most 32 KB.
-    let length = |payload: &[u8]| u32::try_from(payload.len()).unwrap_or(u32::MAX);
-    let message = Accepted {
-        sequence: entry.sequence,
-        integration_id: entry.record.integration_id.as_str().to_owned(),
-        capture_id: entry.record.capture_id.clone(),
-        digest: entry.digest.to_vec(),
-        subject: *subject,
-        shard: entry.shard.map(u32::from),
-        status: record::encode(&entry.record),
-        identify_bytes: length(identify),
-        track_bytes: length(track),
-    };
-    message.encode_raw_delimited(body);
-    body.extend_from_slice(identify);
-    body.extend_from_slice(track);
+/// Writes an accepted capture, but for its payloads, which follow.
+pub(in crate::outbox::sqlite) fn write_accepted(
+    entry: &Entry,
+    subject: Option<i64>,
+    payload_bytes: [usize; 2],
+    body: &mut Vec<u8>,
+) {
+    let record = &entry.record;
+    write::delimited(body, |body| {
+        write::plain(1, entry.sequence, body);
+        write::bytes(2, record.integration_id.as_str().as_bytes(), body);
+        write::bytes(3, record.capture_id.as_bytes(), body);
+        write::bytes(4, &entry.digest, body);
+        if let Some(subject) = subject {
+            prost::encoding::sfixed64::encode(5, &subject, body);
+        }
+        if let Some(shard) = entry.shard {
+            prost::encoding::uint32::encode(6, &shard.into(), body);
+        }
+        write::nested(7, body, |body| record::encode_into(record, body));
+        write::number(8, payload_bytes[0] as u64, body);
+        write::number(9, payload_bytes[1] as u64, body);
+    });
 }
 
 /// Writes a settlement.
 pub(in crate::outbox::sqlite) fn write_settled(settlement: &Settlement, body: &mut Vec<u8>) {
-    let captures = settlement.captures.iter().map(|one| SettledOne {
-        sequence: one.sequence,
-        identify: one.changed.contains(&EventType::Identify),
-        track: one.changed.contains(&EventType::Track),
-        status: record::encode(&one.record),
-        capture_id: one.record.capture_id.clone(),
+    let lane = &settlement.lane;
+    write::delimited(body, |body| {
+        write::bytes(1, lane.integration_id.as_str().as_bytes(), body);
+        write::number(2, (lane.region == Region::Eu).into(), body);
+        write::number(3, lane.shard.into(), body);
+        for one in &settlement.captures {
+            let changed = |event| u64::from(one.changed.contains(event));
+            write::nested(4, body, |body| {
+                write::plain(1, one.sequence, body);
+                write::number(2, changed(EventType::Identify), body);
+                write::number(3, changed(EventType::Track), body);
+                write::nested(4, body, |body| record::encode_into(&one.record, body));
+                write::bytes(5, one.record.capture_id.as_bytes(), body);
+            });
+        }
     });
-    let message = Settled {
-        integration_id: settlement.lane.integration_id.as_str().to_owned(),
-        eu: settlement.lane.region == Region::Eu,
-        shard: settlement.lane.shard.into(),
-        captures: captures.collect(),
-    };
-    message.encode_raw_delimited(body);
 }
-
-trait Delimited: Message + Sized {
-    fn encode_raw_delimited(&self, body: &mut Vec<u8>) {
-        // Memory is the only bound of a vector.
-        let _ = self.encode_length_delimited(body);
-    }
-}
-
-impl<M: Message> Delimited for M {}
 
 fn damaged(what: impl ToString) -> io::Error {
     io::Error::new(io::ErrorKind::InvalidData, what.to_string())
@@ -162,31 +155,32 @@ fn decoded(id: IntegrationId, capture_id: String, status: &[u8]) -> io::Result<C
 
 fn read_accepted(number: u64, mut body: &[u8]) -> io::Result<Entry> {
     let message = Accepted::decode_length_delimited(&mut body).map_err(damaged)?;
-    let (identify, track) = body
-        .split_at_checked(message.identify_bytes as usize)
-        .filter(|(_, track)| track.len() == message.track_bytes as usize)
-        .ok_or_else(|| damaged("a payload's length"))?;
+    let sizes = [message.identify_bytes, message.track_bytes].map(u64::from);
+    if sizes.iter().sum::<u64>() != body.len() as u64 {
+        return Err(damaged("a payload's length"));
+    }
     let id = integration(&message.integration_id)?;
     let shard = message.shard.map(u16::try_from).transpose();
     let shard = shard.map_err(damaged)?;
-    let bytes = |payload: &[u8]| shard.map(|_| payload.len() as u64);
+    let payloads = || {
+        Payloads::new(
+            Bytes::copy_from_slice(body),
+            message.identify_bytes as usize,
+        )
+    };
     Ok(Entry {
         sequence: message.sequence,
-        record: decoded(id, message.capture_id, &message.status)?,
+        key: key_of(&id, &message.capture_id),
+        record: Arc::new(decoded(id, message.capture_id, &message.status)?),
         digest: message
             .digest
             .try_into()
             .map_err(|_| damaged("a digest's length"))?,
         shard,
-        waiting: [bytes(identify), bytes(track)],
+        waiting: sizes.map(|bytes| shard.map(|_| bytes)),
         origin: Origin::New {
             subject: message.subject,
-            payloads: shard.map(|_| {
-                Arc::new(EventPair {
-                    identify: identify.to_vec(),
-                    track: track.to_vec(),
-                })
-            }),
+            payloads: shard.map(|_| payloads()),
         },
         since: number,
     })
@@ -202,7 +196,7 @@ fn read_settled(mut body: &[u8]) -> io::Result<Settlement> {
         ];
         Ok(SettledCapture {
             sequence: one.sequence,
-            record: decoded(id.clone(), one.capture_id, &one.status)?,
+            record: Arc::new(decoded(id.clone(), one.capture_id, &one.status)?),
             changed: changed
                 .into_iter()
                 .filter_map(|(changed, event)| changed.then_some(event))

@@ -13,7 +13,7 @@ fn open(directory: &Path, applied: u64) -> (Journal, Vec<(u64, u8, Vec<u8>)>) {
 
 fn write(journal: &mut Journal, bodies: &[&[u8]]) {
     for body in bodies {
-        journal.push(7, |buffer| buffer.extend_from_slice(body));
+        journal.push(7, &[body]);
     }
     journal.commit().expect("durable");
 }
@@ -128,10 +128,10 @@ fn a_group_that_is_taken_back_leaves_nothing_also_as_the_first_of_a_segment() {
     let path = directory.path();
     let (mut journal, _) = open(path, 0);
     journal.restart();
-    journal.push(7, |body| body.extend_from_slice(b"refused"));
+    journal.push(7, &[b"refused"]);
     journal.forget_group();
     write(&mut journal, &[b"one"]);
-    journal.push(7, |body| body.extend_from_slice(b"refused"));
+    journal.push(7, &[b"refused"]);
     journal.forget_group();
     write(&mut journal, &[b"two"]);
     let (_, found) = open(path, 0);
@@ -148,11 +148,11 @@ fn after_a_failed_write_nothing_is_taken_until_all_is_in_the_database() {
     let writable = journal.segments[active].file.try_clone().expect("cloned");
     // A handle that can't be written stands for a disk that can't.
     journal.segments[active].file = File::open(written_segment(path)).expect("opened");
-    journal.push(7, |body| body.extend_from_slice(b"refused"));
+    journal.push(7, &[b"refused"]);
     assert!(journal.commit().is_err());
     journal.segments[active].file = writable;
     assert!(journal.is_broken() && !journal.rotate());
-    journal.push(7, |body| body.extend_from_slice(b"refused"));
+    journal.push(7, &[b"refused"]);
     assert!(
         journal.commit().is_err(),
         "a sync that works now proves nothing"

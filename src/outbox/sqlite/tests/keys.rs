@@ -199,7 +199,7 @@ async fn a_new_key_takes_over_piece_by_piece_and_the_old_one_can_go() {
     for capture in &leased {
         assert!(!capture.damaged);
         for payload in [&capture.identify, &capture.track].into_iter().flatten() {
-            assert_eq!(payload, br#"{"email":"planted@example.com"}"#);
+            assert_eq!(payload.as_ref(), br#"{"email":"planted@example.com"}"#);
         }
     }
     // The same capture is known under any key.

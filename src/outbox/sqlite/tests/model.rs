@@ -5,7 +5,10 @@ use std::collections::BTreeSet;
 use proptest::prelude::*;
 
 use super::*;
-use crate::outbox::{DeadLetterFilter, Selection, SettledCapture, model::Model};
+use crate::{
+    outbox::{DeadLetterFilter, EventSet, Selection, SettledCapture, model::Model},
+    status::CaptureRecord,
+};
 
 /// One step of a random history.
 #[derive(Clone, Debug)]
@@ -248,17 +251,18 @@ impl Pair {
         let mut choices = outcomes.iter().cycle();
         let mut captures = Vec::new();
         for (real, reference) in leased.into_iter().zip(expected) {
-            let mut record = real.record.clone();
+            let mut record = CaptureRecord::clone(&real.record);
             let carried = |event: &EventType| real.payload(*event).is_some();
-            let changed: Vec<_> = EventType::ALL.into_iter().filter(carried).collect();
-            for event in &changed {
+            let changed: EventSet = EventType::ALL.into_iter().filter(carried).collect();
+            for event in changed.iter() {
                 let outcome = outcome_of(*choices.next().expect("a cycle"));
-                record.event_mut(*event).advance(outcome, NOW);
+                record.event_mut(event).advance(outcome, NOW);
             }
+            let record = Arc::new(record);
             self.model.settle(&SettledCapture {
                 sequence: reference.sequence,
-                record: record.clone(),
-                changed: changed.clone(),
+                record: Arc::clone(&record),
+                changed,
             });
             captures.push(SettledCapture {
                 sequence: real.sequence,

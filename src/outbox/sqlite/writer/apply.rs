@@ -11,7 +11,7 @@ use crate::{
     notice::Notice,
     outbox::{
         Change,
-        sqlite::overlay::{key_of, stored_key},
+        sqlite::entry::{key_of, stored_key},
     },
     status::CaptureRecord,
     time::UnixMillis,

@@ -8,7 +8,7 @@ use crate::{
     notice::Notice,
     outbox::{
         Erasure, OutboxError, Quota, Selection,
-        sqlite::{committer::Done, overlay::Entry},
+        sqlite::{committer::Done, entry::Entry},
     },
     proto::ErasureReceipt,
     time::UnixMillis,

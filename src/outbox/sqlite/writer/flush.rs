@@ -10,7 +10,7 @@ use crate::{
     outbox::{
         OutboxError, record,
         sqlite::{
-            overlay::{Entry, Origin, key_of, stored_key},
+            entry::{Entry, Origin, Payloads, stored_key},
             row::{crc32, unavailable},
         },
     },
@@ -35,9 +35,7 @@ impl Work<'_> {
         for entry in entries {
             match entry.origin {
                 Origin::New { .. } => {
-                    let record = &entry.record;
-                    let key = key_of(&record.integration_id, &record.capture_id);
-                    keys.push((stored_key(key), entry.sequence));
+                    keys.push((stored_key(entry.key), entry.sequence));
                     self.insert(entry)?;
                 }
                 Origin::Stored => self.update(entry)?,
@@ -91,18 +89,13 @@ impl Work<'_> {
         Ok(())
     }
 
-    fn enqueue(
-        &mut self,
-        entry: &Entry,
-        lane: i64,
-        payloads: &crate::event::EventPair,
-    ) -> rusqlite::Result<()> {
+    fn enqueue(&mut self, entry: &Entry, lane: i64, payloads: &Payloads) -> rusqlite::Result<()> {
         const QUEUE: &str = "
             INSERT INTO queue (sequence, lane, replay, identify, identify_crc, track, track_crc)
             VALUES (?1, ?2, 0, ?3, ?4, ?5, ?6)";
         let [identify, track] = entry.waiting;
-        let identify = identify.map(|_| payloads.identify.as_slice());
-        let track = track.map(|_| payloads.track.as_slice());
+        let identify = identify.map(|_| payloads.get(EventType::Identify));
+        let track = track.map(|_| payloads.get(EventType::Track));
         self.transaction.prepare_cached(QUEUE)?.execute(params![
             entry.sequence,
             lane,
