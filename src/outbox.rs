@@ -271,6 +271,9 @@ pub enum OutboxError {
     /// The disk or the database failed. It may work again later.
     #[error("the outbox cannot be written or read now: {0}")]
     Unavailable(String),
+    /// Another relay has changed the integration since this one read it.
+    #[error("the integration {0} was changed by another relay in the meantime")]
+    Changed(IntegrationId),
     /// The outbox is closed.
     #[error("the outbox is closed")]
     Closed,

@@ -26,6 +26,9 @@ use crate::{
 /// How far a replica of the shared outbox may be behind.
 const REPLICA_LAG: Duration = Duration::from_millis(300);
 
+/// Tries to put an integration of the file in its place while other relays do, too.
+const CONFIGURE_TRIES: u32 = 10;
+
 /// Why a change of integrations was refused.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum RegistryError {
@@ -54,7 +57,16 @@ pub enum RegistryError {
     },
     /// The outbox failed.
     #[error(transparent)]
-    Outbox(#[from] OutboxError),
+    Outbox(OutboxError),
+}
+
+impl From<OutboxError> for RegistryError {
+    fn from(error: OutboxError) -> Self {
+        match error {
+            OutboxError::Changed(id) => Self::StaleEtag(id),
+            error => Self::Outbox(error),
+        }
+    }
 }
 
 /// An integration before and after an update.
@@ -110,9 +122,26 @@ impl Registry {
             }
         }
         for spec in configured {
-            registry.configure(spec, told, now).await?;
+            registry.configure_beside_others(spec, told, now).await?;
         }
         Ok(registry)
+    }
+
+    /// Relays that start together put the same integrations in place: whoever comes second
+    /// looks again, and mostly finds nothing left to do.
+    async fn configure_beside_others(
+        &self,
+        spec: &proto::Integration,
+        told: &Told<'_>,
+        now: UnixMillis,
+    ) -> Result<(), RegistryError> {
+        for _ in 1..CONFIGURE_TRIES {
+            match self.configure(spec, told, now).await {
+                Err(RegistryError::StaleEtag(id)) => self.confirm(&id).await?,
+                done => return done,
+            };
+        }
+        self.configure(spec, told, now).await
     }
 
     async fn let_go(

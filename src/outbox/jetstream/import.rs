@@ -11,7 +11,7 @@ use super::{
     wire::{StoreError, ToStore},
 };
 use crate::{
-    outbox::{OutboxError, record, sealing::Sealing, sqlite::export::Exported},
+    outbox::{OutboxError, record, sealing::Sealing, sqlite::export::{Exported, StoredPayload}},
     status::{CaptureRecord, State},
     time::UnixMillis,
     vault::Vault,
@@ -194,8 +194,8 @@ impl Import {
         if let (Some(([identify, track], replayed)), Some(lane)) = (&one.waiting, &one.lane) {
             let waiting = Waiting {
                 record: Some(stored),
-                identify: identify.clone().map(Payload::new),
-                track: track.clone().map(Payload::new),
+                identify: identify.clone().map(Payload::from),
+                track: track.clone().map(Payload::from),
             };
             messages.push(ToStore {
                 subject: layout.queue(lane, usize::from(*replayed)),
@@ -209,7 +209,7 @@ impl Import {
                 capture_id: one.capture_id.clone(),
                 event: event.to_proto() as i32,
                 millis: time.0,
-                payload: Some(Payload::new(payload.clone())),
+                payload: Some(Payload::from(payload.clone())),
                 shard: one.lane.as_ref().map_or(0, |lane| u32::from(lane.shard)),
             };
             messages.push(ToStore {
@@ -220,5 +220,16 @@ impl Import {
             });
         }
         Ok(messages)
+    }
+}
+
+impl From<StoredPayload> for Payload {
+    /// With the checksum that it had: what was damaged on the old disk is given up as damaged,
+    /// and not sent.
+    fn from(stored: StoredPayload) -> Self {
+        Self {
+            bytes: stored.bytes,
+            crc: stored.crc,
+        }
     }
 }

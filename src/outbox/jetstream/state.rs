@@ -326,9 +326,10 @@ impl StateStore {
 }
 
 fn changed_elsewhere(id: &str) -> OutboxError {
-    OutboxError::Unavailable(format!(
-        "another relay has changed the integration {id}; read it again"
-    ))
+    match IntegrationId::new(id) {
+        Some(id) => OutboxError::Changed(id),
+        None => unavailable(format!("the integration {id} was changed")),
+    }
 }
 
 /// Follows changes of integrations until the outbox closes.

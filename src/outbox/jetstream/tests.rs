@@ -9,12 +9,17 @@ use std::{sync::Arc, time::Duration};
 
 use super::{JetStreamOptions, JetStreamOutbox, Layout, NatsAuth, NatsConnection, NatsHandle};
 use crate::{
+    audit::Audit,
     metrics::Metrics,
+    notify::Notices,
     outbox::{
-        BoxFuture, DeadLetterFilter, Erasure, Outbox, SubjectQuery,
+        BoxFuture, DeadLetterFilter, Erasure, Outbox, OutboxError, SubjectQuery,
         conformance::{self, LIMITS, Rig},
     },
-    proto::{DeliveryReason, ErasureReceipt},
+    proto::{
+        Credential, DataRegion, DeliveryReason, ErasureReceipt, Integration, UnmappedAttributes,
+    },
+    registry::{Registry, Told},
     status::Outcome,
     vault::Vault,
 };
@@ -184,4 +189,53 @@ async fn a_settlement_by_a_lease_that_was_ended_is_refused_and_changes_nothing()
         }
     }
     panic!("the relay always knew that its session had ended");
+}
+
+/// Ten integrations as a configuration file has them.
+fn configured(unmapped: UnmappedAttributes) -> Vec<Integration> {
+    let integration = |number: usize| Integration {
+        integration_id: format!("acme-{number}"),
+        credentials: vec![Credential {
+            data_region: DataRegion::NonEu.into(),
+            write_key: "a-write-key-for-tests".into(),
+            ..Credential::default()
+        }],
+        unmapped_attributes: unmapped.into(),
+        ..Integration::default()
+    };
+    (0..10).map(integration).collect()
+}
+
+#[tokio::test]
+async fn relays_that_start_at_once_put_the_same_integrations_in_place() {
+    let Some(rig) = JetStreamRig::new(1) else {
+        return;
+    };
+    let (one, other) = (rig.open().await, rig.open().await);
+    let (audit, notices) = (Audit::new(), Notices::nobody());
+    let told = Told {
+        audit: &audit,
+        notices: &notices,
+    };
+    for unmapped in [UnmappedAttributes::Forward, UnmappedAttributes::Drop] {
+        let wanted = configured(unmapped);
+        let load = |outbox: &Arc<dyn Outbox>| {
+            Registry::load(Arc::clone(outbox), &wanted, &told, conformance::NOW)
+        };
+        let (own, others) = tokio::join!(load(&one), load(&other));
+        let (own, others) = (own.expect("loads"), others.expect("loads"));
+        for spec in &wanted {
+            let id = conformance::id(&spec.integration_id);
+            let [own, others] = [&own, &others].map(|one| one.get(&id).expect("known"));
+            assert_eq!(own.revision, others.revision);
+            assert_eq!(own.to_spec_with_secrets(), others.to_spec_with_secrets());
+        }
+    }
+    // Whoever changes what it has read before another did is told so.
+    let stored = one.integrations().await.expect("read").remove(0);
+    other.put_integration(stored.clone()).await.expect("stored");
+    assert_eq!(
+        one.put_integration(stored).await,
+        Err(OutboxError::Changed(conformance::id("acme-0")))
+    );
 }

@@ -8,7 +8,7 @@ use super::{
     OpenError, SqliteOptions,
     entry::{key_of, stored_key},
     keys, open,
-    row::region_of,
+    row::{crc32, region_of},
 };
 use crate::{
     event::EventType,
@@ -65,8 +65,26 @@ pub(in crate::outbox) struct Exported {
     pub(in crate::outbox) subject: i64,
     pub(in crate::outbox) lane: Option<LaneKey>,
     /// Waiting payloads, and whether they were replayed.
-    pub(in crate::outbox) waiting: Option<([Option<Vec<u8>>; 2], bool)>,
-    pub(in crate::outbox) dead: Vec<(EventType, UnixMillis, Vec<u8>)>,
+    pub(in crate::outbox) waiting: Option<([Option<StoredPayload>; 2], bool)>,
+    pub(in crate::outbox) dead: Vec<(EventType, UnixMillis, StoredPayload)>,
+}
+
+/// A payload with the CRC-32 under which it was stored: where the two differ it is
+/// damaged, and has to be known as such where it goes.
+#[derive(Clone)]
+pub(in crate::outbox) struct StoredPayload {
+    pub(in crate::outbox) bytes: Vec<u8>,
+    pub(in crate::outbox) crc: u32,
+}
+
+impl StoredPayload {
+    /// `None` where there is no payload.
+    fn of(bytes: Option<Vec<u8>>, crc: Option<u32>) -> Option<Self> {
+        let bytes = bytes?;
+        // A missing checksum fits nothing.
+        let crc = crc.unwrap_or_else(|| !crc32(&bytes));
+        Some(Self { bytes, crc })
+    }
 }
 
 impl Export {
@@ -161,7 +179,8 @@ impl Export {
         const SQL: &str = "
             SELECT c.sequence, c.integration_id, c.capture_id, c.digest, c.status, c.accept_millis,
                    coalesce(s.subject, 0), q.identify, q.track, q.replay,
-                   coalesce(q.lane, (SELECT min(d.lane) FROM dead_letter d WHERE d.sequence = c.sequence))
+                   coalesce(q.lane, (SELECT min(d.lane) FROM dead_letter d WHERE d.sequence = c.sequence)),
+                   q.identify_crc, q.track_crc
             FROM capture c LEFT JOIN subject s ON s.sequence = c.sequence
             LEFT JOIN queue q ON q.sequence = c.sequence
             WHERE c.sequence > ?1 ORDER BY c.sequence LIMIT ?2";
@@ -187,7 +206,11 @@ impl Export {
                 subject: row.get(6)?,
                 lane: lane.map(|lane| self.lane(lane)).transpose()?.flatten(),
                 waiting: match replay {
-                    Some(replay) => Some(([row.get(7)?, row.get(8)?], replay == 1)),
+                    Some(replay) => {
+                        let identify = StoredPayload::of(row.get(7)?, row.get(11)?);
+                        let track = StoredPayload::of(row.get(8)?, row.get(12)?);
+                        Some(([identify, track], replay == 1))
+                    }
                     None => None,
                 },
                 dead: self.dead(sequence)?,
@@ -210,13 +233,14 @@ impl Export {
         })
     }
 
-    fn dead(&self, sequence: i64) -> rusqlite::Result<Vec<(EventType, UnixMillis, Vec<u8>)>> {
+    fn dead(&self, sequence: i64) -> rusqlite::Result<Vec<(EventType, UnixMillis, StoredPayload)>> {
         const SQL: &str =
-            "SELECT event, millis, payload FROM dead_letter WHERE sequence = ?1 ORDER BY id";
+            "SELECT event, millis, payload, payload_crc FROM dead_letter WHERE sequence = ?1 ORDER BY id";
         let mut statement = self.connection.prepare_cached(SQL)?;
         let rows = statement.query_map(params![sequence], |row| {
             let event = super::selection::event_of(row.get(0)?);
-            Ok((event, UnixMillis(row.get(1)?), row.get(2)?))
+            let (bytes, crc) = (row.get(2)?, row.get(3)?);
+            Ok((event, UnixMillis(row.get(1)?), StoredPayload { bytes, crc }))
         })?;
         rows.collect()
     }

@@ -9,13 +9,14 @@ use std::{
 };
 
 use segment_relay::proto::{
-    Capture, CaptureBatchRequest, DeliveryState, GetCaptureRequest, WaitFor,
-    segment_relay_client::SegmentRelayClient,
+    Capture, CaptureBatchRequest, DeliveryReason, DeliveryState,
+    GetCaptureRequest, ListDeadLettersRequest, WaitFor,
+    dead_letter_service_client::DeadLetterServiceClient, segment_relay_client::SegmentRelayClient,
 };
 use tonic::transport::Channel;
 
 use super::{
-    outage::create,
+    outage::{capture, create},
     proof::dead_letters,
     relays::{POISON, Watched, process},
 };
@@ -198,4 +199,56 @@ async fn an_embedded_outbox_is_moved_with_all_it_holds_however_often_that_is_int
     send(&relay.channel, BATCHES).await;
     tokio::time::sleep(Duration::from_millis(500)).await;
     assert_eq!(watched.count(), arrived);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_payload_that_the_old_disk_has_damaged_is_given_up_where_it_goes_and_not_sent() {
+    let Some(server) = Server::start() else {
+        return;
+    };
+    init_streams(&[server.url()], 1).await;
+    let watched = Arc::new(Watched::default());
+    watched.is_down.store(true, Ordering::Relaxed);
+    let endpoint = watched.listen().await;
+    let directory = tempfile::tempdir().expect("a directory");
+    let urls = [endpoint.clone(), endpoint.clone()];
+    let outbox = directory.path().join("outbox");
+    let mut embedded = Process::start(&outbox, &urls).await;
+    create(&embedded.channel).await;
+    for number in 0..2 {
+        capture(&embedded.channel, number, WaitFor::Accepted)
+            .await
+            .expect("accepted");
+    }
+    embedded.terminate().await;
+    let database = rusqlite::Connection::open(outbox.join("relay.db")).expect("opens");
+    let damaged = database.execute(
+        "UPDATE queue SET track = zeroblob(length(track)) WHERE sequence = (SELECT min(sequence) FROM queue)",
+        [],
+    );
+    assert_eq!(damaged, Ok(1));
+    database.close().expect("closes");
+
+    let moved = moving(&server, directory.path())
+        .wait_with_output()
+        .expect("ends");
+    assert!(
+        moved.status.success(),
+        "{}",
+        String::from_utf8_lossy(&moved.stderr)
+    );
+    watched.is_down.store(false, Ordering::Relaxed);
+    let before = watched.count();
+    let relay = process(&server.url(), directory.path(), &endpoint, 1).await;
+    arrive(&watched, before + 2).await;
+    let request = ListDeadLettersRequest {
+        reason: DeliveryReason::Damaged.into(),
+        ..ListDeadLettersRequest::default()
+    };
+    let letters = DeadLetterServiceClient::new(relay.channel.clone())
+        .list_dead_letters(request)
+        .await
+        .expect("listed");
+    assert_eq!(letters.into_inner().dead_letters.len(), 2);
+    assert_eq!(watched.count(), before + 2);
 }
