@@ -5,7 +5,7 @@ import re
 import subprocess
 
 import load
-from processes import Failed, say, scratch, world
+from processes import Bare, Failed, say, scratch, world
 
 # Captures that share an fsync: one alone, a small group, and the relay's largest.
 GROUPS = (1, 64, 512)
@@ -94,4 +94,7 @@ def half_load(tools, seconds):
         rate = full["accepted_per_second"] / 2
         open_loop = ["--mode", "unary", "--in-flight", "4096", "--rate", rate]
         half = load.run(tools, relay, open_loop, seconds, settle=settled)
-    return {"capacity_per_second": full["accepted_per_second"], "rate": rate, "half": half}
+    # What the generator, the network and the scheduler take of it.
+    with Bare(tools) as server:
+        bare = load.run(tools, server, open_loop, seconds)
+    return {"capacity_per_second": full["accepted_per_second"], "rate": rate, "half": half, "bare": bare}

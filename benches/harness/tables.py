@@ -116,6 +116,8 @@ def durable(result):
         f"(p50 / p99 / p99.9). An fdatasync of one capture's {result['bytes_per_capture']:,} bytes takes "
         f"{percentiles(sync)} ms: the p99 is {latency['p99'] / sync['p50']:.1f} of its medians."
     )
+    if bare := half.get("bare"):
+        lines[-1] += f" A bare tonic server answers after {percentiles(bare['latency_ms'])} ms at the same rate."
     return lines
 
 

@@ -9,12 +9,11 @@ use std::{
 };
 
 use futures_util::{Stream, StreamExt};
-use tokio_stream::wrappers::TcpListenerStream;
 use tonic::{
     Request, Response, Status, Streaming,
     body::Body,
     server::{Grpc, NamedService, StreamingService, UnaryService},
-    transport::Server,
+    transport::{Server, server::TcpIncoming},
 };
 use tonic_prost::ProstCodec;
 use tower_service::Service;
@@ -105,7 +104,8 @@ pub(crate) async fn serve() -> serde_json::Value {
     println!("bare tonic server on {address}");
     Server::builder()
         .add_service(Bare)
-        .serve_with_incoming(TcpListenerStream::new(listener))
+        // What `serve` would set: without it answers wait for the peer's delayed ACKs.
+        .serve_with_incoming(TcpIncoming::from(listener).with_nodelay(Some(true)))
         .await
         .expect("serves");
     serde_json::Value::Null

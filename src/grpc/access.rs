@@ -17,7 +17,7 @@ use tracing::Instrument;
 
 use super::{
     Gate, Peer, RelayError, Throttle, Usage,
-    body::{Answering, CallGuards, Metered, discard},
+    body::{Answering, CallGuards, Metered},
     rpcs::{Need, method, need, streams_requests},
     spans,
     timer::CallTimer,
@@ -118,7 +118,6 @@ where
         let mut inner = std::mem::replace(&mut self.inner, next);
         let access = Arc::clone(&self.access);
         let method = method(request.uri().path());
-        let streams = streams_requests(request.uri().path());
         let span = spans::call(access.traces, method, request.headers());
         let timer = CallTimer::new(access.metrics.clone(), method, span.clone());
         let call = async move {
@@ -126,9 +125,6 @@ where
                 Ok(guards) => guards,
                 Err(error) => {
                     timer.end(error.code());
-                    if error.code() == Code::ResourceExhausted && !streams {
-                        discard(request.into_body());
-                    }
                     return Ok(Status::from(error).into_http());
                 }
             };

@@ -5,12 +5,10 @@ use std::{
     pin::Pin,
     sync::{Arc, Mutex, PoisonError},
     task::{Context, Poll, ready},
-    time::Duration,
 };
 
 use bytes::Bytes;
 use http_body::{Body as HttpBody, Frame, SizeHint};
-use http_body_util::BodyExt;
 use tokio::sync::OwnedSemaphorePermit;
 use tokio_util::sync::PollSemaphore;
 use tonic::{Status, body::Body};
@@ -166,30 +164,6 @@ impl HttpBody for Metered {
 
 fn data_of(frame: &Option<Result<Frame<Bytes>, Status>>) -> Option<&Bytes> {
     frame.as_ref()?.as_ref().ok()?.data_ref()
-}
-
-/// What is read of a refused call at the most, in bytes, and for how long.
-const MAX_DISCARDED_BYTES: usize = 1024 * 1024;
-const DISCARD_WAIT: Duration = Duration::from_secs(5);
-
-/// Drops what a refused caller sends still. Its stream would be reset otherwise, and a
-/// connection with many streams that were reset while their frames came is closed.
-pub(super) fn discard(mut body: Body) {
-    if body.is_end_stream() {
-        return;
-    }
-    let read = async move {
-        let mut left = MAX_DISCARDED_BYTES;
-        while let Some(Ok(frame)) = body.frame().await {
-            let bytes = frame.data_ref().map_or(0, Bytes::len);
-            let Some(rest) = left.checked_sub(bytes) else {
-                return;
-            };
-            left = rest;
-        }
-    };
-    // As many at once as there may be streams.
-    tokio::spawn(tokio::time::timeout(DISCARD_WAIT, read));
 }
 
 /// Follows the messages in a stream's bytes: a flag, a length of four bytes, the

@@ -10,7 +10,8 @@
 //!   all captures in the overlay go into the database in one transaction (a flush).
 //!   The segment is free then. So a capture that is delivered at once goes into the
 //!   database as one small row, and its payload never does.
-//! - Whoever looks for a capture looks into the overlay first, then into the database.
+//! - Whoever looks for a capture looks into the overlay first, then into the database. A
+//!   new one is not looked for: a `filter` in memory knows that it is new.
 //! - All else is done by `writer` in the database; what touches captures that may be
 //!   in the overlay is done alone, after a flush.
 //! - At a start the journal is read, and put into the database.

@@ -161,6 +161,46 @@ async fn a_callers_calls_at_once_are_bounded_until_their_answers_have_left() {
 }
 
 #[tokio::test]
+async fn calls_beyond_the_bound_are_refused_without_harm_to_their_connection() {
+    let world = World::with("[server]\nmax_calls_in_flight = 1\n").await;
+    world.create(acme()).await;
+    world.misbehave(Rule {
+        status: Some(503),
+        ..Rule::default()
+    });
+    let waiting = CaptureBatchRequest {
+        wait_for: WaitFor::Delivered.into(),
+        ..batch(0, 1)
+    };
+    let mut relay = world.relay();
+    let mut first = relay.clone();
+    let held = tokio::spawn(async move { first.capture_batch(waiting).await });
+    let tried = world
+        .sandbox
+        .wait_for(|stats| stats.requests > 0, PATIENCE)
+        .await;
+    tried.expect("the first holds the only place");
+    // Their streams are reset while their bodies come, more often than h2 lets a connection
+    // reset streams for faults of its peer (1,024).
+    let request = batch(1, 500);
+    for _ in 0..16 {
+        let calls = (0..80).map(|_| {
+            let (mut relay, request) = (relay.clone(), request.clone());
+            async move { relay.capture_batch(request).await }
+        });
+        for refused in futures_util::future::join_all(calls).await {
+            let refused = refused.expect_err("no place");
+            assert_eq!(reason(&refused), "TOO_MANY_CALLS", "{refused:?}");
+            wait(&refused);
+        }
+    }
+    world.behave();
+    held.await.expect("no panic").expect("delivered");
+    relay.capture_batch(batch(1, 500)).await.expect("accepted");
+    world.stop().await;
+}
+
+#[tokio::test]
 async fn all_requests_together_take_no_more_memory_than_they_may() {
     let world = World::with(
         "[server]\nmax_message_bytes = 1048576\n[limits]\nrequest_bytes_in_flight = 1048576\n",

@@ -11,7 +11,11 @@ use super::{
     wire::{StoreError, ToStore},
 };
 use crate::{
-    outbox::{OutboxError, record, sealing::Sealing, sqlite::export::{Exported, StoredPayload}},
+    outbox::{
+        OutboxError, record,
+        sealing::Sealing,
+        sqlite::export::{Exported, StoredPayload},
+    },
     status::{CaptureRecord, State},
     time::UnixMillis,
     vault::Vault,

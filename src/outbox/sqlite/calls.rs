@@ -29,7 +29,7 @@ use crate::{
 impl SqliteOutbox {
     /// The answers where there is no room for any of these captures and none of them is
     /// known: so refusals take nothing from what is accepted, and wait for no sync.
-    fn refused_at_once(&self, captures: &[NewCapture]) -> Option<Vec<Submitted>> {
+    pub(super) fn refused_at_once(&self, captures: &[NewCapture]) -> Option<Vec<Submitted>> {
         if !self.shared.is_full() {
             return None;
         }

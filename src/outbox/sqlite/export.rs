@@ -234,8 +234,7 @@ impl Export {
     }
 
     fn dead(&self, sequence: i64) -> rusqlite::Result<Vec<(EventType, UnixMillis, StoredPayload)>> {
-        const SQL: &str =
-            "SELECT event, millis, payload, payload_crc FROM dead_letter WHERE sequence = ?1 ORDER BY id";
+        const SQL: &str = "SELECT event, millis, payload, payload_crc FROM dead_letter WHERE sequence = ?1 ORDER BY id";
         let mut statement = self.connection.prepare_cached(SQL)?;
         let rows = statement.query_map(params![sequence], |row| {
             let event = super::selection::event_of(row.get(0)?);

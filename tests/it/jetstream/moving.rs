@@ -9,9 +9,9 @@ use std::{
 };
 
 use segment_relay::proto::{
-    Capture, CaptureBatchRequest, DeliveryReason, DeliveryState,
-    GetCaptureRequest, ListDeadLettersRequest, WaitFor,
-    dead_letter_service_client::DeadLetterServiceClient, segment_relay_client::SegmentRelayClient,
+    Capture, CaptureBatchRequest, DeliveryReason, DeliveryState, GetCaptureRequest,
+    ListDeadLettersRequest, WaitFor, dead_letter_service_client::DeadLetterServiceClient,
+    segment_relay_client::SegmentRelayClient,
 };
 use tonic::transport::Channel;
 

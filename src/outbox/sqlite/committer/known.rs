@@ -182,3 +182,80 @@ fn read_all(database: &Path, filter: &Filter, stop: &AtomicBool) -> rusqlite::Re
     }
     Ok(found)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn waits_for(known: &mut Known) {
+        while known
+            .filling
+            .as_ref()
+            .is_some_and(|it| !it.thread.is_finished())
+        {
+            thread::yield_now();
+        }
+        known.tend(|| 0);
+    }
+
+    fn key(number: u64) -> Key {
+        Key::from(number.wrapping_mul(0x9e37_79b9_7f4a_7c15))
+    }
+
+    #[test]
+    fn ids_of_the_database_are_known_also_while_and_after_a_filter_is_filled() {
+        let directory = tempfile::tempdir().expect("a directory");
+        let database = directory.path().join("relay.db");
+        let writing = schema::open_for_writing(directory.path(), &database).expect("made");
+        let insert = |number: u64| {
+            let row = params![stored_key(key(number)), number];
+            writing.execute("INSERT INTO capture_key VALUES (?1, ?2)", row)
+        };
+        // More than one piece.
+        let stored = PIECE as u64 + 100;
+        writing.execute_batch("BEGIN").expect("begun");
+        for number in 0..stored {
+            insert(number).expect("stored");
+        }
+        writing.execute_batch("COMMIT").expect("stored");
+
+        let shared = Arc::new(Shared::default());
+        let mut known = Known::new(database, Arc::clone(&shared), stored);
+        assert!(known.may_hold(key(stored + 1)), "nothing is ruled out yet");
+        known.add(key(stored));
+        waits_for(&mut known);
+        assert!(shared.filter().is_some());
+        assert!((0..=stored).all(|number| known.may_hold(key(number))));
+        let ruled_out = |known: &Known| {
+            let unknown = stored + 10..stored + 1_010;
+            unknown
+                .filter(|number| !known.may_hold(key(*number)))
+                .count()
+        };
+        assert!(ruled_out(&known) > 900);
+
+        // A full one is replaced; until then it serves.
+        insert(stored).expect("stored");
+        known.room = 0;
+        known.tend(|| stored);
+        assert!(known.filling.is_some());
+        known.add(key(stored + 1));
+        assert!((0..stored + 2).all(|number| known.may_hold(key(number))));
+        waits_for(&mut known);
+        assert!(known.filling.is_none());
+        assert!((0..stored + 2).all(|number| known.may_hold(key(number))));
+        assert!(ruled_out(&known) > 900);
+        assert_eq!(known.keys, stored + 2);
+        known.end();
+    }
+
+    #[test]
+    fn a_database_that_cannot_be_read_rules_nothing_out() {
+        let nowhere = PathBuf::from("/nowhere/relay.db");
+        let mut known = Known::new(nowhere, Arc::new(Shared::default()), 5);
+        waits_for(&mut known);
+        assert!(known.may_hold(key(1)));
+        assert!(known.filling.is_none(), "tried again later");
+        known.end();
+    }
+}
