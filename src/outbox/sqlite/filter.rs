@@ -12,8 +12,8 @@ const BLOCK_KEYS: u64 = 64;
 const PROBES: u32 = 6;
 /// Bits that choose a bit of a block.
 const PLACE_BITS: u32 = 9;
-/// Room for 131,072 ids, in 128 KiB.
-const MIN_BLOCKS: u64 = 2_048;
+/// Room for a million ids, in 1 MiB.
+const MIN_BLOCKS: u64 = 16_384;
 /// Room for 33 million ids, in 32 MiB. With more it only lets more unknown ones through.
 const MAX_BLOCKS: u64 = 524_288;
 
@@ -84,7 +84,7 @@ mod tests {
     fn what_was_added_is_always_found_and_of_the_others_few() {
         let filter = Filter::with_room_for(0);
         let room = i64::try_from(filter.room()).expect("small");
-        assert_eq!(room, 131_072);
+        assert_eq!(room, 1_048_576);
         for number in 0..room {
             filter.add(key(number));
         }
@@ -96,7 +96,7 @@ mod tests {
 
     #[test]
     fn its_size_is_bounded() {
-        assert_eq!(Filter::with_room_for(200_000).room(), 262_144);
+        assert_eq!(Filter::with_room_for(2_000_000).room(), 2_097_152);
         assert_eq!(Filter::with_room_for(u64::MAX).room(), 33_554_432);
     }
 }

@@ -22,6 +22,8 @@ use crate::outbox::sqlite::{
 
 /// Ids that are read at once, so that no snapshot keeps SQLite's log long.
 const PIECE: usize = 20_000;
+/// Memory for pages while they are read, in KiB.
+const CACHE_KIB: i64 = 1_024;
 /// Wait after the database could not be read.
 const RETRY: Duration = Duration::from_secs(10);
 
@@ -165,6 +167,8 @@ fn read_all(database: &Path, filter: &Filter, stop: &AtomicBool) -> rusqlite::Re
         SELECT key, sequence FROM capture_key WHERE (key, sequence) > (?1, ?2)
         ORDER BY key, sequence LIMIT ?3";
     let connection = schema::open_for_reading(database)?;
+    // Each page is read once.
+    connection.pragma_update(None, "cache_size", -CACHE_KIB)?;
     let mut statement = connection.prepare(SQL)?;
     let (mut after, mut found) = ((i64::MIN, i64::MIN), 0);
     while !stop.load(Ordering::Relaxed) {
