@@ -1,6 +1,9 @@
 //! What every outbox has to do, as one suite for all implementations:
 //! `conformance::suite!(rig)` in an implementation's tests runs it.
 
+mod dead_letters;
+mod privacy;
+
 use std::{sync::Arc, time::Duration};
 
 use sha2::{Digest, Sha256};
@@ -20,6 +23,12 @@ use crate::{
     time::UnixMillis,
     trace::TraceLink,
 };
+
+pub(crate) use dead_letters::{
+    dead_letters_are_listed_replayed_behind_live_captures_and_discarded,
+    dead_letters_keep_their_payload_and_delivered_events_do_not,
+};
+pub(crate) use privacy::a_persons_data_is_erased_and_nobody_elses;
 
 /// Bounds with which the suite opens an outbox.
 pub(crate) const LIMITS: Limits = Limits {
@@ -279,31 +288,6 @@ pub(crate) async fn a_lease_keeps_to_its_bytes_but_always_makes_progress(rig: &i
     outbox.close().await;
 }
 
-pub(crate) async fn dead_letters_keep_their_payload_and_delivered_events_do_not(rig: &impl Rig) {
-    let outbox = rig.open().await;
-    let outbox = outbox.as_ref();
-    submit_one(outbox, "acme", "a").await;
-    let leased = lease(outbox, "acme", 10).await;
-    settle(outbox, leased.clone(), |_, event| match event {
-        EventType::Identify => Outcome::Delivered,
-        EventType::Track => Outcome::DeadLetter {
-            reason: DeliveryReason::PayloadRejected,
-        },
-    })
-    .await;
-    // A late answer to the same lease changes nothing.
-    settle(outbox, leased, |_, _| Outcome::Delivered).await;
-    let found = outbox
-        .find(&id("acme"), "a")
-        .await
-        .expect("read")
-        .expect("remembered");
-    assert!(matches!(found.track.state, State::DeadLettered { .. }));
-    assert_eq!(found.identify.attempt_count, 1);
-    assert_eq!(outbox.backlog(&id("acme")).await, Ok(Backlog::default()));
-    outbox.close().await;
-}
-
 pub(crate) async fn bounds_refuse_whole_captures_and_a_delivery_makes_room(rig: &impl Rig) {
     let outbox = rig.open().await;
     let outbox = outbox.as_ref();
@@ -366,73 +350,6 @@ pub(crate) async fn waiting_callers_and_watchers_hear_of_what_is_durable(rig: &i
     ));
 }
 
-pub(crate) async fn dead_letters_are_listed_replayed_behind_live_captures_and_discarded(
-    rig: &impl Rig,
-) {
-    let outbox = rig.open().await;
-    let outbox = outbox.as_ref();
-    let all = || Selection::Filter(DeadLetterFilter::default());
-    submit_one(outbox, "acme", "a").await;
-    submit_one(outbox, "acme", "b").await;
-    let reason = DeliveryReason::RequestRejected;
-    let leased = lease(outbox, "acme", 10).await;
-    settle(outbox, leased, |_, _| Outcome::DeadLetter { reason }).await;
-    let letters = outbox
-        .dead_letters(DeadLetterFilter::default(), 0, 10)
-        .await
-        .expect("listed");
-    let names: Vec<_> = letters
-        .iter()
-        .map(|l| (l.record.capture_id.as_str(), l.event.name()))
-        .collect();
-    assert_eq!(
-        names,
-        [
-            ("a", "identify"),
-            ("a", "track"),
-            ("b", "identify"),
-            ("b", "track")
-        ]
-    );
-    let after = outbox
-        .dead_letters(DeadLetterFilter::default(), letters[1].id, 1)
-        .await;
-    assert_eq!(after.expect("listed"), letters[2..3]);
-    let other = DeadLetterFilter {
-        reason: Some(DeliveryReason::Expired),
-        ..Default::default()
-    };
-    assert_eq!(outbox.dead_letters(other, 0, 10).await, Ok(Vec::new()));
-    let count = outbox
-        .count_dead_letters(all(), UnixMillis(NOW.0 + 1))
-        .await
-        .expect("counted");
-    assert_eq!((count.events, count.older), (4, 4));
-
-    submit_one(outbox, "acme", "live").await;
-    let first = Selection::Ids {
-        ids: vec![letters[0].id, letters[1].id],
-        integrations: None,
-    };
-    assert_eq!(outbox.replay(first, NOW).await, Ok(Ok(2)));
-    let leased = lease(outbox, "acme", 10).await;
-    assert_eq!(ids(&leased), ["live", "a"]);
-    assert_eq!(leased[1].record.identify.state, State::Queued);
-    assert_eq!(
-        leased[1].identify.as_deref(),
-        Some(&b"{\"identify\":\"a\"}"[..])
-    );
-    assert_eq!(outbox.discard(all()).await, Ok(2));
-    assert_eq!(outbox.discard(all()).await, Ok(0));
-    assert_eq!(
-        outbox
-            .dead_letters(DeadLetterFilter::default(), 0, 10)
-            .await,
-        Ok(Vec::new())
-    );
-    outbox.close().await;
-}
-
 pub(crate) async fn integrations_are_kept(rig: &impl Rig) {
     let spec = |id: &str, name: &str| crate::proto::Integration {
         integration_id: id.into(),
@@ -462,92 +379,6 @@ pub(crate) async fn integrations_are_kept(rig: &impl Rig) {
 }
 
 /// Erases all that is found of a person.
-async fn erase(outbox: &dyn Outbox, subject: SubjectQuery) -> ErasureReceipt {
-    let found = outbox.find_subject(subject.clone()).await.expect("found");
-    let erasure = Erasure {
-        subject,
-        captures: found.captures,
-        receipt: ErasureReceipt::default(),
-    };
-    outbox.erase(erasure).await.expect("erased")
-}
-
-pub(crate) async fn a_persons_data_is_erased_and_nobody_elses(rig: &impl Rig) {
-    let outbox = rig.open().await;
-    for capture in ["delivered", "dead", "ann-1", "ann-2", "bob-1"] {
-        let person = NewCapture {
-            user_id: Some(user_of(if capture == "bob-1" { "bob" } else { "ann" })),
-            ..new_capture("acme", capture, 0)
-        };
-        submit(&*outbox, vec![person]).await;
-    }
-    submit(&*outbox, vec![new_capture("other", "ann-1", 0)]).await;
-    let leased = lease(&*outbox, "acme", 4).await;
-    settle(&*outbox, leased, |capture, _| match capture {
-        "dead" => Outcome::DeadLetter {
-            reason: DeliveryReason::Expired,
-        },
-        _ => Outcome::Delivered,
-    })
-    .await;
-    let ann = SubjectQuery {
-        user_ids: vec![user_of("nobody"), user_of("ann")],
-        integration_id: Some(id("acme")),
-    };
-    let found = outbox.find_subject(ann.clone()).await.expect("found");
-    assert_eq!((found.captures.len(), found.lanes), (4, vec![lane("acme")]));
-    // Leased before, settled after: the request was on its way.
-    let in_flight = lease(&*outbox, "acme", 2).await;
-    assert_eq!(ids(&in_flight), ["ann-1"]);
-    let receipt = erase(&*outbox, ann.clone()).await;
-    assert_eq!(receipt.waiting_event_count, 4);
-    assert_eq!(receipt.dead_letter_count, 2);
-    assert_eq!(receipt.payload_count, 6);
-    assert_eq!(receipt.attempt_count, 2);
-    settle(&*outbox, in_flight, |_, _| Outcome::Delivered).await;
-
-    let outbox = {
-        outbox.close().await;
-        rig.open().await
-    };
-    let state = |record: &CaptureRecord| record.identify.state;
-    let find = async |name: &str, capture: &str| {
-        let found = outbox.find(&id(name), capture).await.expect("read");
-        found.expect("its id is kept")
-    };
-    let erased = State::Skipped {
-        reason: DeliveryReason::Erased,
-    };
-    for capture in ["dead", "ann-1", "ann-2"] {
-        assert_eq!(state(&find("acme", capture).await), erased, "{capture}");
-    }
-    let delivered = find("acme", "delivered").await;
-    assert!(matches!(state(&delivered), State::Delivered { .. }));
-    assert_eq!(delivered.attempts, []);
-    assert_eq!(state(&find("other", "ann-1").await), State::Queued);
-    assert_eq!(ids(&lease(&*outbox, "acme", 10).await), ["bob-1"]);
-    let backlog = outbox.backlog(&id("acme")).await.expect("counted");
-    assert_eq!(backlog.events, 2);
-    let letters = outbox.dead_letters(DeadLetterFilter::default(), 0, 10);
-    assert_eq!(letters.await, Ok(Vec::new()));
-    // A repetition does not bring the data back.
-    let again = NewCapture {
-        user_id: Some(user_of("ann")),
-        ..new_capture("acme", "ann-2", 0)
-    };
-    let again = submit(&*outbox, vec![again]).await;
-    assert!(matches!(&again[0], Submitted::Duplicate(record) if state(record) == erased));
-
-    let second = erase(&*outbox, ann).await;
-    assert_eq!((second.waiting_event_count, second.attempt_count), (0, 0));
-    let receipts = outbox.erasure_receipts(None, 10).await.expect("read");
-    assert_eq!(receipts, [second, receipt.clone()]);
-    let before = receipts[0].receipt_id.parse().ok();
-    let older = outbox.erasure_receipts(before, 10).await;
-    assert_eq!(older, Ok(vec![receipt]));
-    outbox.close().await;
-}
-
 pub(crate) async fn notices_are_kept_in_order_until_they_are_done(rig: &impl Rig) {
     let outbox = rig.open().await;
     let notice =
