@@ -14,7 +14,7 @@ use tracing::{Instrument, Span};
 
 use super::{
     RelayError, Services,
-    accept::{accepted, capture_result, describe, echo_id, tally},
+    accept::{accepted, capture_result, describe, echo_id, malformed, tally},
     gate::Place,
     spans,
     usage::units,
@@ -53,8 +53,8 @@ pub(super) fn serve(
     ReceiverStream::new(receiver)
 }
 
-/// Ends when the client has ended its side and has all results, when it has
-/// gone, or when the relay drains.
+/// Ends when the client has ended its side and has all results, when it has sent what is no
+/// request or has gone, or when the relay drains.
 async fn run(
     services: Services,
     caller: Arc<Caller>,
@@ -68,7 +68,8 @@ async fn run(
     // The next one, which waits for room.
     let mut next: Option<CaptureStreamRequest> = None;
     let mut reading = true;
-    let mut draining = false;
+    // With what the stream ends once all that was taken is answered.
+    let mut end: Option<Status> = None;
     while reading || next.is_some() || !in_flight.is_empty() {
         tokio::select! {
             Some(result) = in_flight.next(), if !in_flight.is_empty() => {
@@ -77,7 +78,7 @@ async fn run(
                 }
             }
             () = services.gate.draining(), if reading => {
-                (reading, draining) = (false, true);
+                (reading, end) = (false, Some(RelayError::Draining.into()));
             }
             held = room_for(&mut room, next.as_ref()), if next.is_some() => {
                 if let Some(request) = next.take() {
@@ -85,8 +86,7 @@ async fn run(
                     let submitted = submit(&services, &caller, request, held);
                     match submitted.instrument(span.clone()).await {
                         Ok(submitted) => in_flight.push(submitted.result().instrument(span)),
-                        // As with bytes that are no request: what was taken is stored.
-                        Err(_) => return,
+                        Err(bad) => (reading, end) = (false, Some(malformed(bad))),
                     }
                 }
             }
@@ -96,15 +96,15 @@ async fn run(
                 match request {
                     Ok(Some(request)) => next = Some(request),
                     Ok(None) => reading = false,
-                    // What was taken is stored; there is nobody to tell.
-                    Err(_) => return,
+                    // Bytes that are no request, or a caller who has gone.
+                    Err(status) => (reading, end) = (false, Some(status)),
                 }
             }
         }
     }
-    if draining {
+    if let Some(status) = end {
         // An error says that the client has gone.
-        let _ = results.send(Err(RelayError::Draining.into())).await;
+        let _ = results.send(Err(status)).await;
     }
 }
 

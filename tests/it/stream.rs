@@ -145,3 +145,90 @@ async fn a_drain_answers_what_was_taken_and_ends_the_stream() {
     drop(sender);
     world.stop().await;
 }
+
+/// A request of an rpc that takes captures, of which the capture's bytes are no capture.
+mod malformed {
+    use bytes::Bytes;
+    use http::uri::PathAndQuery;
+    use prost::Message;
+    use segment_relay::proto::raw;
+    use tonic::{Request, client::Grpc};
+    use tonic_prost::ProstCodec;
+
+    use super::*;
+
+    /// A text that is not UTF-8, as the address.
+    const BAD: &[u8] = &[0x12, 2, 0xff, 0xfe];
+
+    async fn unary<M: Message + Default + 'static>(world: &World, rpc: &str, request: M) -> Status {
+        let mut client = Grpc::new(world.channel.clone());
+        client.ready().await.expect("connected");
+        let path = PathAndQuery::try_from(format!("/jebbit.segmentrelay.v1.SegmentRelay/{rpc}"));
+        let codec = ProstCodec::<M, CaptureStreamResponse>::default();
+        let answer = client.unary(Request::new(request), path.expect("a path"), codec);
+        answer.await.expect_err("refused")
+    }
+
+    #[tokio::test]
+    async fn bytes_that_are_no_capture_are_refused_and_change_nothing() {
+        let world = World::start().await;
+        world.create(acme()).await;
+        let capture = raw::CaptureRequest {
+            integration_id: "acme".into(),
+            capture: vec![Bytes::from_static(BAD)],
+            wait_for: 0,
+        };
+        let batch = raw::CaptureBatchRequest {
+            integration_id: "acme".into(),
+            captures: vec![numbered(1).encode_to_vec().into(), Bytes::from_static(BAD)],
+            wait_for: 0,
+        };
+        for refused in [
+            unary(&world, "Capture", capture).await,
+            unary(&world, "CaptureBatch", batch).await,
+        ] {
+            assert_eq!(refused.code(), Code::Internal, "{refused:?}");
+            assert!(refused.message().contains("Capture"), "{refused:?}");
+        }
+        assert!(
+            world.status("capture-1").await.is_err(),
+            "nothing is stored"
+        );
+        world.stop().await;
+    }
+
+    #[tokio::test]
+    async fn a_stream_answers_what_came_before_and_says_why_it_ends() {
+        let world = World::start().await;
+        world.create(acme()).await;
+        let mut requests: Vec<_> = (0..3)
+            .map(|number| raw::CaptureStreamRequest {
+                correlation_id: format!("mark-{number}"),
+                integration_id: "acme".into(),
+                capture: vec![numbered(number).encode_to_vec().into()],
+            })
+            .collect();
+        requests[2].capture = vec![Bytes::from_static(BAD)];
+        let mut client = Grpc::new(world.channel.clone());
+        client.ready().await.expect("connected");
+        let path = "/jebbit.segmentrelay.v1.SegmentRelay/CaptureStream";
+        let mut answers = client
+            .streaming(
+                Request::new(tokio_stream::iter(requests)),
+                PathAndQuery::from_static(path),
+                ProstCodec::<raw::CaptureStreamRequest, CaptureStreamResponse>::default(),
+            )
+            .await
+            .expect("opened")
+            .into_inner();
+        let (results, status) = collect(&mut answers).await;
+        let status = status.expect("an error");
+        assert_eq!(status.code(), Code::Internal, "{status:?}");
+        let answered: HashSet<_> = results
+            .iter()
+            .map(|answer| answer.correlation_id.as_str())
+            .collect();
+        assert_eq!(answered, HashSet::from(["mark-0", "mark-1"]));
+        world.stop().await;
+    }
+}
