@@ -9,7 +9,7 @@ use segment_relay::proto::{
 use segment_relay::sandbox::Rule;
 use serde_json::Value;
 
-use crate::harness::{PATIENCE, World, acme, numbered};
+use crate::harness::{World, acme, numbered};
 
 /// The integrations or callers of the audit's entries of one action.
 fn noted(path: &std::path::Path, action: &str) -> Vec<String> {
@@ -70,11 +70,7 @@ async fn an_erasure_whose_caller_has_gone_is_carried_out_and_noted() {
         ..Rule::default()
     });
     world.accept(numbered(1)).await;
-    let begun = world
-        .sandbox
-        .wait_for(|stats| stats.requests_in_flight == 1, PATIENCE)
-        .await;
-    begun.expect("on its way");
+    world.request_under_way().await;
     let request = EraseSubjectRequest {
         subject: Some(Subject::Email("person-1@example.com".into())),
         integration_id: "acme".into(),

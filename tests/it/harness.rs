@@ -200,6 +200,15 @@ impl World {
             .expect("accepted")
     }
 
+    /// Waits until a request to Segment is under way.
+    pub(crate) async fn request_under_way(&self) {
+        let begun = self
+            .sandbox
+            .wait_for(|stats| stats.requests_in_flight == 1, PATIENCE)
+            .await;
+        begun.expect("a request is under way");
+    }
+
     pub(crate) async fn accept(&self, capture: Capture) -> CaptureResult {
         self.capture(capture, WaitFor::Accepted)
             .await

@@ -35,6 +35,7 @@ mod privacy;
 mod process;
 mod receiver;
 mod scan;
+mod scopes;
 mod secrets;
 mod services;
 mod stream;

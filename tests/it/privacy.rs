@@ -13,7 +13,7 @@ use segment_relay::{
 };
 use tonic::Code;
 
-use crate::harness::{PATIENCE, World, acme, credential, numbered, states, violations};
+use crate::harness::{World, acme, credential, numbered, states, violations};
 
 async fn erase(world: &World, subject: Subject, integration: &str) -> ErasureReceipt {
     let request = EraseSubjectRequest {
@@ -104,11 +104,7 @@ async fn an_erasure_waits_for_the_request_that_carries_the_events() {
         ..Rule::default()
     });
     world.accept(numbered(1)).await;
-    let begun = world
-        .sandbox
-        .wait_for(|stats| stats.requests_in_flight == 1, PATIENCE)
-        .await;
-    begun.expect("on its way");
+    world.request_under_way().await;
     let receipt = erase(&world, email(1), "acme").await;
     // It was delivered: nothing of it waited any more.
     assert_eq!(receipt.waiting_event_count, 0);
@@ -214,11 +210,7 @@ async fn a_replay_brings_nothing_back_while_a_person_is_erased() {
     ];
     world.sandbox.set_rules(rules).expect("fine rules");
     world.accept(numbered(1)).await;
-    let begun = world
-        .sandbox
-        .wait_for(|stats| stats.requests_in_flight == 1, PATIENCE)
-        .await;
-    begun.expect("on its way");
+    world.request_under_way().await;
     let erasure = erase(&world, email(1), "");
     let replay = async {
         // The erasure waits for the request by now.

@@ -15,7 +15,7 @@ use crate::{
     auth::token,
     certificates::{Authority, Files},
     command::first_line,
-    harness::{PATIENCE, WRITE_KEY, World, acme, mapping, numbered, states, text},
+    harness::{WRITE_KEY, World, acme, mapping, numbered, states, text},
 };
 
 /// The files below a directory in which one of the texts stands.
@@ -133,11 +133,7 @@ async fn a_key_that_is_rotated_while_a_request_is_under_way_is_used_at_once() {
         ..Rule::default()
     });
     world.accept(numbered(1)).await;
-    let begun = world
-        .sandbox
-        .wait_for(|stats| stats.requests_in_flight == 1, PATIENCE)
-        .await;
-    begun.expect("on its way with the old key");
+    world.request_under_way().await;
     let mut rotated = acme();
     rotated.credentials[0].write_key = "write-key-of-acme-0002".into();
     let update = UpdateIntegrationRequest {
