@@ -2,7 +2,8 @@
 //! outbox: real processes on loopback, which share the machine with the load and the endpoint.
 //!
 //! `cargo bench --bench jetstream -- 100000` sends so many captures in each of the
-//! settings, in batches of 100. It needs nats-server as the tests do.
+//! settings, in batches of 100; words after it choose settings by their names. It needs
+//! nats-server as the tests do.
 
 #![allow(
     clippy::unwrap_used,
@@ -291,14 +292,25 @@ async fn measure(name: &str, captures: usize, servers: usize, relays: usize) {
 async fn main() {
     let captures = std::env::args().skip(1).find_map(|one| one.parse().ok());
     let captures = captures.unwrap_or(100_000);
-    measure("embedded, one relay", captures, 0, 1).await;
+    // Words choose the settings whose names have one of them.
+    let words: Vec<String> = std::env::args()
+        .skip(1)
+        .filter(|one| !one.starts_with('-') && one.parse::<u64>().is_err())
+        .collect();
+    let wanted = |name: &str| words.is_empty() || words.iter().any(|word| name.contains(word));
+    let embedded = "embedded, one relay";
+    if wanted(embedded) {
+        measure(embedded, captures, 0, 1).await;
+    }
     if nats_server::program().is_none() {
         return;
     }
     for (servers, word) in [(1, "one server"), (3, "three servers, three replicas")] {
         for relays in 1..=3 {
             let name = format!("{word}, {relays} relays");
-            measure(&name, captures, servers, relays).await;
+            if wanted(&name) {
+                measure(&name, captures, servers, relays).await;
+            }
         }
     }
 }

@@ -41,10 +41,13 @@
 //! when a later one fails; and a record is remembered from its last change on.
 
 mod calls;
+mod chunk;
 mod connect;
 mod counts;
 mod dead_letters;
 mod deleter;
+mod erase;
+mod find;
 mod import;
 mod intake;
 mod lanes;
@@ -54,12 +57,13 @@ mod message;
 mod names;
 mod news;
 mod open;
+mod outcomes;
+mod queue;
 mod replay;
 mod scout;
 mod sessions;
 mod settle;
 mod state;
-mod subjects;
 #[cfg(test)]
 mod tests;
 mod wire;

@@ -6,8 +6,9 @@ use tokio::sync::{oneshot, watch};
 
 use super::{
     JetStreamOutbox, Shared,
+    chunk::split,
     intake::{self, Submission},
-    message::{Waiting, decode},
+    message::{LaneRecord, decode},
     wire::unavailable,
 };
 use crate::{
@@ -83,27 +84,44 @@ impl Shared {
 
     async fn backlog_of(&self, id: &IntegrationId) -> Result<Backlog, OutboxError> {
         let mut backlog = Backlog::default();
-        let stream = self.layout.stream_of(id);
-        for (lane, queues) in self.waiting(Some(id)).await? {
-            let captures: u64 = queues.iter().sum();
-            if captures == 0 {
-                continue;
-            }
+        for (lane, captures) in self.waiting(Some(id)).await? {
             backlog.lanes += 1;
             backlog.events += captures * 2;
-            for queue in 0..2 {
-                let subject = self.layout.queue(&lane, queue);
-                let first = self.wire.read(&stream, &subject, 1, (1, 1 << 20)).await?;
-                let Some(first) = first.first() else { continue };
-                let first: Waiting = decode("capture", &first.payload)?;
-                let Some(stored) = first.record else { continue };
-                let time = stored.open(id)?.queue_time;
-                backlog.oldest = Some(backlog.oldest.map_or(time, |oldest| oldest.min(time)));
-            }
+            let time = self.oldest_of(&lane).await?;
+            backlog.oldest = match (backlog.oldest, time) {
+                (Some(one), Some(other)) => Some(one.min(other)),
+                (one, other) => one.or(other),
+            };
         }
         let captures = backlog.events as f64 / 2.0;
         backlog.bytes = (captures * self.counts.mean_bytes()) as u64;
         Ok(backlog)
+    }
+
+    /// When the first capture of a lane was queued.
+    async fn oldest_of(&self, lane: &LaneKey) -> Result<Option<UnixMillis>, OutboxError> {
+        let stream = self.layout.stream_of(&lane.integration_id);
+        let found = self.wire.last(&stream, &self.layout.lane(lane)).await?;
+        let record: LaneRecord = match found {
+            Some((stored, _)) => decode("lane", stored.payload)?,
+            None => LaneRecord::default(),
+        };
+        let replaced = self.replaced(lane).await?;
+        let mut oldest = None;
+        for queue in 0..2 {
+            let (sequence, index) = split(record.cursor(queue));
+            let from = (sequence.max(1), 1);
+            let read = self.read_queue(lane, queue, &replaced, from).await?;
+            let Some(first) = read.first() else { continue };
+            let skipped = if first.sequence == sequence { index } else { 0 };
+            let waiting = first.captures.get(skipped);
+            let Some(stored) = waiting.and_then(|one| one.record.as_ref()) else {
+                continue;
+            };
+            let time = stored.open(&lane.integration_id)?.queue_time;
+            oldest = Some(oldest.map_or(time, |oldest: UnixMillis| oldest.min(time)));
+        }
+        Ok(oldest)
     }
 
     async fn close(&self) {
@@ -176,9 +194,8 @@ impl Outbox for JetStreamOutbox {
 
     fn waiting_lanes(&self) -> BoxFuture<'_, Result<Vec<LaneKey>, OutboxError>> {
         open!(self.0, async {
-            let waiting = self.0.waiting(None).await?.into_iter();
-            let busy = waiting.filter(|(_, queues)| queues.iter().sum::<u64>() > 0);
-            let mut lanes: Vec<LaneKey> = busy.map(|(lane, _)| lane).collect();
+            let waiting = self.0.waiting(None).await?;
+            let mut lanes: Vec<LaneKey> = waiting.into_keys().collect();
             lanes.sort_unstable();
             Ok(lanes)
         })

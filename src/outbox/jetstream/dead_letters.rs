@@ -122,7 +122,7 @@ impl Shared {
             letters.push((
                 id,
                 stored.sequence,
-                decode::<Dead>("dead letter", &stored.payload)?,
+                decode::<Dead>("dead letter", stored.payload)?,
             ));
         }
         let subjects: HashSet<String> = letters
@@ -146,7 +146,7 @@ impl Shared {
             let Some(record) = records.get(&self.layout.record(&id, &dead.capture_id)) else {
                 continue;
             };
-            let stored: StoredRecord = decode("record", &record.payload)?;
+            let stored: StoredRecord = decode("record", record.payload.clone())?;
             let Some(event) = EventType::ALL
                 .into_iter()
                 .find(|one| one.to_proto() as i32 == dead.event)

@@ -6,11 +6,13 @@ use prost::Message;
 
 use super::{
     JetStreamError, NatsHandle,
+    chunk::{Packer, ToPack},
     message::{Dead, Payload, StoredRecord, Waiting, decode},
     state::StateStore,
     wire::{StoreError, ToStore},
 };
 use crate::{
+    event::EventType,
     outbox::{
         OutboxError, record,
         sealing::Sealing,
@@ -107,11 +109,11 @@ impl Import {
     ) -> Result<(), OutboxError> {
         let mut tries = 0;
         while !left.is_empty() {
-            let mut batch = Vec::new();
+            let mut packer = Packer::new(&self.handle.layout);
             for capture in &left {
-                batch.extend(self.messages(capture, now)?);
+                self.pack(&mut packer, capture, now)?;
             }
-            match self.handle.wire.store(batch).await {
+            match self.handle.wire.store(packer.finish()).await {
                 Ok(_) => {
                     imported
                         .moved
@@ -151,7 +153,7 @@ impl Import {
         {
             known.insert(
                 stored.subject,
-                decode::<StoredRecord>("record", &stored.payload)?,
+                decode::<StoredRecord>("record", stored.payload)?,
             );
         }
         for one in std::mem::take(left) {
@@ -172,11 +174,28 @@ impl Import {
         (self.origin ^ one.sequence.unsigned_abs()) | MOVED
     }
 
-    fn messages(&self, one: &Exported, now: UnixMillis) -> Result<Vec<ToStore>, OutboxError> {
+    /// Adds a capture, and its dead letters, to a batch.
+    fn pack(
+        &self,
+        packer: &mut Packer,
+        one: &Exported,
+        now: UnixMillis,
+    ) -> Result<(), OutboxError> {
         let layout = &self.handle.layout;
         let id = &one.integration_id;
         let record: CaptureRecord = record::decode(id.clone(), one.capture_id.clone(), &one.status)
             .map_err(|error| super::message::damaged("record", &error))?;
+        let fresh = |event| record.event(event).state == State::Queued;
+        let dead = |event| matches!(record.event(event).state, State::DeadLettered { .. });
+        let waiting = one.waiting.as_ref().zip(one.lane.clone());
+        let waiting = waiting.map(|(([identify, track], replayed), lane)| {
+            let payloads = Waiting {
+                record: None,
+                identify: identify.clone().map(Payload::from),
+                track: track.clone().map(Payload::from),
+            };
+            (lane, usize::from(*replayed), payloads)
+        });
         let stored = StoredRecord {
             capture_id: one.capture_id.clone(),
             digest: one.digest.clone(),
@@ -184,30 +203,19 @@ impl Import {
             subject: one.subject,
             mark: self.mark(one),
             shard: one.lane.as_ref().map(|lane| u32::from(lane.shard)),
-            queued_at: 0,
+            // One that was tried has a history that outcomes can't tell.
+            own: waiting.is_none() || !EventType::ALL.into_iter().all(fresh),
+            ..StoredRecord::default()
         };
-        let dead = |event| matches!(record.event(event).state, State::DeadLettered { .. });
-        let is_dead = crate::event::EventType::ALL.into_iter().any(dead);
+        let is_dead = EventType::ALL.into_iter().any(dead);
         let left = self.remember.saturating_sub(now.since(one.accept_time));
-        let mut messages = vec![ToStore {
-            subject: layout.record(id, &one.capture_id),
-            payload: stored.encode_to_vec().into(),
-            expected: Some(0),
+        packer.add(ToPack {
+            id: id.clone(),
+            stored,
+            expected: 0,
             keep: (!is_dead).then_some(left.max(Duration::from_secs(60))),
-        }];
-        if let (Some(([identify, track], replayed)), Some(lane)) = (&one.waiting, &one.lane) {
-            let waiting = Waiting {
-                record: Some(stored),
-                identify: identify.clone().map(Payload::from),
-                track: track.clone().map(Payload::from),
-            };
-            messages.push(ToStore {
-                subject: layout.queue(lane, usize::from(*replayed)),
-                payload: waiting.encode_to_vec().into(),
-                expected: None,
-                keep: None,
-            });
-        }
+            waiting,
+        });
         for (event, time, payload) in &one.dead {
             let letter = Dead {
                 capture_id: one.capture_id.clone(),
@@ -216,14 +224,14 @@ impl Import {
                 payload: Some(Payload::from(payload.clone())),
                 shard: one.lane.as_ref().map_or(0, |lane| u32::from(lane.shard)),
             };
-            messages.push(ToStore {
+            packer.add_message(ToStore {
                 subject: layout.dead(id, &one.capture_id, *event),
                 payload: letter.encode_to_vec().into(),
                 expected: None,
                 keep: None,
             });
         }
-        Ok(messages)
+        Ok(())
     }
 }
 
@@ -232,7 +240,7 @@ impl From<StoredPayload> for Payload {
     /// and not sent.
     fn from(stored: StoredPayload) -> Self {
         Self {
-            bytes: stored.bytes,
+            bytes: stored.bytes.into(),
             crc: stored.crc,
         }
     }

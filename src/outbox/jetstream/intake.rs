@@ -1,38 +1,38 @@
 //! Stores captures: those that arrive while a batch is under way share the next one.
 
+mod items;
+
 use std::{
-    collections::HashMap,
+    collections::{HashMap, HashSet},
     sync::Arc,
-    time::{Duration, Instant},
+    time::Instant,
 };
 
-use prost::Message;
 use tokio::sync::{mpsc, oneshot};
 
+use self::items::{Answered, Item, store};
 use super::{
     Shared,
-    message::{Payload, StoredRecord, Waiting, decode},
-    wire::{StoreError, ToStore},
+    message::{StoredRecord, decode},
+    outcomes::Version,
 };
 use crate::{
     integration::IntegrationId,
-    outbox::{Content, LaneKey, OutboxError, Quota, Submitted, record, sealing::SealedCapture},
-    status::{CaptureRecord, EventStatus, State},
+    outbox::{Content, LaneKey, OutboxError, Quota, Submitted, sealing::SealedCapture},
 };
 
-/// Captures of one batch: the servers take 1,000 messages, and each capture is two.
-pub(super) const BATCH_CAPTURES: usize = 450;
-/// Bytes of one batch, about.
+/// Captures and lanes of one batch: the servers take 1,000 messages, of which each capture
+/// is one, and each lane one for each 64 KiB at the most.
+pub(super) const BATCH_CAPTURES: usize = 900;
+/// Bytes of events of one batch, about.
 const BATCH_BYTES: usize = 4 * 1024 * 1024;
+/// Subjects that are asked for at once.
+const READ: usize = 500;
 /// Batches of a relay that are under way at once at a stream. Each integration has its place
 /// in one of them, so that its captures keep their order.
 const AT_ONCE: usize = 4;
 /// Submissions that wait; a full queue makes callers wait.
 const QUEUE: usize = 4_096;
-/// How long a batch without a clear answer is tried again.
-const TRY_FOR: Duration = Duration::from_secs(8);
-/// Wait before that.
-const TRY_AGAIN: Duration = Duration::from_millis(100);
 
 /// Captures to store, and who waits for the answer.
 pub(super) struct Submission {
@@ -67,17 +67,6 @@ struct Open {
     left: std::vec::IntoIter<SealedCapture>,
     done: Vec<Submitted>,
     reply: oneshot::Sender<Result<Vec<Submitted>, OutboxError>>,
-}
-
-/// A capture of the batch in the making.
-struct Item {
-    key: (IntegrationId, String),
-    digest: [u8; 16],
-    mark: u64,
-    record: CaptureRecord,
-    lane: Option<LaneKey>,
-    bytes: usize,
-    messages: Vec<ToStore>,
 }
 
 /// What becomes of a capture that was taken out of its submission.
@@ -153,9 +142,10 @@ fn collect(shared: &Shared, open: &mut [Open]) -> (Vec<Item>, Vec<(usize, Fate)>
     let (mut items, mut fates) = (Vec::<Item>::new(), Vec::new());
     let mut places: HashMap<(IntegrationId, String), usize> = HashMap::new();
     let mut own: HashMap<IntegrationId, u64> = HashMap::new();
+    let mut lanes: HashSet<LaneKey> = HashSet::new();
     let (mut all, mut bytes) = (0, 0);
     for (place, one) in open.iter_mut().enumerate() {
-        while items.len() < BATCH_CAPTURES && bytes < BATCH_BYTES {
+        while items.len() + lanes.len() < BATCH_CAPTURES && bytes < BATCH_BYTES {
             let Some(sealed) = one.left.next() else { break };
             let capture = &sealed.capture;
             let key = (capture.integration_id.clone(), capture.capture_id.clone());
@@ -172,217 +162,17 @@ fn collect(shared: &Shared, open: &mut [Open]) -> (Vec<Item>, Vec<(usize, Fate)>
                 }
                 (*more, all) = (*more + 1, all + 1);
             }
-            let item = prepare(shared, sealed);
+            let item = Item::new(sealed);
             bytes += item.bytes;
+            if let Some((lane, _)) = item.waiting.as_ref().filter(|one| !lanes.contains(&one.0)) {
+                lanes.insert(lane.clone());
+            }
             places.insert(key, items.len());
             fates.push((place, Fate::Item(items.len())));
             items.push(item);
         }
     }
     (items, fates)
-}
-
-fn prepare(shared: &Shared, sealed: SealedCapture) -> Item {
-    let SealedCapture { capture, subject } = sealed;
-    let state = match &capture.content {
-        Content::Send { .. } => State::Queued,
-        Content::Skip { reason } => State::Skipped { reason: *reason },
-    };
-    let record = CaptureRecord {
-        integration_id: capture.integration_id.clone(),
-        capture_id: capture.capture_id.clone(),
-        region: capture.region,
-        mapping_version: capture.mapping_version,
-        accept_time: capture.accept_time,
-        trace: capture.trace,
-        queue_time: capture.accept_time,
-        identify: EventStatus::new(state),
-        track: EventStatus::new(state),
-        attempts: Vec::new(),
-    };
-    let lane = match &capture.content {
-        Content::Skip { .. } => None,
-        Content::Send { shard, .. } => Some(LaneKey {
-            integration_id: capture.integration_id.clone(),
-            region: capture.region,
-            shard: *shard,
-        }),
-    };
-    let stored = StoredRecord {
-        capture_id: capture.capture_id.clone(),
-        digest: capture.digest.to_vec(),
-        status: record::encode(&record),
-        subject: subject.unwrap_or(0),
-        mark: fastrand::u64(1..),
-        shard: lane.as_ref().map(|lane| u32::from(lane.shard)),
-        queued_at: 0,
-    };
-    let mut messages = vec![ToStore {
-        subject: shared
-            .layout
-            .record(&record.integration_id, &record.capture_id),
-        payload: stored.encode_to_vec().into(),
-        expected: Some(0),
-        keep: Some(shared.options.remember),
-    }];
-    let mut bytes = 0;
-    let mark = stored.mark;
-    if let (Content::Send { events, .. }, Some(lane)) = (capture.content, &lane) {
-        bytes = events.identify.len() + events.track.len();
-        let waiting = Waiting {
-            record: Some(stored),
-            identify: Some(Payload::new(events.identify)),
-            track: Some(Payload::new(events.track)),
-        };
-        messages.push(ToStore {
-            subject: shared.layout.queue(lane, 0),
-            payload: waiting.encode_to_vec().into(),
-            expected: None,
-            keep: None,
-        });
-    }
-    Item {
-        key: (capture.integration_id, capture.capture_id),
-        digest: capture.digest,
-        mark,
-        record,
-        lane,
-        bytes,
-        messages,
-    }
-}
-
-/// What became of an item, what is stored, and the digest of that.
-struct Answered {
-    submitted: Submitted,
-    record: CaptureRecord,
-    digest: [u8; 16],
-}
-
-/// Stores the items, in as many tries as it takes to know what became of each.
-async fn store(
-    shared: &Shared,
-    stream: &str,
-    items: Vec<Item>,
-) -> Result<Vec<Answered>, OutboxError> {
-    let deadline = Instant::now() + TRY_FOR;
-    let mut answers: Vec<Option<Answered>> = items.iter().map(|_| None).collect();
-    let mut left: Vec<(usize, Item)> = items.into_iter().enumerate().collect();
-    while !left.is_empty() {
-        let batch = left
-            .iter()
-            .flat_map(|(_, item)| item.messages.iter().cloned())
-            .collect();
-        match shared.wire.store(batch).await {
-            Ok(_) => {
-                shared.signals.set_writable(true);
-                accepted(shared, &mut left, &mut answers).await;
-            }
-            Err(StoreError::Conflict) => {
-                if !find_known(shared, stream, &mut left, &mut answers).await? {
-                    if Instant::now() > deadline {
-                        return Err(StoreError::Conflict.into());
-                    }
-                    // Another relay stores one of them at this moment.
-                    tokio::time::sleep(Duration::from_millis(fastrand::u64(2..20))).await;
-                }
-            }
-            Err(error) => {
-                tracing::warn!(%error, "captures cannot be stored; trying again");
-                let unclear = matches!(error, StoreError::Unknown(_));
-                if Instant::now() > deadline || (!unclear && shared.closing.is_cancelled()) {
-                    shared.signals.set_writable(false);
-                    return Err(error.into());
-                }
-                tokio::time::sleep(TRY_AGAIN).await;
-            }
-        }
-    }
-    Ok(answers.into_iter().flatten().collect())
-}
-
-async fn accepted(
-    shared: &Shared,
-    left: &mut Vec<(usize, Item)>,
-    answers: &mut [Option<Answered>],
-) {
-    let mut lanes: HashMap<LaneKey, (u64, usize)> = HashMap::new();
-    let mut changes = Vec::new();
-    let watched = shared.signals.is_watched() || shared.sessions.others_watch();
-    for (place, item) in left.drain(..) {
-        if watched {
-            changes.push(item.record.clone());
-        }
-        if let Some(lane) = item.lane {
-            let sum = lanes.entry(lane).or_default();
-            *sum = (sum.0 + 1, sum.1 + item.bytes);
-        }
-        answers[place] = Some(Answered {
-            submitted: Submitted::Accepted(Arc::new(item.record.clone())),
-            record: item.record,
-            digest: item.digest,
-        });
-    }
-    for (lane, (captures, bytes)) in &lanes {
-        shared.counts.add(lane, *captures, *bytes);
-    }
-    let lanes: Vec<LaneKey> = lanes.into_keys().collect();
-    shared.announce_accepted(changes).await;
-    if !lanes.is_empty() {
-        shared.tell_lanes(&lanes).await;
-    }
-}
-
-/// Finds the items that are stored already. Returns whether there were any.
-async fn find_known(
-    shared: &Shared,
-    stream: &str,
-    left: &mut Vec<(usize, Item)>,
-    answers: &mut [Option<Answered>],
-) -> Result<bool, OutboxError> {
-    let subjects: Vec<String> = left
-        .iter()
-        .filter_map(|(_, item)| item.messages.first())
-        .map(|message| message.subject.clone())
-        .collect();
-    let mut known = HashMap::new();
-    for stored in shared.wire.last_of_each(stream, &subjects).await? {
-        known.insert(
-            stored.subject,
-            decode::<StoredRecord>("record", &stored.payload)?,
-        );
-    }
-    let mut own = Vec::new();
-    let mut still = Vec::new();
-    for (place, item) in left.drain(..) {
-        let subject = item.messages.first().map(|message| &message.subject);
-        let Some(stored) = subject.and_then(|subject| known.get(subject)) else {
-            still.push((place, item));
-            continue;
-        };
-        if stored.mark == item.mark {
-            // An earlier try whose answer was lost.
-            own.push((place, item));
-            continue;
-        }
-        let mut digest = [0; 16];
-        digest.copy_from_slice(stored.digest.get(..16).unwrap_or(&[0; 16]));
-        let record = stored.open(&item.key.0)?;
-        let submitted = if digest == item.digest && stored.capture_id == item.key.1 {
-            Submitted::Duplicate(Arc::new(record.clone()))
-        } else {
-            Submitted::Conflict
-        };
-        answers[place] = Some(Answered {
-            submitted,
-            record,
-            digest,
-        });
-    }
-    *left = still;
-    let any = !known.is_empty();
-    accepted(shared, &mut own, answers).await;
-    Ok(any)
 }
 
 /// Repetitions need no room: looks for them among those that found none.
@@ -399,25 +189,31 @@ async fn find_among_refused(
         }
     }
     let mut known = HashMap::new();
-    for some in subjects.chunks(BATCH_CAPTURES) {
+    for some in subjects.chunks(READ) {
         for stored in shared.wire.last_of_each(stream, some).await? {
-            known.insert(
-                stored.subject,
-                decode::<StoredRecord>("record", &stored.payload)?,
-            );
+            let record: StoredRecord = decode("record", stored.payload)?;
+            known.insert(stored.subject, (stored.sequence, record));
         }
     }
-    for (_, fate) in fates.iter_mut() {
+    let (mut places, mut repeated) = (Vec::new(), Vec::<Version>::new());
+    for (place, (_, fate)) in fates.iter_mut().enumerate() {
         let Fate::Full(quota, key, digest) = fate else {
             continue;
         };
-        *fate = Fate::Known(match known.get(&subject(key)) {
+        let submitted = match known.get(&subject(key)) {
             None => Submitted::Full(*quota),
-            Some(stored) if stored.digest == digest.as_slice() => {
-                Submitted::Duplicate(Arc::new(stored.open(&key.0)?))
+            Some((revision, stored)) if stored.digest == digest.as_slice() => {
+                places.push(place);
+                repeated.push((key.0.clone(), *revision, stored.clone()));
+                continue;
             }
             Some(_) => Submitted::Conflict,
-        });
+        };
+        *fate = Fate::Known(submitted);
+    }
+    let statuses = shared.statuses(&repeated).await?;
+    for (place, record) in places.into_iter().zip(statuses) {
+        fates[place].1 = Fate::Known(Submitted::Duplicate(Arc::new(record)));
     }
     Ok(())
 }

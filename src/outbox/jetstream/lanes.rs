@@ -13,6 +13,7 @@ use super::{
     Shared,
     message::{LaneRecord, StoredRecord, decode},
     names::{lane_token, parse_lane},
+    queue::Replaced,
     wire::{StoreError, ToStore, unavailable},
 };
 use crate::{
@@ -51,12 +52,18 @@ pub(super) struct Hold {
     pub(super) leased_at: Option<Instant>,
     /// Whether settled captures may still be in the queues.
     pub(super) unpurged: bool,
+    pub(super) replaced: Replaced,
+    /// Bytes of messages for each byte of events, as last read.
+    pub(super) packing: f64,
 }
 
 /// A waiting capture that was read.
 pub(super) struct Leased {
     pub(super) queue: usize,
-    pub(super) sequence: u64,
+    /// Where it waits.
+    pub(super) position: u64,
+    /// Where the next one does.
+    pub(super) next: u64,
     pub(super) stored: StoredRecord,
     pub(super) record: CaptureRecord,
     /// Of the record's last version.
@@ -159,6 +166,15 @@ impl Shared {
         Ok(false)
     }
 
+    /// Removes messages that others have taken the place of: whoever erased something may have died before.
+    async fn finish_erasures(&self, lane: &LaneKey, hold: &Hold) -> Result<(), OutboxError> {
+        let stream = self.layout.stream_of(&lane.integration_id);
+        for sequence in hold.replaced.iter().flatten() {
+            self.wire.delete(&stream, *sequence, true).await?;
+        }
+        Ok(())
+    }
+
     async fn ask_for(&self, lane: &LaneKey) {
         if let Some(own) = self.sessions.name() {
             let wanted = format!("{} {own}", lane_token(lane));
@@ -181,7 +197,7 @@ impl Shared {
         let found = self.wire.last(&stream, &subject).await?;
         let (before, mut record) = match &found {
             None => (0, LaneRecord::default()),
-            Some((stored, _)) => (stored.sequence, decode("lane", &stored.payload)?),
+            Some((stored, _)) => (stored.sequence, decode("lane", stored.payload.clone())?),
         };
         let Some(own) = self.sessions.own(self.guard()) else {
             return Err(unavailable("the session is not good for a request now"));
@@ -196,6 +212,7 @@ impl Shared {
         record.session = own;
         record.cursors.resize(2, 0);
         record.touched.resize(2, 0);
+        record.beyond.resize(2, 0);
         let stored = self.wire.store(vec![ToStore {
             subject: subject.clone(),
             payload: record.encode_to_vec().into(),
@@ -218,7 +235,10 @@ impl Shared {
             leased: Vec::new(),
             leased_at: None,
             unpurged: true,
+            replaced: self.replaced(lane).await?,
+            packing: 1.0,
         };
+        self.finish_erasures(lane, &hold).await?;
         Ok(Some(hold))
     }
 

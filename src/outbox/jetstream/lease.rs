@@ -10,19 +10,24 @@ use bytes::Bytes;
 
 use super::{
     Shared,
+    chunk::{position, split},
     lanes::{Hold, Leased},
-    message::{StoredRecord, Waiting, decode},
-    wire::{Stored, unavailable},
+    message::{Payload, StoredRecord, Waiting, decode},
+    queue::ReadChunk,
+    wire::unavailable,
 };
 use crate::{
     event::EventType,
     outbox::{LaneKey, LeaseBudget, LeasedCapture, OutboxError},
 };
 
-/// Captures of one read; also the most subjects that are asked for at once.
+/// Subjects that are asked for at once.
 const READ: usize = 500;
-/// What protobuf and encryption add to a capture's events, at the most.
-const OVERHEAD_BYTES: usize = 64 * 1024;
+/// What is read beyond a request's events: the part of the first message that does not wait any more.
+const MARGIN_BYTES: usize = 64 * 1024;
+/// Bytes that are read for each capture that is wanted, at the most: two events of the
+/// greatest size, and what is added to them.
+const CAPTURE_BYTES: usize = 72 * 1024;
 /// Tries to read from a replica that is up to date.
 const TRIES: u32 = 50;
 const TRY_AGAIN: Duration = Duration::from_millis(20);
@@ -84,13 +89,12 @@ impl Shared {
     async fn fill(
         &self,
         lane: &LaneKey,
-        hold: &Hold,
+        hold: &mut Hold,
         queue: usize,
         draft: &mut Draft,
     ) -> Result<(), OutboxError> {
-        let stream = self.layout.stream_of(&lane.integration_id);
-        let subject = self.layout.queue(lane, queue);
-        let mut from = hold.record.cursor(queue).max(1);
+        let cursor = hold.record.cursor(queue);
+        let mut from = split(cursor).0.max(1);
         while !draft.full {
             let wanted = draft
                 .budget
@@ -98,13 +102,18 @@ impl Shared {
                 .saturating_sub(draft.events)
                 .div_ceil(2);
             let left = draft.budget.max_bytes.saturating_sub(draft.bytes);
-            let bound = ((wanted + 1).min(READ), left + left / 4 + OVERHEAD_BYTES);
-            let read = self.wire.read(&stream, &subject, from, bound).await?;
+            let bytes = ((left + MARGIN_BYTES) as f64 * hold.packing) as usize;
+            let bound = (from, bytes.min(wanted * CAPTURE_BYTES));
+            let read = self.read_queue(lane, queue, &hold.replaced, bound).await?;
             let Some(last) = read.last() else {
                 return Ok(());
             };
             from = last.sequence + 1;
-            self.take(lane, hold, queue, read, draft).await?;
+            hold.packing = packing(&read);
+            let places = read.into_iter().flat_map(placed);
+            let waiting = places.filter(|one| one.position >= cursor);
+            self.take(lane, hold, queue, waiting.collect(), draft)
+                .await?;
         }
         Ok(())
     }
@@ -114,34 +123,24 @@ impl Shared {
         lane: &LaneKey,
         hold: &Hold,
         queue: usize,
-        read: Vec<Stored>,
+        waiting: Vec<Placed>,
         draft: &mut Draft,
     ) -> Result<(), OutboxError> {
-        let mut waiting: Vec<(u64, Waiting)> = Vec::with_capacity(read.len());
-        for stored in read {
-            match decode::<Waiting>("capture", &stored.payload) {
-                Ok(one) => waiting.push((stored.sequence, one)),
-                Err(error) => {
-                    tracing::error!(%lane, sequence = stored.sequence, %error, "a message is passed over");
-                }
-            }
-        }
         let touched = hold.record.touched(queue);
         let tried = waiting
             .iter()
-            .filter(|(sequence, _)| *sequence <= touched || queue > 0);
-        let ids = tried
-            .filter_map(|(_, one)| one.record.as_ref().map(|record| record.capture_id.clone()));
-        let ids: Vec<String> = ids.collect();
+            .filter(|one| one.position <= touched || queue > 0);
+        let ids: Vec<String> = tried.map(|one| one.first.capture_id.clone()).collect();
         let mut newest = self.newest_records(lane, hold.revision, &ids).await?;
-        for (sequence, one) in waiting {
-            let Some(first) = one.record.clone() else {
-                continue;
-            };
-            let (revision, stored) = newest
-                .remove(&first.capture_id)
-                .unwrap_or_else(|| (sequence - 1, first));
-            if draft.full || !draft.take(lane, (queue, sequence), one, (revision, stored)) {
+        for one in waiting {
+            let version = newest.remove(&one.first.capture_id).unwrap_or_else(|| {
+                let behind = u64::from(one.first.behind);
+                (
+                    split(one.position).0.saturating_sub(behind),
+                    one.first.clone(),
+                )
+            });
+            if draft.full || !draft.take(lane, queue, one, version) {
                 draft.full = true;
                 return Ok(());
             }
@@ -178,12 +177,49 @@ impl Shared {
                 tokio::time::sleep(TRY_AGAIN).await;
             };
             for one in found.into_iter().filter(|one| one.subject != lane_subject) {
-                let record: StoredRecord = decode("record", &one.payload)?;
+                let record: StoredRecord = decode("record", one.payload)?;
                 newest.insert(record.capture_id.clone(), (one.sequence, record));
             }
         }
         Ok(newest)
     }
+}
+
+/// A capture of a queue.
+struct Placed {
+    position: u64,
+    /// Where the next one is.
+    next: u64,
+    /// Its record at the time.
+    first: StoredRecord,
+    waiting: Waiting,
+}
+
+/// Bytes of messages for each byte of the events in them, so that a lease reads about as much as it takes.
+fn packing(read: &[ReadChunk]) -> f64 {
+    let of = |payload: &Option<Payload>| payload.as_ref().map_or(0, |it| it.bytes.len());
+    let captures = read.iter().flat_map(|chunk| &chunk.captures);
+    let events: usize = captures.map(|one| of(&one.identify) + of(&one.track)).sum();
+    let bytes: usize = read.iter().map(|chunk| chunk.bytes).sum();
+    (bytes as f64 / events.max(1) as f64).clamp(0.02, 2.0)
+}
+
+/// The captures of a message, with their positions.
+fn placed(chunk: ReadChunk) -> impl Iterator<Item = Placed> {
+    let (sequence, count) = (chunk.sequence, chunk.captures.len());
+    let captures = chunk.captures.into_iter().enumerate();
+    captures.filter_map(move |(index, mut waiting)| {
+        let is_last = index + 1 == count;
+        Some(Placed {
+            position: position(sequence, index),
+            next: match is_last {
+                true => position(sequence + 1, 0),
+                false => position(sequence, index + 1),
+            },
+            first: waiting.record.take()?,
+            waiting,
+        })
+    })
 }
 
 impl Draft {
@@ -192,14 +228,14 @@ impl Draft {
     fn take(
         &mut self,
         lane: &LaneKey,
-        (queue, sequence): (usize, u64),
-        mut one: Waiting,
+        queue: usize,
+        mut one: Placed,
         (revision, stored): (u64, StoredRecord),
     ) -> bool {
         let record = match stored.open(&lane.integration_id) {
             Ok(record) => record,
             Err(error) => {
-                tracing::error!(%lane, sequence, %error, "a capture is passed over");
+                tracing::error!(%lane, position = one.position, %error, "a capture is passed over");
                 return true;
             }
         };
@@ -210,15 +246,16 @@ impl Draft {
         let mut damaged = false;
         let mut take = |event: EventType| {
             let waits = !record.event(event).state.is_final();
-            let payload = one.payload_mut(event).take().filter(|_| waits)?;
+            let payload = one.waiting.payload_mut(event).take().filter(|_| waits)?;
             damaged |= !payload.is_sound();
             Some(payload.bytes)
         };
         let (identify, mut track) = (take(EventType::Identify), take(EventType::Track));
         let carries = [identify.is_some(), track.is_some()];
-        let mut leased = Leased {
+        let leased = Leased {
             queue,
-            sequence,
+            position: one.position,
+            next: one.next,
             stored,
             record: record.clone(),
             revision,
@@ -233,7 +270,7 @@ impl Draft {
             track = None;
         }
         let payloads = [&identify, &track];
-        let size = |payload: &Option<Vec<u8>>| {
+        let size = |payload: &Option<Bytes>| {
             payload
                 .as_ref()
                 .map_or(0, |bytes| crate::vault::unsealed_len(bytes) + 1)
@@ -247,13 +284,12 @@ impl Draft {
         }
         (self.events, self.bytes) = (all_events, all_bytes);
         self.ids.insert(leased.stored.capture_id.clone());
-        leased.stored.queued_at = sequence;
         self.leased.push(leased);
         self.captures.push(LeasedCapture {
-            sequence: i64::try_from(sequence).unwrap_or(i64::MAX),
+            sequence: i64::try_from(one.position).unwrap_or(i64::MAX),
             record: Arc::new(record),
-            identify: identify.map(Bytes::from),
-            track: track.map(Bytes::from),
+            identify,
+            track,
             damaged,
         });
         self.events < self.budget.max_events

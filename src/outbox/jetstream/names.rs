@@ -45,14 +45,57 @@ impl Layout {
         format!("{}.{id}.{}", self.of(id, 'c'), hashed(capture_id))
     }
 
-    /// Where one of the queues of a lane is.
-    pub(super) fn queue(&self, lane: &LaneKey, queue: usize) -> String {
+    fn queue(&self, lane: &LaneKey, queue: usize) -> String {
         let queue = QUEUES.get(queue).unwrap_or(&QUEUES[0]);
         format!(
             "{}.{}.{queue}",
             self.of(&lane.integration_id, 'q'),
             lane_token(lane)
         )
+    }
+
+    /// Where a message with so many captures of a queue is.
+    pub(super) fn chunk(&self, lane: &LaneKey, queue: usize, captures: usize) -> String {
+        format!("{}.{captures}", self.queue(lane, queue))
+    }
+
+    /// All messages of a queue as they were accepted.
+    pub(super) fn chunks(&self, lane: &LaneKey, queue: usize) -> String {
+        format!("{}.*", self.queue(lane, queue))
+    }
+
+    /// Where a message is that takes the place of the one with this sequence.
+    pub(super) fn replaced(
+        &self,
+        lane: &LaneKey,
+        queue: usize,
+        sequence: u64,
+        captures: usize,
+    ) -> String {
+        format!("{}.{sequence}.{captures}", self.queue(lane, queue))
+    }
+
+    /// The messages that take the place of one with this sequence, in either queue.
+    pub(super) fn replaced_at(&self, lane: &LaneKey, sequence: u64) -> String {
+        let of = self.of(&lane.integration_id, 'q');
+        format!("{of}.{}.*.{sequence}.*", lane_token(lane))
+    }
+
+    /// All messages of a queue that take the place of others.
+    pub(super) fn all_replaced(&self, lane: &LaneKey, queue: usize) -> String {
+        format!("{}.*.*", self.queue(lane, queue))
+    }
+
+    /// Where it says what became of captures of a chunk, from this place in it on.
+    pub(super) fn outcomes(&self, lane: &LaneKey, sequence: u64, first: usize) -> String {
+        let of = self.of(&lane.integration_id, 's');
+        format!("{of}.{}.{sequence}.{first}", lane_token(lane))
+    }
+
+    /// All that became of captures of a chunk.
+    pub(super) fn all_outcomes(&self, lane: &LaneKey, sequence: u64) -> String {
+        let of = self.of(&lane.integration_id, 's');
+        format!("{of}.{}.{sequence}.*", lane_token(lane))
     }
 
     /// Where it says who holds a lane.
@@ -124,13 +167,42 @@ pub(super) fn parse_lane(token: &str) -> Option<LaneKey> {
     })
 }
 
-/// The lane of a queue's subject, and which queue it is.
-pub(super) fn parse_queue(subject: &str) -> Option<(LaneKey, usize)> {
-    let (rest, queue) = subject.rsplit_once('.')?;
-    let queue = QUEUES.iter().position(|one| queue == one.to_string())?;
-    let mut parts = rest.rsplitn(4, '.');
+/// The lane of its record's subject.
+pub(super) fn parse_lane_record(subject: &str) -> Option<LaneKey> {
+    let mut parts = subject.rsplitn(4, '.');
     let (shard, region, id) = (parts.next()?, parts.next()?, parts.next()?);
-    Some((parse_lane(&format!("{id}.{region}.{shard}"))?, queue))
+    parse_lane(&format!("{id}.{region}.{shard}"))
+}
+
+/// What a message of a queue's subject tells of it.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) struct QueueSubject {
+    pub(super) lane: LaneKey,
+    pub(super) queue: usize,
+    /// The sequence of the message whose place it takes.
+    pub(super) replaces: Option<u64>,
+    /// How many captures it has.
+    pub(super) captures: u64,
+}
+
+/// Takes a queue's subject below `…q.` apart.
+pub(super) fn parse_queue(subject: &str, kind: &str) -> Option<QueueSubject> {
+    let mut parts = subject.strip_prefix(kind)?.split('.');
+    let lane = [parts.next()?, parts.next()?, parts.next()?].join(".");
+    let letter = parts.next()?;
+    let queue = QUEUES.iter().position(|one| letter == one.to_string())?;
+    let first = parts.next()?.parse().ok()?;
+    let (replaces, captures) = match parts.next() {
+        None => (None, first),
+        Some(captures) => (Some(first), captures.parse().ok()?),
+    };
+    let subject = QueueSubject {
+        lane: parse_lane(&lane)?,
+        queue,
+        replaces,
+        captures,
+    };
+    parts.next().is_none().then_some(subject)
 }
 
 /// The integration of a record's subject, `…c.<integration>.<id>`.

@@ -151,7 +151,7 @@ pub(super) async fn follow(shared: Arc<Shared>) {
             next = told.next() => next,
         };
         let Some(message) = next else { return };
-        let Ok(news) = decode::<News>("news", &message.payload) else {
+        let Ok(news) = decode::<News>("news", message.payload) else {
             continue;
         };
         if Some(&news.session) != shared.sessions.name().as_ref() {

@@ -6,6 +6,7 @@ use prost::Message;
 
 use super::{
     Shared,
+    chunk::{Packer, ToPack},
     dead_letters::Found,
     deleter::for_each,
     message::Waiting,
@@ -62,8 +63,8 @@ impl Shared {
         else {
             return Ok(Ok(0));
         };
-        let (mut batch, mut gone, mut lanes, mut changes) =
-            (Vec::new(), Vec::new(), HashSet::new(), Vec::new());
+        let mut batch = Packer::new(&self.layout);
+        let (mut gone, mut lanes, mut changes) = (Vec::new(), HashSet::new(), Vec::new());
         let mut more: HashMap<IntegrationId, u64> = HashMap::new();
         let (mut replayed, mut all) = (0, 0);
         let own_partition = captures
@@ -83,14 +84,15 @@ impl Shared {
                 break;
             }
             (*beside, all) = (*beside + 1, all + 1);
-            let messages = requeued(self, own, now, &mut changes).await;
-            batch.extend(messages.map_err(|error| StoreError::Refused(error.to_string()))?);
+            let requeued = requeued(self, own, now, &mut changes).await;
+            let requeued = requeued.map_err(|error| StoreError::Refused(error.to_string()))?;
+            requeued.into_iter().for_each(|one| batch.add(one));
             replayed += own.len() as u64;
             gone.extend(own.iter().map(|one| one.sequence));
             gone.push(first.revision);
             lanes.insert(first.lane());
         }
-        self.wire.store(batch).await?;
+        self.wire.store(batch.finish()).await?;
         let stream = self.layout.stream(partition);
         let mut removed = Vec::new();
         for sequence in gone {
@@ -145,15 +147,15 @@ impl Shared {
     }
 }
 
-/// The messages that queue a capture's dead letters again.
+/// A capture whose dead letters are queued again.
 async fn requeued(
     shared: &Shared,
     own: &[Found],
     now: UnixMillis,
     changes: &mut Vec<(CaptureRecord, Vec<EventType>)>,
-) -> Result<Vec<ToStore>, OutboxError> {
+) -> Result<Option<ToPack>, OutboxError> {
     let Some(first) = own.first() else {
-        return Ok(Vec::new());
+        return Ok(None);
     };
     let mut record = first.record.clone();
     let mut stored = first.stored.clone();
@@ -162,7 +164,7 @@ async fn requeued(
         true => None,
         false => {
             shared
-                .queued(first.partition, first.revision, &stored)
+                .queued(&first.lane(), first.revision, &stored)
                 .await?
         }
     };
@@ -181,25 +183,17 @@ async fn requeued(
     }
     let again = waiting != Waiting::default();
     stored.set(&record);
-    stored.queued_at = match &queued {
-        Some((sequence, _)) if !again => *sequence,
-        _ => 0,
-    };
-    let mut messages = vec![ToStore {
-        subject: shared.layout.record(&first.id, &stored.capture_id),
-        payload: stored.encode_to_vec().into(),
-        expected: Some(first.revision),
-        keep: Some(shared.options.remember),
-    }];
-    if again {
-        waiting.record = Some(stored);
-        messages.push(ToStore {
-            subject: shared.layout.queue(&first.lane(), 1),
-            payload: waiting.encode_to_vec().into(),
-            expected: None,
-            keep: None,
-        });
+    match &queued {
+        Some((position, _)) if !again => stored.queue_at(*position),
+        _ => stored.move_away(first.revision),
     }
+    let capture = ToPack {
+        id: first.id.clone(),
+        stored,
+        expected: first.revision,
+        keep: Some(shared.options.remember),
+        waiting: again.then(|| (first.lane(), 1, waiting)),
+    };
     changes.push((record, events));
-    Ok(messages)
+    Ok(Some(capture))
 }

@@ -5,7 +5,8 @@ use std::{collections::HashMap, sync::Arc, time::Duration};
 
 use super::{
     Shared,
-    names::parse_queue,
+    message::{LaneRecord, decode},
+    names::{parse_lane_record, parse_queue},
     wire::{ToStore, unavailable},
 };
 use crate::{
@@ -15,32 +16,48 @@ use crate::{
 
 /// How often.
 const INTERVAL: Duration = Duration::from_millis(500);
+/// Lanes' records that are asked for at once.
+const READ: usize = 500;
 /// How long a probe is kept.
 const PROBE: Duration = Duration::from_secs(60);
 
 impl Shared {
-    /// Captures that wait in each lane, as the streams' leaders know it.
+    /// Captures that wait in each lane: those of the messages, as the streams' leaders know it, without
+    /// those that the lanes' records say are settled.
     pub(super) async fn waiting(
         &self,
         id: Option<&IntegrationId>,
-    ) -> Result<HashMap<LaneKey, [u64; 2]>, OutboxError> {
-        let mut lanes: HashMap<LaneKey, [u64; 2]> = HashMap::new();
+    ) -> Result<HashMap<LaneKey, u64>, OutboxError> {
+        let mut lanes: HashMap<LaneKey, u64> = HashMap::new();
         let partitions = match id {
             Some(id) => self.layout.partition(id)..self.layout.partition(id) + 1,
             None => 0..self.layout.partitions,
         };
         for partition in partitions {
+            let stream = self.layout.stream(partition);
+            let all = self.layout.all(partition, 'q', None);
             let filter = self.layout.all(partition, 'q', id);
-            for (subject, count) in self
-                .wire
-                .count(&self.layout.stream(partition), &filter)
-                .await?
-            {
-                if let Some((lane, queue)) = parse_queue(&subject) {
-                    lanes.entry(lane).or_default()[queue] = count;
+            let mut own: HashMap<LaneKey, u64> = HashMap::new();
+            for (subject, messages) in self.wire.count(&stream, &filter).await? {
+                if let Some(queue) = parse_queue(&subject, all.trim_end_matches('>')) {
+                    *own.entry(queue.lane).or_default() += queue.captures * messages;
                 }
             }
+            let subjects: Vec<String> = own.keys().map(|lane| self.layout.lane(lane)).collect();
+            for some in subjects.chunks(READ) {
+                for stored in self.wire.last_of_each(&stream, some).await? {
+                    let Some(lane) = parse_lane_record(&stored.subject) else {
+                        continue;
+                    };
+                    let record: LaneRecord = decode("lane", stored.payload)?;
+                    if let Some(count) = own.get_mut(&lane) {
+                        *count = count.saturating_sub(record.settled());
+                    }
+                }
+            }
+            lanes.extend(own);
         }
+        lanes.retain(|_, count| *count > 0);
         Ok(lanes)
     }
 
@@ -67,10 +84,7 @@ pub(super) async fn look(shared: &Shared) -> Result<Vec<LaneKey>, OutboxError> {
     shared.counts.begin();
     let waiting = shared.waiting(None).await?;
     let lanes: Vec<LaneKey> = waiting.keys().cloned().collect();
-    let sums = waiting
-        .into_iter()
-        .map(|(lane, queues)| (lane, queues.iter().sum()));
-    shared.counts.set(sums.collect());
+    shared.counts.set(waiting);
     Ok(lanes)
 }
 

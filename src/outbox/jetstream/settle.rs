@@ -1,14 +1,19 @@
 //! Makes the outcome of an attempt durable: records, dead letters and the lane's own
 //! record in one atomic batch, which is refused where the lane went to another relay.
 
-use std::{collections::HashMap, time::Duration};
+use std::{
+    collections::{BTreeMap, HashMap},
+    time::Duration,
+};
 
 use prost::Message;
 
 use super::{
     Shared,
+    chunk::split,
     lanes::{Hold, Leased},
-    message::{Dead, LaneRecord, Payload, Waiting, decode},
+    message::{Dead, LaneRecord, Payload, decode},
+    outcomes,
     wire::{StoreError, ToStore},
 };
 use crate::{
@@ -22,8 +27,6 @@ use crate::{
 const CHUNK: usize = 300;
 /// Tries after others have changed records.
 const TRIES: u32 = 10;
-/// Captures of one read.
-const READ: usize = 500;
 
 /// What one capture of a chunk becomes.
 struct Next {
@@ -33,6 +36,8 @@ struct Next {
     changed: Vec<EventType>,
     done: bool,
     dead: bool,
+    /// Whether its outcome stands in a message with others, and not in its record.
+    shared: bool,
 }
 
 impl Shared {
@@ -56,7 +61,7 @@ impl Shared {
             return Ok(());
         };
         hold.leased_at = None;
-        let moved = |one: &Leased| one.sequence < hold.record.cursor(one.queue);
+        let moved = |one: &Leased| one.position < hold.record.cursor(one.queue);
         if hold.unpurged || hold.leased.iter().any(moved) {
             self.purge_settled(lane, hold).await;
         }
@@ -72,14 +77,28 @@ impl Shared {
         chunk: &[SettledCapture],
     ) -> Result<bool, OutboxError> {
         for _ in 0..TRIES {
-            let next = next_states(hold, chunk);
+            let mut next = next_states(hold, chunk);
             let payloads = self.payloads_of_dead(lane, hold, &next).await?;
             let record = lane_record_after(hold, &next);
-            let batch = self.batch(lane, hold, &record, &next, &payloads);
+            let now = UnixMillis::now();
+            for one in &mut next {
+                let leased = &hold.leased[one.place];
+                // What lies before the cursor is never read again as waiting.
+                one.shared = leased.queue == 0
+                    && leased.position < record.cursor(0)
+                    && outcomes::may_share(leased, &one.record, self.options.remember, now);
+            }
+            let shared = next.iter().filter(|one| one.shared);
+            let shared = shared.map(|one| (hold.leased[one.place].position, one.record.clone()));
+            let outcomes = outcomes::messages(self, lane, shared);
+            // The lane's record comes first, then these.
+            let before = 1 + outcomes.len() as u64;
+            let batch = self.batch(lane, hold, &record, outcomes, &next, &payloads);
             match self.wire.store(batch).await {
                 Ok(first) => {
                     self.signals.set_writable(true);
-                    self.note_settled(lane, hold, record, next, first).await;
+                    self.note_settled(lane, hold, record, next, (first, before))
+                        .await;
                     return Ok(true);
                 }
                 Err(StoreError::Conflict) => {
@@ -102,6 +121,7 @@ impl Shared {
         lane: &LaneKey,
         hold: &Hold,
         record: &LaneRecord,
+        outcomes: Vec<ToStore>,
         next: &[Next],
         payloads: &HashMap<(usize, EventType), Payload>,
     ) -> Vec<ToStore> {
@@ -112,10 +132,12 @@ impl Shared {
             expected: Some(hold.revision),
             keep: None,
         }];
-        for one in next {
+        batch.extend(outcomes);
+        for one in next.iter().filter(|one| !one.shared) {
             let leased = &hold.leased[one.place];
             let mut stored = leased.stored.clone();
             stored.set(&one.record);
+            stored.queue_at(leased.position);
             batch.push(ToStore {
                 subject: self.layout.record(id, &stored.capture_id),
                 payload: stored.encode_to_vec().into(),
@@ -154,45 +176,28 @@ impl Shared {
         hold: &Hold,
         next: &[Next],
     ) -> Result<HashMap<(usize, EventType), Payload>, OutboxError> {
-        let mut found = HashMap::new();
-        let stream = self.layout.stream_of(&lane.integration_id);
-        for queue in 0..2 {
-            let mut places: HashMap<u64, usize> = HashMap::new();
-            for one in next {
-                let leased = &hold.leased[one.place];
-                let given_up = |event: &EventType| {
-                    matches!(one.record.event(*event).state, State::DeadLettered { .. })
-                };
-                if leased.queue == queue && one.changed.iter().any(given_up) {
-                    places.insert(leased.sequence, one.place);
-                }
+        let mut chunks: BTreeMap<u64, Vec<(usize, usize)>> = BTreeMap::new();
+        for one in next {
+            let given_up = |event: &EventType| {
+                matches!(one.record.event(*event).state, State::DeadLettered { .. })
+            };
+            if one.changed.iter().any(given_up) {
+                let (sequence, index) = split(hold.leased[one.place].position);
+                chunks.entry(sequence).or_default().push((index, one.place));
             }
-            let (Some(mut from), Some(to)) =
-                (places.keys().min().copied(), places.keys().max().copied())
-            else {
+        }
+        let mut found = HashMap::new();
+        for (sequence, places) in chunks {
+            let Some((_, chunk)) = self.chunk_at(lane, sequence).await? else {
                 continue;
             };
-            let subject = self.layout.queue(lane, queue);
-            while from <= to {
-                let read = self
-                    .wire
-                    .read(&stream, &subject, from, (READ, 4 << 20))
-                    .await?;
-                let Some(last) = read.last() else { break };
-                from = last.sequence + 1;
-                for stored in read {
-                    let Some(place) = places.get(&stored.sequence) else {
-                        continue;
-                    };
-                    let one: Waiting = decode("capture", &stored.payload)?;
-                    let payloads = [
-                        (EventType::Identify, one.identify),
-                        (EventType::Track, one.track),
-                    ];
-                    let payloads = payloads
-                        .into_iter()
-                        .filter_map(|(event, payload)| Some((event, payload?)));
-                    found.extend(payloads.map(|(event, payload)| ((*place, event), payload)));
+            for (index, place) in places {
+                let Some(one) = chunk.captures.get(index) else {
+                    continue;
+                };
+                for event in EventType::ALL {
+                    let payload = one.payload(event).cloned();
+                    found.extend(payload.map(|payload| ((place, event), payload)));
                 }
             }
         }
@@ -205,29 +210,30 @@ impl Shared {
         hold: &mut Hold,
         record: LaneRecord,
         next: Vec<Next>,
-        first: u64,
+        (first, before): (u64, u64),
     ) {
         let stream = self.layout.stream_of(&lane.integration_id);
         let mut gone = vec![hold.revision];
         (hold.revision, hold.record) = (first, record);
         let now = UnixMillis::now();
         let mut changes = Vec::with_capacity(next.len());
-        for (revision, one) in (first + 1..).zip(next) {
+        let mut revision = first + before;
+        for one in next {
             let leased = &mut hold.leased[one.place];
-            // The first version goes by its time; those of retries are many.
-            let is_first = leased.queue == 0 && leased.revision + 1 == leased.sequence;
-            if !is_first && leased.revision > 0 {
-                gone.push(leased.revision);
-            }
-            leased.revision = revision;
             leased.record = one.record.clone();
-            leased.stored.set(&one.record);
             leased.done = one.done;
             if one.done {
                 self.counts.remove(lane, 1);
-                if leased.sequence >= hold.record.cursor(leased.queue) {
-                    gone.push(leased.sequence);
+            }
+            if !one.shared {
+                // The first version goes by its time; those of retries are many.
+                if leased.stored.own && leased.revision > 0 {
+                    gone.push(leased.revision);
                 }
+                leased.revision = revision;
+                revision += 1;
+                leased.stored.set(&one.record);
+                leased.stored.queue_at(leased.position);
             }
             changes.push((one.record, one.changed));
         }
@@ -243,7 +249,7 @@ impl Shared {
         let Some((stored, _)) = found else {
             return Ok(false);
         };
-        let record: LaneRecord = decode("lane", &stored.payload)?;
+        let record: LaneRecord = decode("lane", stored.payload)?;
         if Some(&record.session) != self.sessions.name().as_ref()
             || record.session != hold.record.session
         {
@@ -263,7 +269,6 @@ impl Shared {
                     leased.record = stored.open(&lane.integration_id)?;
                     leased.revision = revision;
                     leased.stored = stored;
-                    leased.stored.queued_at = leased.sequence;
                 }
             }
         }
@@ -275,12 +280,22 @@ impl Shared {
         let stream = self.layout.stream_of(&lane.integration_id);
         hold.unpurged = false;
         for queue in 0..2 {
-            let before = hold.record.cursor(queue);
+            let (before, _) = split(hold.record.cursor(queue));
             if before == 0 {
                 continue;
             }
-            let subject = self.layout.queue(lane, queue);
-            if let Err(error) = self.wire.purge_before(&stream, &subject, before).await {
+            let purged = async {
+                let subjects = self.layout.chunks(lane, queue);
+                self.wire.purge_before(&stream, &subjects, before).await?;
+                let replaced = &mut hold.replaced[queue];
+                while let Some(sequence) = replaced.first().filter(|it| **it < before) {
+                    let subjects = self.layout.replaced_at(lane, *sequence);
+                    self.wire.purge_before(&stream, &subjects, u64::MAX).await?;
+                    replaced.pop_first();
+                }
+                Ok::<_, OutboxError>(())
+            };
+            if let Err(error) = purged.await {
                 tracing::warn!(%lane, %error, "what is settled was not removed; it is tried again");
                 hold.unpurged = true;
             }
@@ -292,7 +307,7 @@ impl Shared {
 fn next_states(hold: &Hold, chunk: &[SettledCapture]) -> Vec<Next> {
     let places = hold.leased.iter().enumerate();
     let places: HashMap<i64, usize> = places
-        .map(|(place, one)| (i64::try_from(one.sequence).unwrap_or(i64::MAX), place))
+        .map(|(place, one)| (i64::try_from(one.position).unwrap_or(i64::MAX), place))
         .collect();
     let mut next = Vec::with_capacity(chunk.len());
     for settled in chunk {
@@ -317,6 +332,7 @@ fn next_states(hold: &Hold, chunk: &[SettledCapture]) -> Vec<Next> {
         next.push(Next {
             place,
             done: record.is_final(),
+            shared: false,
             dead: EventType::ALL.into_iter().any(dead),
             changed,
             record,
@@ -342,15 +358,26 @@ fn lane_record_after(hold: &Hold, next: &[Next]) -> LaneRecord {
                 .filter(|(_, one)| one.queue == queue)
         };
         if let Some((_, last)) = own().take_while(is_done).last() {
-            record.cursors[queue] = record.cursors[queue].max(last.sequence + 1);
+            record.cursors[queue] = record.cursors[queue].max(last.next);
         }
         let tried = own()
             .filter(|(place, _)| done.contains_key(place))
-            .map(|(_, one)| one.sequence)
+            .map(|(_, one)| one.position)
             .max();
         if let Some(tried) = tried.filter(|tried| *tried >= record.cursors[queue]) {
             record.touched[queue] = record.touched[queue].max(tried);
         }
+        let settled = |place: &usize| done.get(place).is_some_and(|done| *done);
+        let newly = own().filter(|(place, one)| settled(place) && !one.done);
+        let before = hold.record.cursor(queue)..record.cursors[queue];
+        let passed = own().filter(|(_, one)| before.contains(&one.position));
+        let beyond = record.beyond[queue] + newly.count() as u64;
+        let beyond = beyond.saturating_sub(passed.count() as u64);
+        record.beyond[queue] = match record.touched[queue] < record.cursors[queue] {
+            // Nothing behind the cursor was ever tried.
+            true => 0,
+            false => beyond,
+        };
     }
     record
 }

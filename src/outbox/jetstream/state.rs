@@ -249,7 +249,7 @@ impl StateStore {
     pub(super) async fn notices(&self, limit: usize) -> Result<Vec<Notice>, OutboxError> {
         let entries = self.entries("notice").await?;
         let notices = entries.into_iter().take(limit).map(|(id, entry)| {
-            let stored: StoredNotice = super::message::decode("notice", &entry.payload)?;
+            let stored: StoredNotice = super::message::decode("notice", entry.payload)?;
             Ok(Notice {
                 id,
                 time: UnixMillis(stored.millis),

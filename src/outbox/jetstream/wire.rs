@@ -26,6 +26,8 @@ const BATCHES: usize = 12;
 /// A message to delete is not there: the HTTP-like code, and the code of its own.
 const NOT_FOUND: u64 = 404;
 const NO_SUCH_SEQUENCE: u64 = 10_043;
+/// What servers say of a message that was deleted before, under a code for any failure.
+const DELETED_BEFORE: &str = "no message found";
 
 /// A message to store.
 #[derive(Clone, Debug)]
@@ -307,6 +309,27 @@ impl Wire {
         }
     }
 
+    /// The first message of subjects from a sequence on, as the stream's leader has it.
+    pub(super) async fn next(
+        &self,
+        stream: &str,
+        subjects: &str,
+        from: u64,
+    ) -> Result<Option<Stored>, OutboxError> {
+        use jetstream::stream::LastRawMessageErrorKind::NoMessageFound;
+        let stream = self.stream(stream).await?;
+        let found = stream.get_first_raw_message_by_subject(subjects, from);
+        match found.await {
+            Ok(message) => Ok(Some(Stored {
+                sequence: message.sequence,
+                subject: message.subject.to_string(),
+                payload: message.payload,
+            })),
+            Err(error) if error.kind() == NoMessageFound => Ok(None),
+            Err(error) => Err(unavailable(error)),
+        }
+    }
+
     /// A message by its sequence, as the stream's leader has it.
     pub(super) async fn at(
         &self,
@@ -344,7 +367,13 @@ impl Wire {
             .map_err(unavailable)?;
         match answer.error {
             // It is gone already.
-            Some(error) if error.code == NOT_FOUND || error.err_code == NO_SUCH_SEQUENCE => Ok(()),
+            Some(error)
+                if error.code == NOT_FOUND
+                    || error.err_code == NO_SUCH_SEQUENCE
+                    || error.description == DELETED_BEFORE =>
+            {
+                Ok(())
+            }
             Some(error) => Err(unavailable(error.description)),
             None => Ok(()),
         }

@@ -1,0 +1,426 @@
+//! Erases a person's captures. Whatever fails on the way, the same call finds what is left and goes on:
+//! records say whose they are until all else is gone.
+
+use std::collections::{BTreeMap, HashMap, HashSet};
+
+use prost::Message;
+
+use super::{
+    Shared,
+    chunk::{pack, split},
+    dead_letters::place,
+    deleter::for_each,
+    lanes::Hold,
+    message::{LaneRecord, StoredRecord, Waiting, decode},
+    names::integration_of,
+    queue::ReadChunk,
+    wire::{StoreError, ToStore, unavailable},
+};
+use crate::{
+    event::EventType,
+    integration::IntegrationId,
+    outbox::{Erasure, LaneKey, OutboxError, SubjectQuery},
+    proto::{DeliveryReason, ErasureReceipt},
+    status::{CaptureRecord, EventStatus, State},
+    time::UnixMillis,
+};
+
+/// Captures of one batch: each may change another message of a queue.
+const CHUNK: usize = 50;
+/// Tries after others have changed records.
+const TRIES: u32 = 10;
+
+/// A capture that is to be erased.
+struct Erased {
+    id: IntegrationId,
+    subject: String,
+    revision: u64,
+    stored: StoredRecord,
+    record: CaptureRecord,
+    /// Events that wait.
+    waits: u64,
+    /// Positions at which its payloads may be, the one where it waits first.
+    places: Vec<u64>,
+    dead: u64,
+}
+
+/// What a batch changes of a lane.
+struct Change {
+    record: LaneRecord,
+    /// The messages as they are from now on, and their queues.
+    chunks: Vec<(usize, ReadChunk)>,
+}
+
+impl Shared {
+    pub(super) async fn erase_captures(
+        &self,
+        erasure: &Erasure,
+    ) -> Result<ErasureReceipt, OutboxError> {
+        let mut receipt = erasure.receipt.clone();
+        let wanted: HashSet<i64> = erasure
+            .subject
+            .user_ids
+            .iter()
+            .map(|id| self.sealing.subject(id))
+            .collect();
+        let mut reads = Vec::new();
+        for capture in &erasure.captures {
+            reads.push(self.subject_at(*capture));
+        }
+        let subjects: HashSet<(usize, String)> =
+            for_each(reads).await?.into_iter().flatten().collect();
+        let subjects: Vec<_> = subjects.into_iter().collect();
+        for some in subjects.chunks(CHUNK) {
+            let mut tries = 0;
+            while !self
+                .erase_some(some, &wanted, &erasure.subject, &mut receipt)
+                .await?
+            {
+                tries += 1;
+                if tries == TRIES {
+                    return Err(unavailable("records change all the time"));
+                }
+            }
+        }
+        self.state.put_receipt(&self.sealing, &mut receipt).await?;
+        Ok(receipt)
+    }
+
+    async fn subject_at(&self, capture: i64) -> Result<Option<(usize, String)>, OutboxError> {
+        let (partition, sequence) = place(capture);
+        if partition >= self.layout.partitions {
+            return Ok(None);
+        }
+        let found = self
+            .wire
+            .at(&self.layout.stream(partition), sequence)
+            .await?;
+        Ok(found.map(|one| (partition, one.subject)))
+    }
+
+    /// Erases some captures; returns whether that was done, or others were faster.
+    async fn erase_some(
+        &self,
+        subjects: &[(usize, String)],
+        wanted: &HashSet<i64>,
+        query: &SubjectQuery,
+        receipt: &mut ErasureReceipt,
+    ) -> Result<bool, OutboxError> {
+        // First the lanes: while they are held here, nothing of them is sent elsewhere.
+        let found = self.to_erase(subjects, wanted, query).await?;
+        let lanes: HashSet<LaneKey> = found.iter().filter_map(Erased::lane).collect();
+        let mut pins = Vec::new();
+        for lane in &lanes {
+            pins.push(self.take_lane(lane).await?);
+        }
+        let found = self.to_erase(subjects, wanted, query).await?;
+        let mut groups: HashMap<(usize, Option<LaneKey>), Vec<Erased>> = HashMap::new();
+        for one in found {
+            let key = (self.layout.partition(&one.id), one.lane());
+            groups.entry(key).or_default().push(one);
+        }
+        for ((partition, lane), captures) in groups {
+            if lane.as_ref().is_some_and(|lane| !lanes.contains(lane)) {
+                return Ok(false);
+            }
+            let own = (partition, lane.as_ref());
+            if !self.erase_batch(own, captures, receipt).await? {
+                return Ok(false);
+            }
+        }
+        drop(pins);
+        Ok(true)
+    }
+
+    async fn to_erase(
+        &self,
+        subjects: &[(usize, String)],
+        wanted: &HashSet<i64>,
+        query: &SubjectQuery,
+    ) -> Result<Vec<Erased>, OutboxError> {
+        let mut reads = Vec::new();
+        for (partition, subject) in subjects {
+            reads.push(self.read_to_erase(*partition, subject, wanted, query));
+        }
+        Ok(for_each(reads).await?.into_iter().flatten().collect())
+    }
+
+    async fn read_to_erase(
+        &self,
+        partition: usize,
+        subject: &str,
+        wanted: &HashSet<i64>,
+        query: &SubjectQuery,
+    ) -> Result<Option<Erased>, OutboxError> {
+        let stream = self.layout.stream(partition);
+        let Some((found, _)) = self.wire.last(&stream, subject).await? else {
+            return Ok(None);
+        };
+        let only = query.integration_id.as_ref();
+        let (revision, subject) = (found.sequence, found.subject);
+        let stored: StoredRecord = decode("record", found.payload)?;
+        let Some(id) = integration_of(&subject, 1).filter(|id| only.is_none_or(|only| only == id))
+        else {
+            return Ok(None);
+        };
+        if !wanted.contains(&stored.subject) {
+            return Ok(None);
+        }
+        let record = self.status(&id, revision, &stored).await?;
+        let (mut places, mut waits) = (Vec::new(), 0);
+        if let Some(lane) = stored.lane(&record) {
+            for (number, position) in stored.positions(revision).enumerate() {
+                let Some(one) = self.queued_at(&lane, position, &stored.capture_id).await? else {
+                    continue;
+                };
+                let has = |event: &&EventType| one.payload(**event).is_some();
+                let waiting =
+                    |event: &&EventType| has(event) && !record.event(**event).state.is_final();
+                if number == 0 {
+                    waits = EventType::ALL.iter().filter(waiting).count() as u64;
+                }
+                places.push(position);
+            }
+        }
+        let mut dead = 0;
+        for event in EventType::ALL {
+            let letter = self.layout.dead(&id, &stored.capture_id, event);
+            dead += u64::from(self.wire.last(&stream, &letter).await?.is_some());
+        }
+        Ok(Some(Erased {
+            id,
+            subject,
+            revision,
+            stored,
+            record,
+            waits,
+            places,
+            dead,
+        }))
+    }
+
+    /// Erases captures of one partition that are in messages of one lane or of none.
+    async fn erase_batch(
+        &self,
+        (partition, lane): (usize, Option<&LaneKey>),
+        mut captures: Vec<Erased>,
+        receipt: &mut ErasureReceipt,
+    ) -> Result<bool, OutboxError> {
+        let stream = self.layout.stream(partition);
+        let slot = lane.map(|lane| self.lanes.slot(lane));
+        let mut guard = match &slot {
+            Some(slot) => Some(slot.hold.lock().await),
+            None => None,
+        };
+        let (mut announced, mut waited) = (Vec::new(), Vec::new());
+        let mut sums = [0; 3];
+        for one in &mut captures {
+            let counts = [one.record.attempts.len() as u64, one.waits, one.dead];
+            for (sum, count) in sums.iter_mut().zip(counts) {
+                *sum += count;
+            }
+            let was_final = one.record.is_final();
+            waited.extend(one.places.first().filter(|_| !was_final));
+            let changed = forget_history(&mut one.record);
+            one.stored.set(&one.record);
+            announced.push((one.record.clone(), changed));
+        }
+        let (mut batch, mut change) = (Vec::new(), None);
+        if let (Some(lane), Some(guard)) = (lane, &guard) {
+            // Leased again meanwhile: what is erased now may be on its way.
+            let is_idle = |hold: &&Hold| !hold.is_in_flight(self.guard());
+            let Some(hold) = guard.as_ref().filter(is_idle) else {
+                return Ok(false);
+            };
+            let next = self.change(lane, hold, &captures, &waited).await?;
+            batch.push(ToStore {
+                subject: self.layout.lane(lane),
+                payload: next.record.encode_to_vec().into(),
+                expected: Some(hold.revision),
+                keep: None,
+            });
+            batch.extend(next.chunks.iter().map(|(queue, chunk)| {
+                ToStore {
+                    subject: self.layout.replaced(
+                        lane,
+                        *queue,
+                        chunk.sequence,
+                        chunk.captures.len(),
+                    ),
+                    payload: pack(chunk.captures.clone()),
+                    expected: None,
+                    keep: None,
+                }
+            }));
+            change = Some(next);
+        }
+        let before = batch.len() as u64;
+        batch.extend(captures.iter().map(|one| self.erased_record(one)));
+        let Some(first) = self.store_or_conflict(batch).await? else {
+            // Read again, also who holds the lane.
+            if let Some(guard) = &mut guard {
+                **guard = None;
+            }
+            return Ok(false);
+        };
+        let [attempts, waiting, dead] = sums;
+        receipt.attempt_count += attempts;
+        receipt.waiting_event_count += waiting;
+        receipt.dead_letter_count += dead;
+        receipt.payload_count += waiting + dead;
+        if let (Some(Some(hold)), Some(change)) = (guard.as_deref_mut(), change) {
+            (hold.revision, hold.record) = (first, change.record);
+            for (queue, chunk) in &change.chunks {
+                hold.replaced[*queue].insert(chunk.sequence);
+                self.wire.delete(&stream, chunk.stored_at, true).await?;
+                // Where an earlier try ended before this.
+                self.wire.delete(&stream, chunk.sequence, true).await?;
+            }
+        }
+        if let Some(lane) = lane {
+            self.counts.remove(lane, waited.len() as u64);
+        }
+        let mut hold = guard.as_deref_mut().and_then(Option::as_mut);
+        for (one, revision) in captures.iter_mut().zip(first + before..) {
+            one.revision = revision;
+            // A request that took too long may still be settled.
+            let leased = hold.iter_mut().flat_map(|hold| &mut hold.leased);
+            for leased in leased.filter(|it| it.stored.capture_id == one.stored.capture_id) {
+                leased.revision = revision;
+                leased.stored = one.stored.clone();
+                leased.record = one.record.clone();
+                leased.done = true;
+            }
+        }
+        let done = self.forget_owner(&stream, captures).await?;
+        drop(guard);
+        self.announce(announced, UnixMillis::now()).await;
+        Ok(done)
+    }
+
+    fn erased_record(&self, one: &Erased) -> ToStore {
+        ToStore {
+            subject: one.subject.clone(),
+            payload: one.stored.encode_to_vec().into(),
+            expected: Some(one.revision),
+            keep: Some(self.options.remember),
+        }
+    }
+
+    async fn store_or_conflict(&self, batch: Vec<ToStore>) -> Result<Option<u64>, OutboxError> {
+        match self.wire.store(batch).await {
+            Ok(first) => Ok(Some(first)),
+            Err(StoreError::Conflict) => Ok(None),
+            Err(error) => Err(error.into()),
+        }
+    }
+
+    /// The lane's messages without what is erased, and its record.
+    async fn change(
+        &self,
+        lane: &LaneKey,
+        hold: &Hold,
+        captures: &[Erased],
+        waited: &[u64],
+    ) -> Result<Change, OutboxError> {
+        let mut places: BTreeMap<u64, Vec<(usize, &Erased)>> = BTreeMap::new();
+        for one in captures {
+            for position in &one.places {
+                let (sequence, index) = split(*position);
+                places.entry(sequence).or_default().push((index, one));
+            }
+        }
+        let mut record = hold.record.clone();
+        let mut chunks = Vec::new();
+        for (sequence, erased) in places {
+            let Some((queue, mut chunk)) = self.chunk_at(lane, sequence).await? else {
+                continue;
+            };
+            for (index, one) in erased {
+                let position = super::chunk::position(sequence, index);
+                // Whoever reads this message has to read their records first.
+                record.touched[queue] = record.touched[queue].max(position);
+                let counts = waited.contains(&position) && position >= record.cursor(queue);
+                record.beyond[queue] += u64::from(counts);
+                if let Some(waiting) = chunk.captures.get_mut(index) {
+                    let mut stored = one.stored.clone();
+                    stored.forget_owner();
+                    *waiting = Waiting {
+                        record: Some(stored),
+                        ..Waiting::default()
+                    };
+                }
+            }
+            chunks.push((queue, chunk));
+        }
+        Ok(Change { record, chunks })
+    }
+
+    /// Removes dead letters and older versions of records; at last, nobody finds them as this person's
+    /// any more. Returns whether that was done, or others were faster.
+    async fn forget_owner(
+        &self,
+        stream: &str,
+        mut captures: Vec<Erased>,
+    ) -> Result<bool, OutboxError> {
+        let mut removals = Vec::new();
+        for one in &captures {
+            removals.push(self.remove_letters(stream, one));
+        }
+        for_each(removals).await?;
+        let mut batch = Vec::with_capacity(captures.len());
+        for one in &mut captures {
+            one.stored.forget_owner();
+            batch.push(self.erased_record(one));
+        }
+        let Some(first) = self.store_or_conflict(batch).await? else {
+            return Ok(false);
+        };
+        let mut removals = Vec::new();
+        for (one, revision) in captures.iter().zip(first..) {
+            removals.push(self.wire.purge_before(stream, &one.subject, revision));
+        }
+        for_each(removals).await?;
+        Ok(true)
+    }
+
+    async fn remove_letters(&self, stream: &str, one: &Erased) -> Result<(), OutboxError> {
+        for event in EventType::ALL {
+            let subject = self.layout.dead(&one.id, &one.stored.capture_id, event);
+            while let Some((letter, _)) = self.wire.last(stream, &subject).await? {
+                self.wire.delete(stream, letter.sequence, true).await?;
+            }
+        }
+        Ok(())
+    }
+}
+
+impl Erased {
+    /// The lane in whose messages it is.
+    fn lane(&self) -> Option<LaneKey> {
+        let is_somewhere = !self.places.is_empty();
+        is_somewhere
+            .then(|| self.stored.lane(&self.record))
+            .flatten()
+    }
+}
+
+/// What is left of a capture: that it was there, and which events were delivered.
+/// Returns the events whose state has changed.
+fn forget_history(record: &mut CaptureRecord) -> Vec<EventType> {
+    record.attempts.clear();
+    let mut changed = Vec::new();
+    for event in EventType::ALL {
+        let state = match record.event(event).state {
+            state @ (State::Delivered { .. } | State::Skipped { .. }) => state,
+            State::Queued | State::Retrying { .. } | State::DeadLettered { .. } => {
+                changed.push(event);
+                State::Skipped {
+                    reason: DeliveryReason::Erased,
+                }
+            }
+        };
+        *record.event_mut(event) = EventStatus::new(state);
+    }
+    changed
+}
