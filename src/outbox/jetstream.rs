@@ -8,17 +8,22 @@
 //! | subject | a message is |
 //! | --- | --- |
 //! | `<p>.<n>.c.<integration>.<id>` | one version of a capture's record; the last one counts |
-//! | `<p>.<n>.q.<lane>.l` | one live capture that waits, with its payloads; in order of acceptance |
-//! | `<p>.<n>.q.<lane>.r` | one replayed capture that waits: behind the live ones |
+//! | `<p>.<n>.q.<lane>.l.<count>` | so many live captures that wait, with their payloads; in order of acceptance |
+//! | `<p>.<n>.q.<lane>.r.<count>` | replayed captures that wait: behind the live ones |
+//! | `<p>.<n>.q.<lane>.<queue>.<sequence>.<count>` | what takes the place of the message of that sequence, after an erasure |
+//! | `<p>.<n>.s.<lane>.<sequence>.<first>` | what became of captures of that message, delivered at the first try |
 //! | `<p>.<n>.d.<integration>.<id>.<event>` | one dead letter with its payload |
 //! | `<p>.<n>.l.<lane>` | who holds the lane, and up to where it is settled |
 //!
 //! The bucket `<p>-state` holds integrations and receipts (sealed), notices, the relays'
 //! sessions and the sealed key of what is blinded.
 //!
+//! A capture waits at a position: the sequence of a message, and a place in it ([`chunk`]). Its status is
+//! what its record says, or the outcome of its message where the record is the first version ([`outcomes`]).
+//!
 //! # How it keeps the promises of the outbox
-//! - **Accepted** means: the atomic batch with both messages of the capture is acknowledged by
-//!   the stream's quorum. Captures that arrive meanwhile share the next batch.
+//! - **Accepted** means: the atomic batch with the capture's record and its payloads is acknowledged
+//!   by the stream's quorum. Captures that arrive meanwhile share the next batch.
 //! - **Once**: the batch expects that the record's subject is empty. If it is not, the batch as
 //!   a whole is refused, the records are read, and the rest is sent again. A random mark in the record tells a
 //!   relay whether a batch without an answer was its own. `Nats-Msg-Id` is not used: it forgets
@@ -38,7 +43,7 @@
 //! What differs from the embedded outbox: bounds of what waits are kept by counts that are
 //! up to half a second old, so several relays may pass them by what they take in that time; a
 //! submission of more than [`intake::BATCH_CAPTURES`] captures is several batches, of which the first may be stored
-//! when a later one fails; and a record is remembered from its last change on.
+//! when a later one fails; and a record is remembered from its last change on, at least for half the time.
 
 mod calls;
 mod chunk;

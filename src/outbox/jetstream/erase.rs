@@ -295,6 +295,10 @@ impl Shared {
         let done = self.forget_owner(&stream, captures).await?;
         drop(guard);
         self.announce(announced, UnixMillis::now()).await;
+        // Whoever holds the lane goes on behind what was erased.
+        if let Some(lane) = lane {
+            self.tell_lanes(std::slice::from_ref(lane)).await;
+        }
         Ok(done)
     }
 

@@ -70,8 +70,12 @@ impl Shared {
         for queue in 0..2 {
             self.fill(lane, hold, queue, &mut draft).await?;
         }
-        if draft.captures.is_empty() && hold.unpurged {
-            self.purge_settled(lane, hold).await;
+        if draft.captures.is_empty() {
+            hold.leased = draft.leased;
+            if !self.pass_settled(lane, hold).await? {
+                *guard = None;
+            }
+            return Ok(Vec::new());
         }
         // Reading took time: the request has to end before others may take the lane.
         let still_own = self.sessions.own(self.guard());
@@ -79,7 +83,7 @@ impl Shared {
             return Err(unavailable("the session is not good for a request now"));
         }
         hold.leased = draft.leased;
-        hold.leased_at = (!draft.captures.is_empty()).then(Instant::now);
+        hold.leased_at = Some(Instant::now());
         for capture in &mut draft.captures {
             self.sealing.leased(capture);
         }

@@ -275,6 +275,38 @@ impl Shared {
         Ok(true)
     }
 
+    /// Goes on behind captures of which nothing waits any more, although nothing of them was leased.
+    /// Returns whether the lane is still this relay's.
+    pub(super) async fn pass_settled(
+        &self,
+        lane: &LaneKey,
+        hold: &mut Hold,
+    ) -> Result<bool, OutboxError> {
+        hold.leased_at = None;
+        let record = lane_record_after(hold, &[]);
+        hold.leased = Vec::new();
+        if record != hold.record {
+            let stored = self.wire.store(vec![ToStore {
+                subject: self.layout.lane(lane),
+                payload: record.encode_to_vec().into(),
+                expected: Some(hold.revision),
+                keep: None,
+            }]);
+            let revision = match stored.await {
+                Ok(revision) => revision,
+                Err(StoreError::Conflict) => return Ok(false),
+                Err(error) => return Err(error.into()),
+            };
+            let stream = self.layout.stream_of(&lane.integration_id);
+            self.deleter.remove(&stream, hold.revision);
+            (hold.revision, hold.record, hold.unpurged) = (revision, record, true);
+        }
+        if hold.unpurged {
+            self.purge_settled(lane, hold).await;
+        }
+        Ok(true)
+    }
+
     /// Removes what does not wait any more.
     pub(super) async fn purge_settled(&self, lane: &LaneKey, hold: &mut Hold) {
         let stream = self.layout.stream_of(&lane.integration_id);

@@ -1,6 +1,8 @@
 //! The conformance suite against a real nats-server, in a directory of its own. Without
 //! one the tests say so and check nothing: `tests/run` brings it, and makes its absence a failure.
 
+mod chunks;
+
 #[allow(dead_code, reason = "shared with tests/it")]
 #[path = "../../../tests/it/nats_server.rs"]
 mod server;
