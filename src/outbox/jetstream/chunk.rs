@@ -20,6 +20,8 @@ const MAX_CAPTURES: usize = 1 << INDEX_BITS;
 /// Bytes of events after which the next message begins: far below the megabyte that servers
 /// take by default, and little to read for a lease that needs only a part of it.
 const MAX_BYTES: usize = 128 * 1024;
+/// Bytes from which compression is worth it: a few captures.
+const MIN_PACKED: usize = 4 * 1024;
 /// Bytes of a message after it was unpacked, at the most.
 const MAX_UNPACKED: usize = 8 * 1024 * 1024;
 
@@ -40,10 +42,11 @@ pub(super) fn split(position: u64) -> (u64, usize) {
 /// Puts captures into one message.
 pub(super) fn pack(captures: Vec<Waiting>) -> Bytes {
     let plain = Captures { captures }.encode_to_vec();
-    let packed = lz4_flex::block::compress(&plain);
-    let chunk = match u32::try_from(plain.len()) {
-        // What is encrypted does not get smaller.
-        Ok(length) if packed.len() < plain.len() / 8 * 7 => Chunk {
+    let packed = (plain.len() >= MIN_PACKED).then(|| lz4_flex::block::compress(&plain));
+    // What is encrypted does not get smaller.
+    let packed = packed.filter(|packed| packed.len() < plain.len() / 8 * 7);
+    let chunk = match (packed, u32::try_from(plain.len())) {
+        (Some(packed), Ok(length)) => Chunk {
             captures: packed.into(),
             length,
         },
