@@ -87,7 +87,14 @@ impl Sealing {
     }
 
     /// Unseals the payloads of a leased capture; one that can't be is damaged.
-    pub(super) fn leased(&self, capture: &mut LeasedCapture) {
+    ///
+    /// # Errors
+    /// Its key is not known here: another relay has one that this one lacks, so that the
+    /// capture is sound, and waits for it.
+    pub(super) fn leased(&self, capture: &mut LeasedCapture) -> Result<(), OutboxError> {
+        if capture.damaged {
+            return Ok(());
+        }
         let record = &capture.record;
         let (id, capture_id) = (&record.integration_id, &record.capture_id);
         let payloads = [
@@ -103,12 +110,16 @@ impl Sealing {
                 .unseal(&payload_place(id, capture_id, event), sealed)
             {
                 Ok(opened) => *sealed = opened.into(),
+                Err(error @ UnsealError::UnknownKey(_)) => {
+                    return Err(unreadable("a payload that waits", error));
+                }
                 Err(error) => {
                     tracing::error!(integration = %id, capture_id, %error, "a payload is not sent");
                     capture.damaged = true;
                 }
             }
         }
+        Ok(())
     }
 
     /// An integration with its write keys.
@@ -162,4 +173,61 @@ pub(super) fn integration_place(id: &str) -> String {
 
 pub(super) fn receipt_place(id: &str) -> String {
     format!("erasure/{id}")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::outbox::{Content, conformance::new_capture};
+
+    fn sealing(vault: Arc<Vault>) -> Sealing {
+        Sealing::new(vault, &[7; 32], true)
+    }
+
+    fn leased(identify: Vec<u8>) -> LeasedCapture {
+        let record = crate::status::CaptureRecord {
+            integration_id: IntegrationId::new("acme").expect("valid"),
+            capture_id: "a".to_owned(),
+            region: crate::region::Region::Eu,
+            mapping_version: 1,
+            accept_time: crate::time::UnixMillis(1),
+            queue_time: crate::time::UnixMillis(1),
+            identify: crate::status::EventStatus::new(crate::status::State::Queued),
+            track: crate::status::EventStatus::new(crate::status::State::Queued),
+            attempts: Vec::new(),
+            trace: None,
+        };
+        LeasedCapture {
+            sequence: 1,
+            record: Arc::new(record),
+            identify: Some(identify.into()),
+            track: None,
+            damaged: false,
+        }
+    }
+
+    #[test]
+    fn a_payload_under_a_key_of_another_relay_waits_and_a_damaged_one_is_given_up() {
+        let vault = || Arc::new(Vault::forgetful().expect("random"));
+        let (own, other) = (sealing(vault()), sealing(vault()));
+        let sealed = own.capture(new_capture("acme", "a", 0)).expect("sealed");
+        let Content::Send { events, .. } = sealed.capture.content else {
+            panic!("it has events");
+        };
+        let mut here = leased(events.identify.clone());
+        own.leased(&mut here).expect("unsealed");
+        assert!(!here.damaged && here.identify.is_some_and(|plain| plain.starts_with(b"{")));
+
+        let mut there = leased(events.identify.clone());
+        let error = other.leased(&mut there).expect_err("no such key");
+        let wanted = format!("under the key {}", own.vault.current());
+        assert!(error.to_string().contains(&wanted), "{error}");
+        assert!(!there.damaged);
+
+        let mut changed = events.identify;
+        *changed.last_mut().expect("bytes") ^= 1;
+        let mut changed = leased(changed);
+        own.leased(&mut changed).expect("not its key's fault");
+        assert!(changed.damaged);
+    }
 }

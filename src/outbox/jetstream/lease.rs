@@ -82,11 +82,11 @@ impl Shared {
         if still_own.as_deref() != Some(hold.record.session.as_str()) {
             return Err(unavailable("the session is not good for a request now"));
         }
+        for capture in &mut draft.captures {
+            self.sealing.leased(capture)?;
+        }
         hold.leased = draft.leased;
         hold.leased_at = Some(Instant::now());
-        for capture in &mut draft.captures {
-            self.sealing.leased(capture);
-        }
         Ok(draft.captures)
     }
 

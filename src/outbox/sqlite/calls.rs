@@ -99,7 +99,7 @@ impl Outbox for SqliteOutbox {
                 captures.map(|entry| entry.leased(budget)).collect()
             };
             for capture in &mut leased {
-                self.sealing.leased(capture);
+                self.sealing.leased(capture)?;
             }
             Ok(leased)
         })
