@@ -64,6 +64,7 @@ mod news;
 mod open;
 mod outcomes;
 mod queue;
+mod remove;
 mod replay;
 mod scout;
 mod sessions;

@@ -4,16 +4,20 @@ use std::time::Duration;
 
 use segment_relay::{
     proto::{
-        DataRegion, DeadLetterFilter, DeliveryReason, DeliveryState, EraseSubjectRequest,
-        ErasureReceipt, Integration, ListDeadLettersRequest, ListErasureReceiptsRequest,
-        ReplayDeadLettersRequest, WaitFor, dead_letter_service_client::DeadLetterServiceClient,
-        erase_subject_request::Subject, privacy_service_client::PrivacyServiceClient,
+        CaptureBatchRequest, DataRegion, DeadLetterFilter, DeliveryReason, DeliveryState,
+        EraseSubjectRequest, ErasureReceipt, Integration, ListDeadLettersRequest,
+        ListErasureReceiptsRequest, ReplayDeadLettersRequest, WaitFor,
+        dead_letter_service_client::DeadLetterServiceClient, erase_subject_request::Subject,
+        privacy_service_client::PrivacyServiceClient,
     },
     sandbox::{Outcome, Rule},
 };
 use tonic::Code;
 
-use crate::harness::{World, acme, credential, numbered, states, violations};
+use crate::{
+    harness::{World, acme, credential, numbered, states, violations},
+    secrets::files_with,
+};
 
 async fn erase(world: &World, subject: Subject, integration: &str) -> ErasureReceipt {
     let request = EraseSubjectRequest {
@@ -28,6 +32,48 @@ async fn erase(world: &World, subject: Subject, integration: &str) -> ErasureRec
 fn email(number: usize) -> Subject {
     // Written in another way than when it was collected.
     Subject::Email(format!(" Person-{number}@Example.com "))
+}
+
+#[tokio::test]
+async fn what_is_erased_has_left_the_disk_when_the_call_is_answered() {
+    let world = World::start().await;
+    world.create(acme()).await;
+    world.misbehave(Rule {
+        status: Some(400),
+        ..Rule::default()
+    });
+    let mut dead = numbered(1);
+    dead.capture_id = "dead".into();
+    world.deliver(dead).await;
+    world.misbehave(Rule {
+        status: Some(503),
+        ..Rule::default()
+    });
+    // Waiting ones of one call may share a place on the disk.
+    let captures = vec![numbered(3), numbered(1), numbered(4)];
+    let request = CaptureBatchRequest {
+        integration_id: "acme".into(),
+        captures,
+        ..CaptureBatchRequest::default()
+    };
+    world
+        .relay()
+        .capture_batch(request)
+        .await
+        .expect("accepted");
+    let address = |number: usize| format!("person-{number}@example.com");
+    let (own, others) = (address(1), [address(3), address(4)]);
+    let on_disk = |text: &str| !files_with(world.outbox(), &[text]).is_empty();
+    assert!(on_disk(&own), "before it is erased");
+
+    let receipt = erase(&world, email(1), "").await;
+    assert_eq!(
+        (receipt.waiting_event_count, receipt.dead_letter_count),
+        (2, 2)
+    );
+    assert_eq!(files_with(world.outbox(), &[&own]), [""; 0]);
+    assert!(others.iter().all(|other| on_disk(other)), "{others:?}");
+    world.stop().await;
 }
 
 #[tokio::test]

@@ -19,7 +19,8 @@ use crate::{
 };
 
 /// The files below a directory in which one of the texts stands.
-fn files_with(directory: &Path, planted: &[&str]) -> Vec<String> {
+/// Which of the texts stand in which files.
+pub(crate) fn files_with(directory: &Path, planted: &[&str]) -> Vec<String> {
     let mut found = Vec::new();
     for entry in std::fs::read_dir(directory).expect("listed") {
         let path = entry.expect("an entry").path();

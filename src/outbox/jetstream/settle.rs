@@ -61,10 +61,7 @@ impl Shared {
             return Ok(());
         };
         hold.leased_at = None;
-        let moved = |one: &Leased| one.position < hold.record.cursor(one.queue);
-        if hold.unpurged || hold.leased.iter().any(moved) {
-            self.purge_settled(lane, hold).await;
-        }
+        self.remove_settled(lane, hold).await;
         hold.leased = Vec::new();
         Ok(())
     }
@@ -284,7 +281,6 @@ impl Shared {
     ) -> Result<bool, OutboxError> {
         hold.leased_at = None;
         let record = lane_record_after(hold, &[]);
-        hold.leased = Vec::new();
         if record != hold.record {
             let stored = self.wire.store(vec![ToStore {
                 subject: self.layout.lane(lane),
@@ -299,39 +295,11 @@ impl Shared {
             };
             let stream = self.layout.stream_of(&lane.integration_id);
             self.deleter.remove(&stream, hold.revision);
-            (hold.revision, hold.record, hold.unpurged) = (revision, record, true);
+            (hold.revision, hold.record) = (revision, record);
         }
-        if hold.unpurged {
-            self.purge_settled(lane, hold).await;
-        }
+        self.remove_settled(lane, hold).await;
+        hold.leased = Vec::new();
         Ok(true)
-    }
-
-    /// Removes what does not wait any more.
-    pub(super) async fn purge_settled(&self, lane: &LaneKey, hold: &mut Hold) {
-        let stream = self.layout.stream_of(&lane.integration_id);
-        hold.unpurged = false;
-        for queue in 0..2 {
-            let (before, _) = split(hold.record.cursor(queue));
-            if before == 0 {
-                continue;
-            }
-            let purged = async {
-                let subjects = self.layout.chunks(lane, queue);
-                self.wire.purge_before(&stream, &subjects, before).await?;
-                let replaced = &mut hold.replaced[queue];
-                while let Some(sequence) = replaced.first().filter(|it| **it < before) {
-                    let subjects = self.layout.replaced_at(lane, *sequence);
-                    self.wire.purge_before(&stream, &subjects, u64::MAX).await?;
-                    replaced.pop_first();
-                }
-                Ok::<_, OutboxError>(())
-            };
-            if let Err(error) = purged.await {
-                tracing::warn!(%lane, %error, "what is settled was not removed; it is tried again");
-                hold.unpurged = true;
-            }
-        }
     }
 }
 
