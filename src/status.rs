@@ -234,6 +234,26 @@ pub struct CaptureRecord {
 }
 
 impl CaptureRecord {
+    /// Leaves of a capture that is erased that it was there, and which events were delivered.
+    /// Returns the events whose state has changed.
+    pub fn forget_history(&mut self) -> Vec<EventType> {
+        self.attempts.clear();
+        let mut changed = Vec::new();
+        for event in EventType::ALL {
+            let state = match self.event(event).state {
+                state @ (State::Delivered { .. } | State::Skipped { .. }) => state,
+                State::Queued | State::Retrying { .. } | State::DeadLettered { .. } => {
+                    changed.push(event);
+                    State::Skipped {
+                        reason: DeliveryReason::Erased,
+                    }
+                }
+            };
+            *self.event_mut(event) = EventStatus::new(state);
+        }
+        changed
+    }
+
     /// The status of one event.
     #[must_use]
     pub fn event(&self, event: EventType) -> &EventStatus {

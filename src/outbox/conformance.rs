@@ -161,6 +161,14 @@ pub(crate) async fn settle(
     leased: Vec<LeasedCapture>,
     outcome: impl Fn(&str, EventType) -> Outcome,
 ) {
+    let settlement = settlement(leased, outcome);
+    outbox.settle(settlement).await.expect("settled");
+}
+
+pub(crate) fn settlement(
+    leased: Vec<LeasedCapture>,
+    outcome: impl Fn(&str, EventType) -> Outcome,
+) -> Arc<Settlement> {
     let lane = lane(leased[0].record.integration_id.as_str());
     let mut captures = Vec::new();
     for capture in leased {
@@ -186,8 +194,7 @@ pub(crate) async fn settle(
             changed,
         });
     }
-    let settlement = Arc::new(Settlement { lane, captures });
-    outbox.settle(settlement).await.expect("settled");
+    Arc::new(Settlement { lane, captures })
 }
 
 pub(crate) async fn captures_come_back_in_order_also_after_a_restart_and_go_when_delivered(

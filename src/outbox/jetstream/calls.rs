@@ -85,6 +85,9 @@ impl Shared {
     async fn backlog_of(&self, id: &IntegrationId) -> Result<Backlog, OutboxError> {
         let mut backlog = Backlog::default();
         for (lane, captures) in self.waiting(Some(id)).await? {
+            if captures == 0 {
+                continue;
+            }
             backlog.lanes += 1;
             backlog.events += captures * 2;
             let time = self.oldest_of(&lane).await?;

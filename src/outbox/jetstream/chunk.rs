@@ -122,7 +122,8 @@ impl<'a> Packer<'a> {
     /// Adds a capture; those of one queue keep their order.
     pub(super) fn add(&mut self, mut capture: ToPack) {
         let waiting = capture.waiting.take();
-        let place = waiting.map(|(lane, queue, waiting)| self.place(lane, queue, waiting));
+        let bytes = capture.stored.status.len();
+        let place = waiting.map(|waiting| self.place(waiting, bytes));
         self.records.push((capture, place));
     }
 
@@ -131,10 +132,14 @@ impl<'a> Packer<'a> {
         self.rest.push(message);
     }
 
-    fn place(&mut self, lane: LaneKey, queue: usize, waiting: Waiting) -> Place {
+    fn place(
+        &mut self,
+        (lane, queue, waiting): (LaneKey, usize, Waiting),
+        record_bytes: usize,
+    ) -> Place {
         let payloads = [&waiting.identify, &waiting.track];
         let sizes = payloads.map(|one| one.as_ref().map_or(0, |payload| payload.bytes.len()));
-        let bytes: usize = sizes.iter().sum();
+        let bytes = sizes.iter().sum::<usize>() + record_bytes;
         let key = (lane, queue);
         let with_room = self.open.get(&key).copied().filter(|chunk| {
             let open = &self.chunks[*chunk];

@@ -1,27 +1,27 @@
 //! Erases a person's captures. Whatever fails on the way, the same call finds what is left and goes on:
 //! records say whose they are until all else is gone.
 
-use std::collections::{BTreeMap, HashMap, HashSet};
+mod found;
+
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 
 use prost::Message;
 
+use self::found::Erased;
 use super::{
     Shared,
     chunk::{pack, split},
     dead_letters::place,
     deleter::for_each,
     lanes::Hold,
-    message::{LaneRecord, StoredRecord, Waiting, decode},
-    names::integration_of,
+    message::{LaneRecord, Waiting},
     queue::ReadChunk,
     wire::{StoreError, ToStore, unavailable},
 };
 use crate::{
     event::EventType,
-    integration::IntegrationId,
     outbox::{Erasure, LaneKey, OutboxError, SubjectQuery},
-    proto::{DeliveryReason, ErasureReceipt},
-    status::{CaptureRecord, EventStatus, State},
+    proto::ErasureReceipt,
     time::UnixMillis,
 };
 
@@ -29,20 +29,6 @@ use crate::{
 const CHUNK: usize = 50;
 /// Tries after others have changed records.
 const TRIES: u32 = 10;
-
-/// A capture that is to be erased.
-struct Erased {
-    id: IntegrationId,
-    subject: String,
-    revision: u64,
-    stored: StoredRecord,
-    record: CaptureRecord,
-    /// Events that wait.
-    waits: u64,
-    /// Positions at which its payloads may be, the one where it waits first.
-    places: Vec<u64>,
-    dead: u64,
-}
 
 /// What a batch changes of a lane.
 struct Change {
@@ -108,7 +94,8 @@ impl Shared {
     ) -> Result<bool, OutboxError> {
         // First the lanes: while they are held here, nothing of them is sent elsewhere.
         let found = self.to_erase(subjects, wanted, query).await?;
-        let lanes: HashSet<LaneKey> = found.iter().filter_map(Erased::lane).collect();
+        // In an order that is the same for all, since others may take some too.
+        let lanes: BTreeSet<LaneKey> = found.iter().filter_map(Erased::lane).collect();
         let mut pins = Vec::new();
         for lane in &lanes {
             pins.push(self.take_lane(lane).await?);
@@ -132,73 +119,6 @@ impl Shared {
         Ok(true)
     }
 
-    async fn to_erase(
-        &self,
-        subjects: &[(usize, String)],
-        wanted: &HashSet<i64>,
-        query: &SubjectQuery,
-    ) -> Result<Vec<Erased>, OutboxError> {
-        let mut reads = Vec::new();
-        for (partition, subject) in subjects {
-            reads.push(self.read_to_erase(*partition, subject, wanted, query));
-        }
-        Ok(for_each(reads).await?.into_iter().flatten().collect())
-    }
-
-    async fn read_to_erase(
-        &self,
-        partition: usize,
-        subject: &str,
-        wanted: &HashSet<i64>,
-        query: &SubjectQuery,
-    ) -> Result<Option<Erased>, OutboxError> {
-        let stream = self.layout.stream(partition);
-        let Some((found, _)) = self.wire.last(&stream, subject).await? else {
-            return Ok(None);
-        };
-        let only = query.integration_id.as_ref();
-        let (revision, subject) = (found.sequence, found.subject);
-        let stored: StoredRecord = decode("record", found.payload)?;
-        let Some(id) = integration_of(&subject, 1).filter(|id| only.is_none_or(|only| only == id))
-        else {
-            return Ok(None);
-        };
-        if !wanted.contains(&stored.subject) {
-            return Ok(None);
-        }
-        let record = self.status(&id, revision, &stored).await?;
-        let (mut places, mut waits) = (Vec::new(), 0);
-        if let Some(lane) = stored.lane(&record) {
-            for (number, position) in stored.positions(revision).enumerate() {
-                let Some(one) = self.queued_at(&lane, position, &stored.capture_id).await? else {
-                    continue;
-                };
-                let has = |event: &&EventType| one.payload(**event).is_some();
-                let waiting =
-                    |event: &&EventType| has(event) && !record.event(**event).state.is_final();
-                if number == 0 {
-                    waits = EventType::ALL.iter().filter(waiting).count() as u64;
-                }
-                places.push(position);
-            }
-        }
-        let mut dead = 0;
-        for event in EventType::ALL {
-            let letter = self.layout.dead(&id, &stored.capture_id, event);
-            dead += u64::from(self.wire.last(&stream, &letter).await?.is_some());
-        }
-        Ok(Some(Erased {
-            id,
-            subject,
-            revision,
-            stored,
-            record,
-            waits,
-            places,
-            dead,
-        }))
-    }
-
     /// Erases captures of one partition that are in messages of one lane or of none.
     async fn erase_batch(
         &self,
@@ -220,9 +140,13 @@ impl Shared {
                 *sum += count;
             }
             let was_final = one.record.is_final();
-            waited.extend(one.places.first().filter(|_| !was_final));
-            let changed = forget_history(&mut one.record);
+            let first = one.places.first().filter(|(_, has)| *has && !was_final);
+            waited.extend(first.map(|(position, _)| *position));
+            let changed = one.record.forget_history();
+            // The place stays known, until nothing is there any more.
+            let place = one.stored.position(one.revision);
             one.stored.set(&one.record);
+            one.stored.queue_at(place.unwrap_or(0));
             announced.push((one.record.clone(), changed));
         }
         let (mut batch, mut change) = (Vec::new(), None);
@@ -232,7 +156,9 @@ impl Shared {
             let Some(hold) = guard.as_ref().filter(is_idle) else {
                 return Ok(false);
             };
-            let next = self.change(lane, hold, &captures, &waited).await?;
+            let Some(next) = self.change(lane, hold, &captures, &waited).await? else {
+                return Ok(false);
+            };
             batch.push(ToStore {
                 subject: self.layout.lane(lane),
                 payload: next.record.encode_to_vec().into(),
@@ -256,11 +182,9 @@ impl Shared {
         }
         let before = batch.len() as u64;
         batch.extend(captures.iter().map(|one| self.erased_record(one)));
+        // Until all is known to be done, whoever goes on reads again what the lane has.
+        let mut hold = guard.as_mut().and_then(|guard| guard.take());
         let Some(first) = self.store_or_conflict(batch).await? else {
-            // Read again, also who holds the lane.
-            if let Some(guard) = &mut guard {
-                **guard = None;
-            }
             return Ok(false);
         };
         let [attempts, waiting, dead] = sums;
@@ -268,19 +192,16 @@ impl Shared {
         receipt.waiting_event_count += waiting;
         receipt.dead_letter_count += dead;
         receipt.payload_count += waiting + dead;
-        if let (Some(Some(hold)), Some(change)) = (guard.as_deref_mut(), change) {
+        if let (Some(hold), Some(change)) = (&mut hold, change) {
             (hold.revision, hold.record) = (first, change.record);
             for (queue, chunk) in &change.chunks {
                 hold.replaced[*queue].insert(chunk.sequence);
                 self.wire.delete(&stream, chunk.stored_at, true).await?;
-                // Where an earlier try ended before this.
-                self.wire.delete(&stream, chunk.sequence, true).await?;
             }
         }
         if let Some(lane) = lane {
             self.counts.remove(lane, waited.len() as u64);
         }
-        let mut hold = guard.as_deref_mut().and_then(Option::as_mut);
         for (one, revision) in captures.iter_mut().zip(first + before..) {
             one.revision = revision;
             // A request that took too long may still be settled.
@@ -293,6 +214,9 @@ impl Shared {
             }
         }
         let done = self.forget_owner(&stream, captures).await?;
+        if let Some(guard) = &mut guard {
+            **guard = hold;
+        }
         drop(guard);
         self.announce(announced, UnixMillis::now()).await;
         // Whoever holds the lane goes on behind what was erased.
@@ -319,17 +243,18 @@ impl Shared {
         }
     }
 
-    /// The lane's messages without what is erased, and its record.
+    /// The lane's messages without what is erased, and its record; `None` where one of them was
+    /// settled meanwhile.
     async fn change(
         &self,
         lane: &LaneKey,
         hold: &Hold,
         captures: &[Erased],
         waited: &[u64],
-    ) -> Result<Change, OutboxError> {
+    ) -> Result<Option<Change>, OutboxError> {
         let mut places: BTreeMap<u64, Vec<(usize, &Erased)>> = BTreeMap::new();
         for one in captures {
-            for position in &one.places {
+            for (position, _) in one.places.iter().filter(|(_, has_payloads)| *has_payloads) {
                 let (sequence, index) = split(*position);
                 places.entry(sequence).or_default().push((index, one));
             }
@@ -344,8 +269,12 @@ impl Shared {
                 let position = super::chunk::position(sequence, index);
                 // Whoever reads this message has to read their records first.
                 record.touched[queue] = record.touched[queue].max(position);
-                let counts = waited.contains(&position) && position >= record.cursor(queue);
-                record.beyond[queue] += u64::from(counts);
+                if waited.contains(&position) {
+                    if position < record.cursor(queue) {
+                        return Ok(None);
+                    }
+                    record.beyond[queue] += 1;
+                }
                 if let Some(waiting) = chunk.captures.get_mut(index) {
                     let mut stored = one.stored.clone();
                     stored.forget_owner();
@@ -357,7 +286,7 @@ impl Shared {
             }
             chunks.push((queue, chunk));
         }
-        Ok(Change { record, chunks })
+        Ok(Some(Change { record, chunks }))
     }
 
     /// Removes dead letters and older versions of records; at last, nobody finds them as this person's
@@ -397,34 +326,4 @@ impl Shared {
         }
         Ok(())
     }
-}
-
-impl Erased {
-    /// The lane in whose messages it is.
-    fn lane(&self) -> Option<LaneKey> {
-        let is_somewhere = !self.places.is_empty();
-        is_somewhere
-            .then(|| self.stored.lane(&self.record))
-            .flatten()
-    }
-}
-
-/// What is left of a capture: that it was there, and which events were delivered.
-/// Returns the events whose state has changed.
-fn forget_history(record: &mut CaptureRecord) -> Vec<EventType> {
-    record.attempts.clear();
-    let mut changed = Vec::new();
-    for event in EventType::ALL {
-        let state = match record.event(event).state {
-            state @ (State::Delivered { .. } | State::Skipped { .. }) => state,
-            State::Queued | State::Retrying { .. } | State::DeadLettered { .. } => {
-                changed.push(event);
-                State::Skipped {
-                    reason: DeliveryReason::Erased,
-                }
-            }
-        };
-        *record.event_mut(event) = EventStatus::new(state);
-    }
-    changed
 }

@@ -196,6 +196,8 @@ impl Import {
             };
             (lane, usize::from(*replayed), payloads)
         });
+        let left = self.remember.saturating_sub(now.since(one.accept_time));
+        let keep = left.max(Duration::from_secs(60));
         let stored = StoredRecord {
             capture_id: one.capture_id.clone(),
             digest: one.digest.clone(),
@@ -204,16 +206,15 @@ impl Import {
             mark: self.mark(one),
             shard: one.lane.as_ref().map(|lane| u32::from(lane.shard)),
             // One that was tried has a history that outcomes can't tell.
+            kept_until: now.plus(keep).0,
             own: waiting.is_none() || !EventType::ALL.into_iter().all(fresh),
             ..StoredRecord::default()
         };
-        let is_dead = EventType::ALL.into_iter().any(dead);
-        let left = self.remember.saturating_sub(now.since(one.accept_time));
         packer.add(ToPack {
             id: id.clone(),
             stored,
             expected: 0,
-            keep: (!is_dead).then_some(left.max(Duration::from_secs(60))),
+            keep: (!EventType::ALL.into_iter().any(dead)).then_some(keep),
             waiting,
         });
         for (event, time, payload) in &one.dead {

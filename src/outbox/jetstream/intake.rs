@@ -162,7 +162,7 @@ fn collect(shared: &Shared, open: &mut [Open]) -> (Vec<Item>, Vec<(usize, Fate)>
                 }
                 (*more, all) = (*more + 1, all + 1);
             }
-            let item = Item::new(sealed);
+            let item = Item::new(sealed, shared.options.remember);
             bytes += item.bytes;
             if let Some((lane, _)) = item.waiting.as_ref().filter(|one| !lanes.contains(&one.0)) {
                 lanes.insert(lane.clone());

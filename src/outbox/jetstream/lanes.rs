@@ -166,15 +166,6 @@ impl Shared {
         Ok(false)
     }
 
-    /// Removes messages that others have taken the place of: whoever erased something may have died before.
-    async fn finish_erasures(&self, lane: &LaneKey, hold: &Hold) -> Result<(), OutboxError> {
-        let stream = self.layout.stream_of(&lane.integration_id);
-        for sequence in hold.replaced.iter().flatten() {
-            self.wire.delete(&stream, *sequence, true).await?;
-        }
-        Ok(())
-    }
-
     async fn ask_for(&self, lane: &LaneKey) {
         if let Some(own) = self.sessions.name() {
             let wanted = format!("{} {own}", lane_token(lane));
@@ -238,7 +229,8 @@ impl Shared {
             replaced: self.replaced(lane).await?,
             packing: 1.0,
         };
-        self.finish_erasures(lane, &hold).await?;
+        let all = hold.replaced.iter().flatten().copied();
+        self.finish_replacing(lane, all).await?;
         Ok(Some(hold))
     }
 

@@ -49,6 +49,9 @@ pub(super) struct StoredRecord {
     /// Earlier positions, whose messages may still have its payloads.
     #[prost(uint64, repeated, tag = "11")]
     pub(super) left: Vec<u64>,
+    /// Of a first version: how long the servers keep it, Unix milliseconds.
+    #[prost(sint64, tag = "12")]
+    pub(super) kept_until: i64,
 }
 
 /// Captures of one lane that wait, in their order.

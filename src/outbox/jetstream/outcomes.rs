@@ -23,11 +23,14 @@ use crate::{
     time::UnixMillis,
 };
 
+/// How much longer than the records, whose time begins when the servers store them.
+const MARGIN: Duration = Duration::from_secs(600);
 /// Messages of one chunk that are read at the most: each settlement of a part of it is one.
 const MAX_MESSAGES: usize = 1_024;
 
 /// Whether a capture's outcome may stand in a message with others: nothing of it was ever tried before,
-/// both events are through, and its record, which goes by the time of acceptance, is still kept for a while.
+/// both events are through, and its record, whose time began with its acceptance, is kept for at least
+/// half of the time that an own one would be.
 pub(super) fn may_share(
     leased: &Leased,
     next: &CaptureRecord,
@@ -40,29 +43,39 @@ pub(super) fn may_share(
         && leased.record.queue_time == next.queue_time
         && through(next.identify.state)
         && through(next.track.state)
-        && now.since(next.accept_time) < remember / 2
+        && kept_for(leased, now) >= remember / 2
 }
 
-/// Puts the outcomes of captures, by position, into one message for each chunk.
-pub(super) fn messages(
+/// How long the servers keep its record from now on.
+fn kept_for(leased: &Leased, now: UnixMillis) -> Duration {
+    UnixMillis(leased.stored.kept_until).since(now)
+}
+
+/// Puts the outcomes of captures into one message for each chunk, which is kept longer than
+/// their records.
+pub(super) fn messages<'a>(
     shared: &Shared,
     lane: &LaneKey,
-    captures: impl Iterator<Item = (u64, CaptureRecord)>,
+    captures: impl Iterator<Item = (&'a Leased, CaptureRecord)>,
+    now: UnixMillis,
 ) -> Vec<ToStore> {
-    let mut chunks: BTreeMap<u64, Vec<(usize, CaptureRecord)>> = BTreeMap::new();
-    for (position, record) in captures {
-        let (sequence, index) = split(position);
-        chunks.entry(sequence).or_default().push((index, record));
+    type Own = (Duration, Vec<(usize, CaptureRecord)>);
+    let mut chunks: BTreeMap<u64, Own> = BTreeMap::new();
+    for (leased, record) in captures {
+        let (sequence, index) = split(leased.position);
+        let own = chunks.entry(sequence).or_default();
+        own.0 = own.0.max(kept_for(leased, now));
+        own.1.push((index, record));
     }
     let mut messages = Vec::with_capacity(chunks.len());
-    for (sequence, mut captures) in chunks {
+    for (sequence, (keep, mut captures)) in chunks {
         captures.sort_by_key(|(index, _)| *index);
         let first = captures.first().map_or(0, |(index, _)| *index);
         messages.push(ToStore {
             subject: shared.layout.outcomes(lane, sequence, first),
             payload: joined(&captures).encode_to_vec().into(),
             expected: None,
-            keep: Some(shared.options.remember),
+            keep: Some(keep + MARGIN),
         });
     }
     messages

@@ -6,6 +6,7 @@ use std::collections::BTreeSet;
 use super::{
     Shared,
     chunk::{split, unpack},
+    deleter::for_each,
     message::{StoredRecord, Waiting},
     names::parse_queue,
     wire::Stored,
@@ -14,6 +15,8 @@ use crate::outbox::{LaneKey, OutboxError};
 
 /// Messages of one read at the most.
 const READ: usize = 500;
+/// Messages of those that stand in the place of others: each takes a question of its own.
+const REPLACED: usize = 16;
 
 /// The sequences of the messages that others have taken the place of, of both queues.
 pub(super) type Replaced = [BTreeSet<u64>; 2];
@@ -78,17 +81,26 @@ impl Shared {
         let mut from = from;
         loop {
             let bound = (READ, max_bytes);
-            let read = self.wire.read(&stream, &subjects, from, bound).await?;
-            let end = read.last().map(|last| last.sequence);
-            let others = replaced[queue].range(from..=end.unwrap_or(u64::MAX));
-            // With nothing behind it, one is enough: whoever wants more asks again.
-            let others: Vec<u64> = match end {
-                Some(_) => others.copied().collect(),
-                None => others.take(1).copied().collect(),
+            let mut read = self.wire.read(&stream, &subjects, from, bound).await?;
+            let next_other = replaced[queue].range(from..).next().copied();
+            if let (true, Some(other)) = (read.is_empty(), next_other) {
+                // A replica that is behind may lack what comes before that.
+                let next = self.wire.next(&stream, &subjects, from).await?;
+                read.extend(next.filter(|next| next.sequence < other));
+            }
+            let end = match (read.last(), next_other) {
+                (Some(last), _) => last.sequence,
+                (None, Some(other)) => other,
+                (None, None) => return Ok(Vec::new()),
             };
-            let Some(last) = end.max(others.last().copied()) else {
-                return Ok(Vec::new());
-            };
+            let mut others: Vec<u64> = replaced[queue].range(from..=end).copied().collect();
+            let mut last = end;
+            if others.len() > REPLACED {
+                // The rest is read the next time.
+                others.truncate(REPLACED);
+                last = others.last().copied().unwrap_or(end);
+                read.retain(|one| one.sequence <= last);
+            }
             let mut chunks = Vec::with_capacity(read.len());
             for stored in read {
                 let sequence = stored.sequence;
@@ -116,6 +128,35 @@ impl Shared {
             }
             from = last + 1;
         }
+    }
+
+    /// Removes the messages whose place others have taken, and those among them that were replaced again: whoever
+    /// erased something may have died before.
+    pub(super) async fn finish_replacing(
+        &self,
+        lane: &LaneKey,
+        sequences: impl Iterator<Item = u64>,
+    ) -> Result<(), OutboxError> {
+        let mut removals = Vec::new();
+        for sequence in sequences {
+            removals.push(self.remove_replaced(lane, sequence));
+        }
+        for_each(removals).await.map(drop)
+    }
+
+    async fn remove_replaced(&self, lane: &LaneKey, sequence: u64) -> Result<(), OutboxError> {
+        let stream = self.layout.stream_of(&lane.integration_id);
+        let subject = self.layout.replaced_at(lane, sequence);
+        let Some((newest, _)) = self.wire.last(&stream, &subject).await? else {
+            return Ok(());
+        };
+        self.wire.delete(&stream, sequence, true).await?;
+        while let Some(older) = self.wire.next(&stream, &subject, sequence).await?
+            && older.sequence < newest.sequence
+        {
+            self.wire.delete(&stream, older.sequence, true).await?;
+        }
+        Ok(())
     }
 
     /// The message that took the place of another one, as the stream's leader has it.
@@ -169,7 +210,7 @@ impl Shared {
         Ok(found.map(|waiting| (position, waiting)))
     }
 
-    /// A capture at a position, if it is there with any payload.
+    /// A capture at a position, with the payloads that are there.
     pub(super) async fn queued_at(
         &self,
         lane: &LaneKey,
@@ -185,8 +226,7 @@ impl Shared {
         }
         let waiting = chunk.captures.swap_remove(index);
         let record = waiting.record.as_ref();
-        let is_it = record.is_some_and(|one| one.capture_id == capture_id)
-            && (waiting.identify.is_some() || waiting.track.is_some());
+        let is_it = record.is_some_and(|one| one.capture_id == capture_id);
         Ok(is_it.then_some(waiting))
     }
 }

@@ -22,8 +22,8 @@ const READ: usize = 500;
 const PROBE: Duration = Duration::from_secs(60);
 
 impl Shared {
-    /// Captures that wait in each lane: those of the messages, as the streams' leaders know it, without
-    /// those that the lanes' records say are settled.
+    /// Captures that wait in each lane that has messages: those of the messages, as the streams' leaders know
+    /// it, without those that the lanes' records say are settled, as some replica knows it.
     pub(super) async fn waiting(
         &self,
         id: Option<&IntegrationId>,
@@ -57,7 +57,6 @@ impl Shared {
             }
             lanes.extend(own);
         }
-        lanes.retain(|_, count| *count > 0);
         Ok(lanes)
     }
 

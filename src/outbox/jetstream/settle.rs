@@ -86,8 +86,8 @@ impl Shared {
                     && outcomes::may_share(leased, &one.record, self.options.remember, now);
             }
             let shared = next.iter().filter(|one| one.shared);
-            let shared = shared.map(|one| (hold.leased[one.place].position, one.record.clone()));
-            let outcomes = outcomes::messages(self, lane, shared);
+            let shared = shared.map(|one| (&hold.leased[one.place], one.record.clone()));
+            let outcomes = outcomes::messages(self, lane, shared, now);
             // The lane's record comes first, then these.
             let before = 1 + outcomes.len() as u64;
             let batch = self.batch(lane, hold, &record, outcomes, &next, &payloads);
@@ -368,8 +368,12 @@ fn lane_record_after(hold: &Hold, next: &[Next]) -> LaneRecord {
             record.touched[queue] = record.touched[queue].max(tried);
         }
         let settled = |place: &usize| done.get(place).is_some_and(|done| *done);
-        let newly = own().filter(|(place, one)| settled(place) && !one.done);
         let before = hold.record.cursor(queue)..record.cursors[queue];
+        // Not what an earlier try without an answer has counted, nor what was given up here before.
+        let newly = own().filter(|(place, one)| {
+            let counted = one.position < before.start || one.stored.left.contains(&one.position);
+            settled(place) && !one.done && !counted
+        });
         let passed = own().filter(|(_, one)| before.contains(&one.position));
         let beyond = record.beyond[queue] + newly.count() as u64;
         let beyond = beyond.saturating_sub(passed.count() as u64);

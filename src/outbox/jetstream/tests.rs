@@ -2,6 +2,7 @@
 //! one the tests say so and check nothing: `tests/run` brings it, and makes its absence a failure.
 
 mod chunks;
+mod interrupted;
 
 #[allow(dead_code, reason = "shared with tests/it")]
 #[path = "../../../tests/it/nats_server.rs"]
@@ -56,6 +57,11 @@ fn connection(server: &Server) -> NatsConnection {
 impl JetStreamRig {
     /// One relay's outbox.
     async fn relay(&self) -> JetStreamOutbox {
+        self.remembering(Duration::from_secs(3_600)).await
+    }
+
+    /// One that remembers ids for so long.
+    async fn remembering(&self, remember: Duration) -> JetStreamOutbox {
         let layout = Layout {
             prefix: "test".to_owned(),
             partitions: self.partitions,
@@ -70,7 +76,7 @@ impl JetStreamRig {
         handle.init().await.expect("makes its streams");
         let options = JetStreamOptions {
             limits: LIMITS,
-            remember: Duration::from_secs(3_600),
+            remember,
             encrypt_payloads: false,
             request_timeout: Duration::from_secs(2),
             metrics: Metrics::off(),

@@ -1,6 +1,9 @@
 //! What the outbox asks of JetStream, beyond what async-nats has calls for: atomic
 //! batches, and reading many messages at once.
 
+#[cfg(test)]
+pub(super) mod faults;
+
 use std::{sync::Arc, time::Duration};
 
 use async_nats::{
@@ -119,6 +122,8 @@ pub(super) struct Wire {
     pub(super) client: Client,
     pub(super) context: jetstream::Context,
     batches: Arc<Semaphore>,
+    #[cfg(test)]
+    pub(super) faults: faults::Faults,
 }
 
 impl Wire {
@@ -130,6 +135,8 @@ impl Wire {
             client,
             context,
             batches: Arc::new(Semaphore::new(BATCHES)),
+            #[cfg(test)]
+            faults: faults::Faults::default(),
         }
     }
 
@@ -197,6 +204,10 @@ impl Wire {
                 })?;
         let ack: Ack = serde_json::from_slice(&answer.payload)
             .map_err(|error| StoreError::Unknown(error.to_string()))?;
+        #[cfg(test)]
+        if self.faults.strikes(faults::Fault::LostAnswer) {
+            return Err(StoreError::Unknown("planted".to_owned()));
+        }
         match ack.error {
             None => Ok(ack.seq + 1 - count),
             Some(error) if WRONG_LAST_SEQUENCE.contains(&error.err_code) => {
@@ -216,6 +227,10 @@ impl Wire {
         from: u64,
         (count, max_bytes): (usize, usize),
     ) -> Result<Vec<Stored>, OutboxError> {
+        #[cfg(test)]
+        if self.faults.strikes(faults::Fault::Behind) {
+            return Ok(Vec::new());
+        }
         let request = GetMany {
             seq: Some(from.max(1)),
             next_by_subj: Some(subject),
@@ -267,7 +282,9 @@ impl Wire {
                 return Err(unavailable("the connection was lost during a read"));
             };
             match message.status.map(|status| status.as_u16()) {
-                Some(204 | 404) => return Ok(found),
+                Some(204) => return Ok(found),
+                Some(404) if found.is_empty() => return Ok(found),
+                Some(404) => return Err(unavailable("a message went while it was read")),
                 Some(503) => return Err(unavailable("the stream cannot be read now")),
                 Some(status) if status >= 400 => {
                     let why = message.description.unwrap_or_default();
@@ -355,6 +372,10 @@ impl Wire {
         sequence: u64,
         erase: bool,
     ) -> Result<(), OutboxError> {
+        #[cfg(test)]
+        if erase && self.faults.strikes(faults::Fault::Delete) {
+            return Err(unavailable("planted"));
+        }
         let request = Delete {
             seq: sequence,
             no_erase: !erase,
@@ -386,6 +407,10 @@ impl Wire {
         subject: &str,
         sequence: u64,
     ) -> Result<(), OutboxError> {
+        #[cfg(test)]
+        if self.faults.strikes(faults::Fault::Purge) {
+            return Err(unavailable("planted"));
+        }
         let stream = self.stream(stream).await?;
         let purge = stream.purge().filter(subject).sequence(sequence);
         purge.await.map(drop).map_err(unavailable)

@@ -17,6 +17,7 @@ use crate::{
     integration::IntegrationId,
     outbox::{Content, LaneKey, OutboxError, Submitted, record, sealing::SealedCapture},
     status::{CaptureRecord, EventStatus, State},
+    time::UnixMillis,
 };
 
 /// How long a batch without a clear answer is tried again.
@@ -43,7 +44,7 @@ pub(super) struct Answered {
 }
 
 impl Item {
-    pub(super) fn new(sealed: SealedCapture) -> Self {
+    pub(super) fn new(sealed: SealedCapture, remember: Duration) -> Self {
         let SealedCapture { capture, subject } = sealed;
         let state = match &capture.content {
             Content::Send { .. } => State::Queued,
@@ -67,6 +68,7 @@ impl Item {
             status: record::encode(&record),
             subject: subject.unwrap_or(0),
             mark: fastrand::u64(1..),
+            kept_until: UnixMillis::now().plus(remember).0,
             ..StoredRecord::default()
         };
         let (mut bytes, mut waiting) = (0, None);

@@ -11,24 +11,18 @@ use crate::{
     time::UnixMillis,
 };
 
-const NAME: &str = "acme";
+pub(super) const NAME: &str = "acme";
 
-/// Accepted so long ago.
-fn accepted(capture_id: &str, ago: Duration) -> NewCapture {
-    let millis = i64::try_from(ago.as_millis()).expect("short");
+fn accepted(capture_id: &str) -> NewCapture {
     NewCapture {
-        accept_time: UnixMillis(UnixMillis::now().0 - millis),
         user_id: Some(user_of(capture_id)),
         ..new_capture(NAME, capture_id, 0)
     }
 }
 
 /// Captures of one call, which share a message.
-async fn submit_together(outbox: &dyn Outbox, capture_ids: &[&str]) {
-    let captures = capture_ids
-        .iter()
-        .map(|one| accepted(one, Duration::ZERO))
-        .collect();
+pub(super) async fn submit_together(outbox: &dyn Outbox, capture_ids: &[&str]) {
+    let captures = capture_ids.iter().map(|one| accepted(one)).collect();
     submit(outbox, captures).await;
 }
 
@@ -42,7 +36,7 @@ async fn subjects(outbox: &JetStreamOutbox, kind: char) -> Vec<(String, u64)> {
     found
 }
 
-async fn count(outbox: &JetStreamOutbox, kind: char) -> u64 {
+pub(super) async fn count(outbox: &JetStreamOutbox, kind: char) -> u64 {
     let found = subjects(outbox, kind).await;
     found.into_iter().map(|(_, count)| count).sum()
 }
@@ -52,12 +46,12 @@ async fn state(outbox: &dyn Outbox, capture_id: &str) -> State {
     found.expect("known").track.state
 }
 
-async fn waiting(outbox: &dyn Outbox) -> u64 {
+pub(super) async fn waiting(outbox: &dyn Outbox) -> u64 {
     outbox.backlog(&id(NAME)).await.expect("counted").events
 }
 
 #[tokio::test]
-async fn what_is_delivered_at_the_first_try_shares_its_messages_for_a_while() {
+async fn what_is_delivered_at_the_first_try_shares_its_messages() {
     let Some(rig) = JetStreamRig::new(1) else {
         return;
     };
@@ -85,7 +79,7 @@ async fn what_is_delivered_at_the_first_try_shares_its_messages_for_a_while() {
         );
     }
     // A repetition hears the same.
-    let again = submit(&outbox, vec![accepted("a", Duration::ZERO)]).await;
+    let again = submit(&outbox, vec![accepted("a")]).await;
     let Submitted::Duplicate(record) = &again[0] else {
         panic!("{again:?}");
     };
@@ -105,17 +99,47 @@ async fn what_is_delivered_at_the_first_try_shares_its_messages_for_a_while() {
         (2, 0)
     );
     assert_eq!((count(&outbox, 'c').await, waiting(&outbox).await), (4, 0));
+}
 
-    // What is remembered counts from the acceptance, so the outcome of an old one is its own.
-    let half = Duration::from_secs(1_800);
-    submit(&outbox, vec![accepted("old", half)]).await;
-    let leased = lease(&outbox, NAME, 10).await;
-    settle(&outbox, leased, |_, _| Outcome::Delivered).await;
-    assert_eq!(count(&outbox, 's').await, 2);
-    assert!(matches!(
-        state(&outbox, "old").await,
-        State::Delivered { .. }
-    ));
+#[tokio::test]
+async fn an_outcome_is_kept_longer_than_the_records_that_it_speaks_for() {
+    let Some(rig) = JetStreamRig::new(1) else {
+        return;
+    };
+    let (short, long) = (Duration::from_secs(60), Duration::from_secs(3_600));
+    // Accepted by a relay with one setting, settled by one with another.
+    for (number, (before, after)) in [(long, short), (short, long)].into_iter().enumerate() {
+        let outbox = rig.remembering(before).await;
+        let name = format!("acme-{number}");
+        submit(&outbox, vec![new_capture(&name, "a", 0)]).await;
+        outbox.close().await;
+        let outbox = rig.remembering(after).await;
+        let leased = lease(&outbox, &name, 2).await;
+        settle(&outbox, leased, |_, _| Outcome::Delivered).await;
+        let shared = &outbox.0;
+        let (stream, lane) = (shared.layout.stream(0), lane(&name));
+        let record = shared.layout.record(&id(&name), "a");
+        let (record, headers) = shared
+            .wire
+            .last(&stream, &record)
+            .await
+            .expect("read")
+            .expect("there");
+        let (message, headers) = if after == short {
+            // The record stays for as long as it was meant to, and so does the outcome.
+            let outcome = shared.layout.all_outcomes(&lane, record.sequence + 1);
+            let found = shared.wire.last(&stream, &outcome).await.expect("read");
+            found.expect("there")
+        } else {
+            // It would go too soon, so there is a new one.
+            (record, headers)
+        };
+        let kept = headers.get("Nats-TTL").expect("a time").as_str();
+        let kept: u64 = kept.trim_end_matches('s').parse().expect("seconds");
+        assert!(kept >= 3_600, "{kept} s for {}", message.subject);
+        let found = outbox.find(&id(&name), "a").await.expect("read");
+        assert!(found.expect("known").is_final());
+    }
 }
 
 #[tokio::test]
@@ -182,6 +206,13 @@ async fn captures_of_one_message_go_their_own_ways() {
 }
 
 async fn erase(outbox: &dyn Outbox, person: &str) -> ErasureReceipt {
+    try_erase(outbox, person).await.expect("erased")
+}
+
+pub(super) async fn try_erase(
+    outbox: &dyn Outbox,
+    person: &str,
+) -> Result<ErasureReceipt, OutboxError> {
     let subject = SubjectQuery {
         user_ids: vec![user_of(person)],
         integration_id: None,
@@ -192,11 +223,11 @@ async fn erase(outbox: &dyn Outbox, person: &str) -> ErasureReceipt {
         captures: found.captures,
         receipt: ErasureReceipt::default(),
     };
-    outbox.erase(erasure).await.expect("erased")
+    outbox.erase(erasure).await
 }
 
 /// Whether any message of the queues has a payload of this capture.
-async fn has_payload(outbox: &JetStreamOutbox, capture_id: &str) -> bool {
+pub(super) async fn has_payload(outbox: &JetStreamOutbox, capture_id: &str) -> bool {
     let shared = &outbox.0;
     let all = shared.layout.all(0, 'q', None);
     let stream = shared.layout.stream(0);

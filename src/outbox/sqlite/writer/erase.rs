@@ -5,14 +5,13 @@ use rusqlite::{OptionalExtension, params};
 
 use super::Work;
 use crate::{
-    event::EventType,
     integration::IntegrationId,
     outbox::{
         Erasure, OutboxError, record,
         sqlite::row::{record_of, unavailable},
     },
-    proto::{DeliveryReason, ErasureReceipt},
-    status::{CaptureRecord, EventStatus, State},
+    proto::ErasureReceipt,
+    status::CaptureRecord,
     time::UnixMillis,
 };
 
@@ -75,7 +74,7 @@ impl Work<'_> {
         let dead = self.execute(DEAD, sequence).map_err(unavailable)?;
         receipt.dead_letter_count += dead;
         receipt.payload_count += waited + dead;
-        let changed = forget_history(&mut record);
+        let changed = record.forget_history();
         self.store_erased(sequence, &record).map_err(unavailable)?;
         self.announce(&record, &changed, UnixMillis::now());
         self.news
@@ -137,24 +136,4 @@ impl Work<'_> {
             .map_err(unavailable)?;
         Ok(())
     }
-}
-
-/// What is left of a capture: that it was there, and which events were delivered.
-/// Returns the events whose state has changed.
-fn forget_history(record: &mut CaptureRecord) -> Vec<EventType> {
-    record.attempts.clear();
-    let mut changed = Vec::new();
-    for event in EventType::ALL {
-        let state = match record.event(event).state {
-            state @ (State::Delivered { .. } | State::Skipped { .. }) => state,
-            State::Queued | State::Retrying { .. } | State::DeadLettered { .. } => {
-                changed.push(event);
-                State::Skipped {
-                    reason: DeliveryReason::Erased,
-                }
-            }
-        };
-        *record.event_mut(event) = EventStatus::new(state);
-    }
-    changed
 }
