@@ -144,7 +144,7 @@ impl Shared {
                     one.first.clone(),
                 )
             });
-            if draft.full || !draft.take(lane, queue, one, version) {
+            if draft.full || !draft.take(lane, queue, one, version)? {
                 draft.full = true;
                 return Ok(());
             }
@@ -228,24 +228,20 @@ fn placed(chunk: ReadChunk) -> impl Iterator<Item = Placed> {
 
 impl Draft {
     /// Takes a capture, or notes that nothing of it waits. Returns whether there may
-    /// be room for more.
+    /// be room for more; an error where its record can't be read.
     fn take(
         &mut self,
         lane: &LaneKey,
         queue: usize,
         mut one: Placed,
         (revision, stored): (u64, StoredRecord),
-    ) -> bool {
-        let record = match stored.open(&lane.integration_id) {
-            Ok(record) => record,
-            Err(error) => {
-                tracing::error!(%lane, position = one.position, %error, "a capture is passed over");
-                return true;
-            }
-        };
+    ) -> Result<bool, OutboxError> {
+        // What can't be read, such as a version that is newer than this relay, is not passed over: it
+        // would be removed with what is settled behind it.
+        let record = stored.open(&lane.integration_id)?;
         // Two requests would settle the same record.
         if self.ids.contains(&stored.capture_id) {
-            return false;
+            return Ok(false);
         }
         let mut damaged = false;
         let mut take = |event: EventType| {
@@ -268,7 +264,7 @@ impl Draft {
         };
         if leased.done {
             self.leased.push(leased);
-            return true;
+            return Ok(true);
         }
         if self.budget.max_events == 1 && identify.is_some() {
             track = None;
@@ -284,7 +280,7 @@ impl Draft {
         let (all_events, all_bytes) = (self.events + events, self.bytes + bytes);
         let over = all_events > self.budget.max_events || all_bytes > self.budget.max_bytes;
         if !self.captures.is_empty() && over {
-            return false;
+            return Ok(false);
         }
         (self.events, self.bytes) = (all_events, all_bytes);
         self.ids.insert(leased.stored.capture_id.clone());
@@ -296,6 +292,6 @@ impl Draft {
             track,
             damaged,
         });
-        self.events < self.budget.max_events
+        Ok(self.events < self.budget.max_events)
     }
 }

@@ -68,7 +68,7 @@ impl Shared {
     }
 
     /// The next messages of a queue from a sequence on, of about so many bytes; from any replica, so
-    /// the newest may be missing. At least one if there is one. What can't be read is passed over.
+    /// the newest may be missing. At least one if there is one.
     pub(super) async fn read_queue(
         &self,
         lane: &LaneKey,
@@ -116,12 +116,8 @@ impl Shared {
             chunks.sort_by_key(|(sequence, _)| *sequence);
             let mut found = Vec::with_capacity(chunks.len());
             for (sequence, stored) in chunks {
-                match ReadChunk::of(stored, sequence) {
-                    Ok(chunk) => found.push(chunk),
-                    Err(error) => {
-                        tracing::error!(%lane, sequence, %error, "captures are passed over");
-                    }
-                }
+                // Not passed over: it would be removed with what is settled behind it.
+                found.push(ReadChunk::of(stored, sequence)?);
             }
             if !found.is_empty() {
                 return Ok(found);

@@ -6,8 +6,9 @@ use super::{
 };
 use crate::{
     outbox::{
+        LeaseBudget,
         conformance::{id, ids, lease, settle, settlement},
-        jetstream::wire::faults::Fault,
+        jetstream::wire::{ToStore, faults::Fault},
     },
     status::{Outcome, State},
     time::UnixMillis,
@@ -118,6 +119,35 @@ async fn a_replica_that_is_behind_does_not_hide_what_comes_before_an_erasure() {
     assert_eq!(ids(&leased), ["a", "b", "e"]);
     settle(&outbox, leased, |_, _| Outcome::Delivered).await;
     assert_eq!((waiting(&outbox).await, count(&outbox, 'q').await), (0, 0));
+}
+
+#[tokio::test]
+async fn a_message_that_cannot_be_read_stays_and_only_its_lane_waits() {
+    let Some(rig) = JetStreamRig::new(1) else {
+        return;
+    };
+    let outbox = rig.relay().await;
+    submit_together(&outbox, &["a"]).await;
+    let shared = &outbox.0;
+    let lane = conformance::lane(NAME);
+    let unreadable = ToStore {
+        subject: shared.layout.chunk(&lane, 0, 1),
+        payload: bytes::Bytes::from_static(b"\xff\xff\xff"),
+        expected: None,
+        keep: None,
+    };
+    shared.wire.store(vec![unreadable]).await.expect("stored");
+    submit_together(&outbox, &["b"]).await;
+    conformance::submit_one(&outbox, "other", "c").await;
+    let budget = LeaseBudget {
+        max_events: 10,
+        max_bytes: 10_000,
+    };
+    let leased = outbox.lease(&lane, budget).await;
+    let error = leased.expect_err("it is in the middle").to_string();
+    assert!(error.contains("a damaged chunk in JetStream"), "{error}");
+    assert_eq!(count(&outbox, 'q').await, 4);
+    assert_eq!(ids(&lease(&outbox, "other", 10).await), ["c"]);
 }
 
 #[tokio::test]
