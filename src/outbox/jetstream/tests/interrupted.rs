@@ -143,7 +143,7 @@ async fn a_message_that_cannot_be_read_stays_and_only_its_lane_waits() {
         max_events: 10,
         max_bytes: 10_000,
     };
-    let leased = outbox.lease(&lane, budget).await;
+    let leased = Outbox::lease(&outbox, &lane, budget).await;
     let error = leased.expect_err("it is in the middle").to_string();
     assert!(error.contains("a damaged chunk in JetStream"), "{error}");
     assert_eq!(count(&outbox, 'q').await, 4);
