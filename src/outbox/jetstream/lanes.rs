@@ -14,6 +14,7 @@ use super::{
     message::{LaneRecord, StoredRecord, decode},
     names::{lane_token, parse_lane},
     queue::Replaced,
+    remove::Removal,
     wire::{StoreError, ToStore, unavailable},
 };
 use crate::{
@@ -50,8 +51,7 @@ pub(super) struct Hold {
     pub(super) leased: Vec<Leased>,
     /// When, if it is not settled.
     pub(super) leased_at: Option<Instant>,
-    /// Whether settled captures may still be in the queues.
-    pub(super) unpurged: bool,
+    pub(super) removal: Removal,
     pub(super) replaced: Replaced,
     /// Bytes of messages for each byte of events, as last read.
     pub(super) packing: f64,
@@ -225,7 +225,7 @@ impl Shared {
             record,
             leased: Vec::new(),
             leased_at: None,
-            unpurged: true,
+            removal: Removal::default(),
             replaced: self.replaced(lane).await?,
             packing: 1.0,
         };

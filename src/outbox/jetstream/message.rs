@@ -147,6 +147,12 @@ pub(super) struct LaneRecord {
     /// How many behind the cursor do not wait any more.
     #[prost(uint64, repeated, tag = "4")]
     pub(super) beyond: Vec<u64>,
+    /// How many were in messages before the cursor that may still be there.
+    #[prost(uint64, tag = "5")]
+    pub(super) unpurged: u64,
+    /// Messages that may still have payloads of dead letters: sequence and, in the last bit, queue.
+    #[prost(uint64, repeated, tag = "6")]
+    pub(super) letters: Vec<u64>,
 }
 
 /// What relays tell each other: captures whose state has changed.
@@ -281,7 +287,7 @@ impl LaneRecord {
     /// How many captures of the messages that are still there do not wait any more.
     pub(super) fn settled(&self) -> u64 {
         let passed = self.cursors.iter().map(|cursor| split(*cursor).1 as u64);
-        passed.chain(self.beyond.iter().copied()).sum()
+        passed.chain(self.beyond.iter().copied()).sum::<u64>() + self.unpurged
     }
 }
 

@@ -280,7 +280,9 @@ impl Shared {
         hold: &mut Hold,
     ) -> Result<bool, OutboxError> {
         hold.leased_at = None;
+        hold.removal.set_idle(true);
         let record = lane_record_after(hold, &[]);
+        hold.removal.set_idle(false);
         if record != hold.record {
             let stored = self.wire.store(vec![ToStore {
                 subject: self.layout.lane(lane),
@@ -374,14 +376,21 @@ fn lane_record_after(hold: &Hold, next: &[Next]) -> LaneRecord {
             let counted = one.position < before.start || one.stored.left.contains(&one.position);
             settled(place) && !one.done && !counted
         });
-        let passed = own().filter(|(_, one)| before.contains(&one.position));
+        let passed = || own().filter(|(_, one)| before.contains(&one.position));
         let beyond = record.beyond[queue] + newly.count() as u64;
-        let beyond = beyond.saturating_sub(passed.count() as u64);
+        let beyond = beyond.saturating_sub(passed().count() as u64);
         record.beyond[queue] = match record.touched[queue] < record.cursors[queue] {
             // Nothing behind the cursor was ever tried.
             true => 0,
             false => beyond,
         };
+        // Of the messages that were passed as a whole: their last captures.
+        let ends = passed().filter(|(_, one)| split(one.next).1 == 0);
+        let whole: usize = ends.map(|(_, one)| split(one.position).1 + 1).sum();
+        record.unpurged += whole as u64;
     }
+    let dead = next.iter().filter(|one| one.dead);
+    hold.removal
+        .note(&mut record, dead.map(|one| &hold.leased[one.place]));
     record
 }

@@ -94,6 +94,7 @@ async fn what_is_delivered_at_the_first_try_shares_its_messages() {
     let leased = lease(&outbox, NAME, 10).await;
     assert_eq!(ids(&leased), ["c", "d"]);
     settle(&outbox, leased, |_, _| Outcome::Delivered).await;
+    assert!(lease(&outbox, NAME, 10).await.is_empty());
     assert_eq!(
         (count(&outbox, 's').await, count(&outbox, 'q').await),
         (2, 0)

@@ -67,6 +67,7 @@ async fn an_erasure_that_failed_anywhere_sends_nothing_and_is_finished_by_the_ne
             let leased = lease(&outbox, NAME, 10).await;
             assert_eq!(ids(&leased), ["bob-1"]);
             settle(&outbox, leased, |_, _| Outcome::Delivered).await;
+            assert!(lease(&outbox, NAME, 10).await.is_empty());
             assert_eq!((waiting(&outbox).await, count(&outbox, 'q').await), (0, 0));
         }
     }
@@ -102,6 +103,7 @@ async fn a_settlement_whose_answer_was_lost_is_settled_again_and_counted_once() 
     let leased = lease(&outbox, NAME, 10).await;
     assert_eq!(ids(&leased), ["c", "e"]);
     settle(&outbox, leased, |_, _| Outcome::Delivered).await;
+    assert!(lease(&outbox, NAME, 10).await.is_empty());
     assert_eq!((waiting(&outbox).await, count(&outbox, 'q').await), (0, 0));
 }
 
@@ -118,6 +120,7 @@ async fn a_replica_that_is_behind_does_not_hide_what_comes_before_an_erasure() {
     let leased = lease(&outbox, NAME, 10).await;
     assert_eq!(ids(&leased), ["a", "b", "e"]);
     settle(&outbox, leased, |_, _| Outcome::Delivered).await;
+    assert!(lease(&outbox, NAME, 10).await.is_empty());
     assert_eq!((waiting(&outbox).await, count(&outbox, 'q').await), (0, 0));
 }
 
