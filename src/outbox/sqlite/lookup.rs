@@ -23,8 +23,10 @@ pub(super) struct Lookup {
 
 /// A capture by its id: place, digest, status.
 pub(super) const FIND_SQL: &str = "
-    SELECT c.sequence, c.digest, c.status FROM capture_key k CROSS JOIN capture c
-    WHERE k.key = ?1 AND c.sequence = k.sequence AND c.integration_id = ?2 AND c.capture_id = ?3";
+    SELECT c.sequence, c.digest, c.status
+    FROM (SELECT sequence FROM capture_key WHERE key = ?1
+          UNION ALL SELECT sequence FROM recent_key WHERE key = ?1) k CROSS JOIN capture c
+    WHERE c.sequence = k.sequence AND c.integration_id = ?2 AND c.capture_id = ?3";
 
 impl Lookup {
     pub(super) fn new(connection: Connection) -> Self {

@@ -9,7 +9,7 @@ use super::OpenError;
 /// "SegR" in ASCII: marks the file as the relay's.
 const APPLICATION_ID: i64 = 0x5365_6752;
 /// Counts up with every change of the layout.
-const FORMAT_VERSION: i64 = 3;
+const FORMAT_VERSION: i64 = 4;
 /// Memory for pages of each connection, in KiB.
 const CACHE_KIB: i64 = 16 * 1024;
 /// The log is cut back to this size after a checkpoint, in bytes.
@@ -73,6 +73,12 @@ CREATE TABLE capture (
 CREATE TABLE capture_key (           -- finds a capture by its id
   key INTEGER NOT NULL,              -- first bytes of SHA-256 of integration_id NUL capture_id
   sequence INTEGER NOT NULL,         -- as in capture
+  PRIMARY KEY (key, sequence)
+) STRICT, WITHOUT ROWID;
+
+CREATE TABLE recent_key (            -- the same of new captures: writer/ids.rs
+  key INTEGER NOT NULL,
+  sequence INTEGER NOT NULL,
   PRIMARY KEY (key, sequence)
 ) STRICT, WITHOUT ROWID;
 

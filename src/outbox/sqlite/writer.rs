@@ -5,6 +5,7 @@ mod command;
 mod counters;
 mod erase;
 mod flush;
+pub(super) mod ids;
 mod log;
 mod rekey;
 mod replay;
@@ -30,6 +31,7 @@ use crate::{
 
 pub(super) use command::{FlushJob, WriteCommand};
 use counters::Counters;
+use ids::Ids;
 use rekey::Rekey;
 
 type Reply<T> = oneshot::Sender<Result<T, OutboxError>>;
@@ -61,6 +63,7 @@ struct News {
 pub(super) struct Writer {
     connection: Connection,
     counters: Counters,
+    ids: Ids,
     remember_millis: i64,
     maintained_to: i64,
     rekey: Rekey,
@@ -81,9 +84,11 @@ impl Writer {
     ) -> rusqlite::Result<Self> {
         shared.set_rekeying(prepared.rekey);
         let counters = Counters::load(&connection, options.limits)?;
+        let ids = Ids::load(&connection)?;
         Ok(Self {
             connection,
             counters,
+            ids,
             remember_millis: i64::try_from(options.remember.as_millis()).unwrap_or(i64::MAX),
             maintained_to: 0,
             rekey: if prepared.rekey {
@@ -227,6 +232,7 @@ impl Writer {
         let mut work = Work {
             transaction: &transaction,
             counters: &mut self.counters,
+            ids: &mut self.ids,
             remember_millis: self.remember_millis,
             maintained_to: &mut self.maintained_to,
             rekey: &mut self.rekey,
@@ -246,8 +252,10 @@ impl Writer {
         if !matches!(self.rekey, Rekey::Done) {
             self.rekey = Rekey::Queue { after: 0 };
         }
-        match Counters::load(&self.connection, self.counters.limits()) {
-            Ok(counters) => self.counters = counters,
+        let loaded = Counters::load(&self.connection, self.counters.limits())
+            .and_then(|counters| Ok((counters, Ids::load(&self.connection)?)));
+        match loaded {
+            Ok(loaded) => (self.counters, self.ids) = loaded,
             Err(error) => tracing::error!(%error, "the outbox cannot be read"),
         }
     }
@@ -267,6 +275,7 @@ impl Writer {
 struct Work<'a> {
     transaction: &'a Transaction<'a>,
     counters: &'a mut Counters,
+    ids: &'a mut Ids,
     remember_millis: i64,
     maintained_to: &'a mut i64,
     rekey: &'a mut Rekey,

@@ -28,7 +28,6 @@ impl Work<'_> {
     }
 
     fn flush_all(&mut self, entries: &mut [Arc<Entry>], through: u64) -> rusqlite::Result<()> {
-        const KEY: &str = "INSERT INTO capture_key (key, sequence) VALUES (?1, ?2)";
         const APPLIED: &str = "UPDATE journal SET applied = ?1";
         entries.sort_unstable_by_key(|entry| entry.sequence);
         let mut keys = Vec::with_capacity(entries.len());
@@ -41,12 +40,7 @@ impl Work<'_> {
                 Origin::Stored => self.update(entry)?,
             }
         }
-        // In the order of the index each of its pages is touched once.
-        keys.sort_unstable();
-        let mut insert = self.transaction.prepare_cached(KEY)?;
-        for (key, sequence) in keys {
-            insert.execute(params![key, sequence])?;
-        }
+        self.ids.add(self.transaction, keys)?;
         self.transaction
             .prepare_cached(APPLIED)?
             .execute(params![through])?;
