@@ -6,6 +6,7 @@ mod body;
 mod carry;
 mod convert;
 mod dead_letters;
+mod dispatch;
 mod error;
 mod gate;
 mod integrations;
@@ -20,6 +21,8 @@ mod usage;
 mod watch;
 
 use std::sync::Arc;
+
+use tonic::service::Routes;
 
 use crate::{
     audit::Audit,
@@ -39,6 +42,7 @@ use crate::{
 };
 
 pub use access::{AccessLayer, AccessService};
+pub use dispatch::Dispatch;
 pub use error::RelayError;
 pub use gate::Gate;
 pub use peer::{Activity, Peer};
@@ -95,15 +99,20 @@ pub struct Services {
 }
 
 impl Services {
-    /// All services of the contract.
+    /// All services: those of the contract, and others beside them.
     #[must_use]
-    pub fn routes(&self) -> tonic::service::Routes {
+    pub fn dispatch(&self, others: Routes) -> Dispatch {
+        let relay = SegmentRelayServer::new(relay::Relay(self.clone()));
+        let max = self.limits.max_message_bytes;
+        Dispatch::new(relay.max_decoding_message_size(max), others)
+    }
+
+    /// The services of the contract that take no captures.
+    #[must_use]
+    pub fn routes(&self) -> Routes {
         let max = self.limits.max_message_bytes;
         let mut routes = tonic::service::RoutesBuilder::default();
         routes
-            .add_service(
-                SegmentRelayServer::new(relay::Relay(self.clone())).max_decoding_message_size(max),
-            )
             .add_service(
                 IntegrationServiceServer::new(integrations::Integrations(self.clone()))
                     .max_decoding_message_size(max),
