@@ -4,6 +4,7 @@ mod accept;
 mod access;
 mod body;
 mod carry;
+pub(crate) mod codec;
 mod convert;
 mod dead_letters;
 mod dispatch;
