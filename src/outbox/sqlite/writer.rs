@@ -19,7 +19,7 @@ use rusqlite::{Connection, Transaction, TransactionBehavior};
 use tokio::sync::{mpsc, oneshot};
 
 use super::{
-    SqliteOptions, committer::Done, entry::Entry, keys::Prepared, overlay::Shared, priority,
+    SqliteOptions, committer::Done, entry::Entry, keys::Prepared, overlay::Shared,
     row::unavailable, schema::LOG_LIMIT_BYTES, tally::Tally,
 };
 use crate::{
@@ -132,7 +132,6 @@ impl Writer {
 
     /// Works until it is closed.
     pub(super) fn run(mut self, mut commands: mpsc::Receiver<WriteCommand>) {
-        priority::lower();
         let mut group = Vec::new();
         while let Some(first) = commands.blocking_recv() {
             let mut closing = matches!(first, WriteCommand::Close);
