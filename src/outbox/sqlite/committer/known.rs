@@ -22,7 +22,7 @@ use crate::outbox::sqlite::{
 
 /// Ids that are read at once, so that no snapshot keeps SQLite's log long.
 const PIECE: usize = 20_000;
-/// Memory for pages while they are read, in KiB.
+/// Memory for pages while they are read, in KiB: each is read once.
 const CACHE_KIB: i64 = 1_024;
 /// Wait after the database could not be read.
 const RETRY: Duration = Duration::from_secs(10);
@@ -163,9 +163,7 @@ impl Known {
 
 /// Notes all ids of the database; returns how many.
 fn read_all(database: &Path, filter: &Filter, stop: &AtomicBool) -> rusqlite::Result<u64> {
-    let connection = schema::open_for_reading(database)?;
-    // Each page is read once.
-    connection.pragma_update(None, "cache_size", -CACHE_KIB)?;
+    let connection = schema::open_for_reading(database, CACHE_KIB)?;
     // In this order: an id that moves from one to the other meanwhile is seen there.
     let recent = read_index(&connection, "recent_key", filter, stop)?;
     Ok(recent + read_index(&connection, "capture_key", filter, stop)?)
