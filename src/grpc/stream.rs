@@ -65,6 +65,8 @@ async fn run(
     let max_in_flight = services.limits.max_stream_captures_in_flight;
     let mut room = PollSemaphore::new(services.usage.memory());
     let mut in_flight = FuturesUnordered::new();
+    let draining = services.gate.draining();
+    tokio::pin!(draining);
     // The next one, which waits for room.
     let mut next: Option<CaptureStreamRequest> = None;
     let mut reading = true;
@@ -77,7 +79,7 @@ async fn run(
                     return;
                 }
             }
-            () = services.gate.draining(), if reading => {
+            () = &mut draining, if reading => {
                 (reading, end) = (false, Some(RelayError::Draining.into()));
             }
             held = room_for(&mut room, next.as_ref()), if next.is_some() => {
