@@ -65,6 +65,13 @@ pub fn message_id(integration: &IntegrationId, capture_id: &str, event: EventTyp
     [&stem, "-", event.name()].concat()
 }
 
+/// The ids of both events, in the order of [`EventType::ALL`].
+#[must_use]
+pub fn message_ids(integration: &IntegrationId, capture_id: &str) -> [String; 2] {
+    let stem = hex_digits(&message_id_stem(integration, capture_id));
+    EventType::ALL.map(|event| [&stem, "-", event.name()].concat())
+}
+
 /// What the ids of both events begin with, before it is written in digits.
 fn message_id_stem(integration: &IntegrationId, capture_id: &str) -> [u8; MESSAGE_ID_BYTES] {
     let mut hash = Sha256::new();

@@ -4,8 +4,10 @@ mod accept;
 mod access;
 mod body;
 mod carry;
+pub(crate) mod codec;
 mod convert;
 mod dead_letters;
+mod dispatch;
 mod error;
 mod gate;
 mod integrations;
@@ -20,6 +22,8 @@ mod usage;
 mod watch;
 
 use std::sync::Arc;
+
+use tonic::service::Routes;
 
 use crate::{
     audit::Audit,
@@ -39,6 +43,7 @@ use crate::{
 };
 
 pub use access::{AccessLayer, AccessService};
+pub use dispatch::Dispatch;
 pub use error::RelayError;
 pub use gate::Gate;
 pub use peer::{Activity, Peer};
@@ -95,15 +100,20 @@ pub struct Services {
 }
 
 impl Services {
-    /// All services of the contract.
+    /// All services: those of the contract, and others beside them.
     #[must_use]
-    pub fn routes(&self) -> tonic::service::Routes {
+    pub fn dispatch(&self, others: Routes) -> Dispatch {
+        let relay = SegmentRelayServer::new(relay::Relay(self.clone()));
+        let max = self.limits.max_message_bytes;
+        Dispatch::new(relay.max_decoding_message_size(max), others)
+    }
+
+    /// The services of the contract that take no captures.
+    #[must_use]
+    pub fn routes(&self) -> Routes {
         let max = self.limits.max_message_bytes;
         let mut routes = tonic::service::RoutesBuilder::default();
         routes
-            .add_service(
-                SegmentRelayServer::new(relay::Relay(self.clone())).max_decoding_message_size(max),
-            )
             .add_service(
                 IntegrationServiceServer::new(integrations::Integrations(self.clone()))
                     .max_decoding_message_size(max),

@@ -224,7 +224,7 @@ impl Relay {
             options: Arc::clone(&self.services.limits),
             tls: self.tls.clone(),
             access: self.access.clone(),
-            routes,
+            services: self.services.dispatch(routes),
         };
         let serve = connections.serve(listener, closing.clone());
         let deadline = serve_until_drained(serve, drain, self.config.server.drain_timeout).await;

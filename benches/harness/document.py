@@ -49,7 +49,7 @@ def machines(results):
     for name, result in results.items():
         about = result["machine"]
         line = (
-            f"{about['cores']} cores ({about['cpu']}), Linux {about['kernel']}, {about['rustc']}, release with thin LTO, "
+            f"{about['cores']} cores ({about['cpu']}), Linux {about['kernel']}, {about['rustc']}, release with fat LTO, "
             f"commit {about['commit']}, {about['date']}"
         )
         parts.setdefault(line, []).append(f"{name} ({about['load_before']:.1f})")

@@ -1,28 +1,35 @@
 //! From the relay's types to the schema's.
 
 use crate::{
-    event::{EventType, message_id},
+    event::{EventType, message_id, message_ids},
     proto,
     status::{CaptureRecord, State},
 };
 
 /// What became of a capture.
 pub(super) fn capture_result(record: &CaptureRecord, duplicate: bool) -> proto::CaptureResult {
+    let ids = message_ids(&record.integration_id, &record.capture_id);
+    let events = EventType::ALL.into_iter().zip(ids);
     proto::CaptureResult {
         capture_id: record.capture_id.clone(),
         duplicate,
-        events: EventType::ALL
-            .map(|event| event_delivery(record, event))
-            .into(),
+        events: events
+            .map(|(event, id)| delivery(record, event, id))
+            .collect(),
         error: None,
     }
 }
 
 /// What became of one event.
 pub(super) fn event_delivery(record: &CaptureRecord, event: EventType) -> proto::EventDelivery {
+    let id = message_id(&record.integration_id, &record.capture_id, event);
+    delivery(record, event, id)
+}
+
+fn delivery(record: &CaptureRecord, event: EventType, message_id: String) -> proto::EventDelivery {
     let status = record.event(event);
     proto::EventDelivery {
-        message_id: message_id(&record.integration_id, &record.capture_id, event),
+        message_id,
         r#type: event.to_proto().into(),
         state: status.state.to_proto().into(),
         attempt_count: status.attempt_count,

@@ -21,7 +21,7 @@ use super::{
 };
 use crate::{
     capture::{Capture, Malformed},
-    integration::IntegrationId,
+    integration::{Integration, IntegrationId},
     metrics::Metrics,
     outbox::{NewCapture, Receipt},
     permission::Caller,
@@ -65,6 +65,8 @@ async fn run(
     let max_in_flight = services.limits.max_stream_captures_in_flight;
     let mut room = PollSemaphore::new(services.usage.memory());
     let mut in_flight = FuturesUnordered::new();
+    let draining = services.gate.draining();
+    tokio::pin!(draining);
     // The next one, which waits for room.
     let mut next: Option<CaptureStreamRequest> = None;
     let mut reading = true;
@@ -77,7 +79,7 @@ async fn run(
                     return;
                 }
             }
-            () = services.gate.draining(), if reading => {
+            () = &mut draining, if reading => {
                 (reading, end) = (false, Some(RelayError::Draining.into()));
             }
             held = room_for(&mut room, next.as_ref()), if next.is_some() => {
@@ -145,11 +147,9 @@ async fn submit(
         .chars()
         .take(MAX_CORRELATION_CHARS)
         .collect();
-    let integration_id = services
-        .integration(caller, &request.integration_id)
-        .ok()
-        .map(|found| found.id().clone());
-    let prepared = prepare(services, caller, &request, capture);
+    let integration = services.integration(caller, &request.integration_id);
+    let integration_id = integration.as_ref().ok().map(|found| found.id().clone());
+    let prepared = prepare(services, caller, &request, integration, capture);
     // Its bytes are part of a buffer that is read into again once they are given back.
     drop(request);
     let submitted = match prepared {
@@ -205,13 +205,14 @@ fn prepare(
     services: &Services,
     caller: &Caller,
     request: &CaptureStreamRequest,
+    integration: Result<Arc<Integration>, RelayError>,
     capture: Option<Capture<'_>>,
 ) -> Result<NewCapture, RelayError> {
     if request.correlation_id.chars().count() > MAX_CORRELATION_CHARS {
         let rule = format!("at most {MAX_CORRELATION_CHARS} characters");
         return Err(RelayError::invalid("correlation_id", "TOO_LONG", rule));
     }
-    let integration = services.integration(caller, &request.integration_id)?;
+    let integration = integration?;
     services.usage.capture(caller, integration.id(), 1)?;
     services.prepare(&integration, capture)
 }

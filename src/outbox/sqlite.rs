@@ -20,9 +20,10 @@
 //! `capture` holds one row for each capture, with its status, for as long as its id
 //! is remembered; `queue` one row with both payloads for as long as an event waits;
 //! `dead_letter` the payloads of events that were given up; `lane` counts what waits.
+//! `recent_key` and `capture_key` find a capture by its id: new ones stand in the first.
 //!
 //! # Files
-//! `relay.db` with its `-wal` and `-shm`, `relay.journal-0` and `-1`, and
+//! `relay.db` with its `-wal` and `-shm`, `relay.journal-0` to `-2`, and
 //! `relay.lock`, which the relay holds locked: a second one on the same directory is
 //! refused.
 

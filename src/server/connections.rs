@@ -10,7 +10,6 @@ use tokio::{
     time::Instant,
 };
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
-use tonic::service::Routes;
 
 use super::{
     tls::Tls,
@@ -18,7 +17,7 @@ use super::{
 };
 use crate::{
     config,
-    grpc::{AccessLayer, Peer},
+    grpc::{AccessLayer, Dispatch, Peer},
 };
 
 /// Size of all headers of a call, in bytes.
@@ -37,7 +36,7 @@ pub(super) struct Connections {
     pub(super) options: Arc<config::Server>,
     pub(super) tls: Option<Arc<Tls>>,
     pub(super) access: AccessLayer,
-    pub(super) routes: Routes,
+    pub(super) services: Dispatch,
 }
 
 impl Connections {
@@ -109,8 +108,7 @@ impl Connections {
         let served = self
             .builder()
             .layer(self.access.clone())
-            .add_routes(self.routes.clone())
-            .serve_with_incoming_shutdown(incoming, over);
+            .serve_with_incoming_shutdown(self.services.clone(), incoming, over);
         if let Err(error) = served.await {
             tracing::debug!(peer, %error, "a connection failed");
         }

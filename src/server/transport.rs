@@ -6,7 +6,7 @@ use std::{
     net::SocketAddr,
     pin::Pin,
     sync::Arc,
-    task::{Context, Poll},
+    task::{Context, Poll, ready},
     time::Duration,
 };
 
@@ -30,6 +30,8 @@ pub(super) struct Connection {
     peer: Peer,
     /// Bytes of the preface that have not come yet, and until when they have to.
     preface: Option<(usize, Pin<Box<Sleep>>)>,
+    /// Whether what is written now has waited for others: see [`Self::gather`].
+    gathered: bool,
     /// Tells that the connection has ended.
     _ended: DropGuard,
 }
@@ -70,8 +72,19 @@ impl Connection {
                 activity: Arc::new(Activity::default()),
             },
             preface: Some((PREFACE_BYTES, Box::pin(tokio::time::sleep_until(deadline)))),
+            gathered: false,
             _ended: ended.drop_guard(),
         })
+    }
+
+    /// Lets other tasks run once before a write, so that the answers of calls that end
+    /// at the same time leave in one.
+    fn gather(&mut self, context: &Context<'_>) -> Poll<()> {
+        if std::mem::replace(&mut self.gathered, true) {
+            return Poll::Ready(());
+        }
+        context.waker().wake_by_ref();
+        Poll::Pending
     }
 
     /// What is known of the peer.
@@ -148,6 +161,7 @@ impl AsyncWrite for Connection {
         context: &mut Context<'_>,
         bytes: &[u8],
     ) -> Poll<io::Result<usize>> {
+        ready!(self.gather(context));
         self.stream.as_write().poll_write(context, bytes)
     }
 
@@ -156,6 +170,7 @@ impl AsyncWrite for Connection {
         context: &mut Context<'_>,
         slices: &[io::IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
+        ready!(self.gather(context));
         self.stream.as_write().poll_write_vectored(context, slices)
     }
 
@@ -167,6 +182,7 @@ impl AsyncWrite for Connection {
     }
 
     fn poll_flush(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        self.gathered = false;
         self.stream.as_write().poll_flush(context)
     }
 
@@ -178,4 +194,44 @@ impl AsyncWrite for Connection {
 /// Where the peer is, for logs.
 pub(super) fn shown(address: Option<SocketAddr>) -> String {
     address.map_or_else(|| "unknown".to_owned(), |address| address.to_string())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{future::poll_fn, task::Waker};
+
+    use tokio::{
+        io::{AsyncReadExt, AsyncWriteExt},
+        net::TcpListener,
+    };
+
+    use super::*;
+
+    #[tokio::test]
+    async fn each_flush_is_preceded_by_one_turn_of_others() {
+        let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port");
+        let address = listener.local_addr().expect("an address");
+        let (client, accepted) = tokio::join!(TcpStream::connect(address), listener.accept());
+        let (mut client, (tcp, _)) = (client.expect("connected"), accepted.expect("accepted"));
+        let timeout = Duration::from_secs(5);
+        let connection = Connection::establish(tcp, None, timeout, CancellationToken::new());
+        let mut connection = connection.await.expect("plain");
+        for round in 0..2 {
+            let mut nobody = Context::from_waker(Waker::noop());
+            let mut first = Pin::new(&mut connection);
+            assert!(first.as_mut().poll_write(&mut nobody, b"a").is_pending());
+            let second = first.poll_write(&mut nobody, b"b");
+            assert!(matches!(second, Poll::Ready(Ok(1))), "{round}: {second:?}");
+            let more = poll_fn(|context| Pin::new(&mut connection).poll_write(context, b"c"));
+            assert_eq!(more.await.expect("written"), 1, "the same flush");
+            connection.flush().await.expect("flushed");
+            let mut read = [0; 2];
+            client.read_exact(&mut read).await.expect("read");
+            assert_eq!(&read, b"bc");
+        }
+        connection
+            .write_all(b"whole")
+            .await
+            .expect("woken by itself");
+    }
 }

@@ -66,6 +66,7 @@ proptest! {
         let id = IntegrationId::new("acme").expect("valid");
         let of = |capture: &str, event| message_id(&id, capture, event);
         prop_assert_ne!(of(&a, EventType::Identify), of(&a, EventType::Track));
+        prop_assert_eq!(crate::event::message_ids(&id, &a), EventType::ALL.map(|event| of(&a, event)));
         prop_assert_eq!(a == b, of(&a, EventType::Track) == of(&b, EventType::Track));
     }
 }

@@ -3,6 +3,7 @@
 
 mod flush;
 mod known;
+mod pace;
 mod parked;
 mod stage;
 mod staged;
@@ -32,6 +33,7 @@ use crate::{
 use flush::Flushing;
 pub(super) use flush::{Done, SEGMENT_BYTES};
 use known::Known;
+use pace::Pace;
 use parked::{Elapsed, Parked};
 use staged::Staged;
 pub(super) use staged::settled;
@@ -133,6 +135,7 @@ pub(super) struct Committer {
     store: mpsc::Sender<WriteCommand>,
     done: (channel::SyncSender<Done>, channel::Receiver<Done>),
     flushing: Flushing,
+    pace: Pace,
     /// What waits, with what this group adds.
     tally: Tally,
     next_sequence: i64,
@@ -158,6 +161,7 @@ impl Committer {
             // One thing at a time is asked of the writer.
             done: channel::sync_channel(1),
             flushing: Flushing::default(),
+            pace: Pace::default(),
             tally,
             next_sequence: parts.next_sequence,
             limits: options.limits,
@@ -189,6 +193,9 @@ impl Committer {
                 Command::Alone(command) => self.alone(command),
                 Command::Close => break,
                 first => {
+                    if let Some(left) = self.pace.left(Instant::now()) {
+                        parked.rest(left);
+                    }
                     let (group, after) = self.gather(first, &mut commands);
                     next = after;
                     self.commit(group);
@@ -232,6 +239,7 @@ impl Committer {
     /// Does a group of commands with one sync.
     fn commit(&mut self, group: Vec<Command>) {
         let begun = Instant::now();
+        self.pace.begin(group.len(), begun);
         let weight: usize = group.iter().filter_map(Command::weight).sum();
         let mut owed = Vec::with_capacity(group.len());
         let mut result = self.ready();

@@ -9,6 +9,7 @@ use super::{
     entry::{key_of, stored_key},
     keys, open,
     row::{crc32, region_of},
+    writer::ids,
 };
 use crate::{
     event::EventType,
@@ -251,16 +252,12 @@ impl Export {
             let mut named = transaction.prepare_cached(
                 "SELECT integration_id, capture_id FROM capture WHERE sequence = ?1",
             )?;
-            let mut gone = transaction
-                .prepare_cached("DELETE FROM capture_key WHERE key = ?1 AND sequence = ?2")?;
             for sequence in sequences {
                 let (integration, capture): (String, String) =
                     named.query_row(params![sequence], |row| Ok((row.get(0)?, row.get(1)?)))?;
                 if let Some(integration) = IntegrationId::new(&integration) {
-                    gone.execute(params![
-                        stored_key(key_of(&integration, &capture)),
-                        sequence
-                    ])?;
+                    let key = stored_key(key_of(&integration, &capture));
+                    ids::remove(&transaction, (key, *sequence))?;
                 }
             }
         }

@@ -1,18 +1,22 @@
 //! What the database knows of a capture, for those who accept and settle.
 
-use std::sync::Arc;
+use std::{path::Path, sync::Arc};
 
 use rusqlite::{Connection, OptionalExtension, params};
 
 use super::{
     entry::{Entry, Key, Origin, key_of, stored_key},
     row::{record_of, unavailable},
+    schema,
 };
 use crate::{
     integration::IntegrationId,
     outbox::{LaneKey, OutboxError, SettledCapture},
     status::CaptureRecord,
 };
+
+/// Memory for pages, in KiB: what is looked up lies anywhere.
+const CACHE_KIB: i64 = 2 * 1024;
 
 /// Finds captures through a connection of its own. All look-ups between two calls of
 /// [`Self::refresh`] share one snapshot, which is cheaper than one for each.
@@ -23,15 +27,17 @@ pub(super) struct Lookup {
 
 /// A capture by its id: place, digest, status.
 pub(super) const FIND_SQL: &str = "
-    SELECT c.sequence, c.digest, c.status FROM capture_key k CROSS JOIN capture c
-    WHERE k.key = ?1 AND c.sequence = k.sequence AND c.integration_id = ?2 AND c.capture_id = ?3";
+    SELECT c.sequence, c.digest, c.status
+    FROM (SELECT sequence FROM capture_key WHERE key = ?1
+          UNION ALL SELECT sequence FROM recent_key WHERE key = ?1) k CROSS JOIN capture c
+    WHERE c.sequence = k.sequence AND c.integration_id = ?2 AND c.capture_id = ?3";
 
 impl Lookup {
-    pub(super) fn new(connection: Connection) -> Self {
-        Self {
-            connection,
+    pub(super) fn open(database: &Path) -> rusqlite::Result<Self> {
+        Ok(Self {
+            connection: schema::open_for_reading(database, CACHE_KIB)?,
             in_snapshot: false,
-        }
+        })
     }
 
     /// From now on sees all commits before this call.

@@ -57,7 +57,7 @@ pub(super) fn recovered(
     let applied = write
         .query_row("SELECT applied FROM journal", [], |row| row.get(0))
         .map_err(failed)?;
-    let lookup = Lookup::new(schema::open_for_reading(&database).map_err(failed)?);
+    let lookup = Lookup::open(&database).map_err(failed)?;
 
     let (signals, shared) = (Arc::new(Signals::default()), Arc::new(Shared::default()));
     let mut writer = Writer::new(
@@ -98,7 +98,8 @@ pub(super) fn open(options: &SqliteOptions, vault: &Arc<Vault>) -> Result<Sqlite
         path: options.directory.clone(),
         source,
     };
-    let read = schema::open_for_reading(&options.directory.join("relay.db")).map_err(failed)?;
+    let database = options.directory.join("relay.db");
+    let read = schema::open_for_reading(&database, reader::CACHE_KIB).map_err(failed)?;
     let (tally, next_sequence) = writer.known().map_err(failed)?;
     shared.lock().replace_tally(tally);
 

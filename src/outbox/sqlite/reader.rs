@@ -77,6 +77,9 @@ pub(super) enum ReadCommand {
     Close,
 }
 
+/// Memory for pages, in KiB: each lane reads its own backlog in order.
+pub(super) const CACHE_KIB: i64 = 4 * 1024;
+
 /// Answers until it is closed. Each answer sees all commits before it.
 pub(super) fn run(
     connection: Connection,

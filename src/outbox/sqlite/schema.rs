@@ -9,9 +9,9 @@ use super::OpenError;
 /// "SegR" in ASCII: marks the file as the relay's.
 const APPLICATION_ID: i64 = 0x5365_6752;
 /// Counts up with every change of the layout.
-const FORMAT_VERSION: i64 = 3;
-/// Memory for pages of each connection, in KiB.
-const CACHE_KIB: i64 = 16 * 1024;
+const FORMAT_VERSION: i64 = 4;
+/// Memory for the writer's pages, in KiB: what one flush touches.
+const WRITER_CACHE_KIB: i64 = 12 * 1024;
 /// The log is cut back to this size after a checkpoint, in bytes.
 pub(super) const LOG_LIMIT_BYTES: u64 = 128 * 1024 * 1024;
 /// A log of so many pages goes into the database file, which takes each of them once.
@@ -73,6 +73,12 @@ CREATE TABLE capture (
 CREATE TABLE capture_key (           -- finds a capture by its id
   key INTEGER NOT NULL,              -- first bytes of SHA-256 of integration_id NUL capture_id
   sequence INTEGER NOT NULL,         -- as in capture
+  PRIMARY KEY (key, sequence)
+) STRICT, WITHOUT ROWID;
+
+CREATE TABLE recent_key (            -- the same of new captures: writer/ids.rs
+  key INTEGER NOT NULL,
+  sequence INTEGER NOT NULL,
   PRIMARY KEY (key, sequence)
 ) STRICT, WITHOUT ROWID;
 
@@ -167,7 +173,7 @@ fn prepare(connection: &mut Connection, is_new: bool) -> rusqlite::Result<()> {
     connection.pragma_update(None, "journal_size_limit", LOG_LIMIT_BYTES)?;
     connection.pragma_update(None, "wal_autocheckpoint", CHECKPOINT_PAGES)?;
     connection.pragma_update(None, "secure_delete", "ON")?;
-    tune(connection)?;
+    tune(connection, WRITER_CACHE_KIB)?;
     // What a former run left in the log may not be as the keys have it now.
     if !is_new {
         connection.query_row("PRAGMA wal_checkpoint(TRUNCATE)", [], |_| Ok(()))?;
@@ -182,18 +188,18 @@ fn prepare(connection: &mut Connection, is_new: bool) -> rusqlite::Result<()> {
     Ok(())
 }
 
-fn tune(connection: &Connection) -> rusqlite::Result<()> {
+fn tune(connection: &Connection, cache_kib: i64) -> rusqlite::Result<()> {
     // Without it SQLite plans a statement anew each time another value is bound.
     connection.set_db_config(DbConfig::SQLITE_DBCONFIG_ENABLE_QPSG, true)?;
-    connection.pragma_update(None, "cache_size", -CACHE_KIB)?;
+    connection.pragma_update(None, "cache_size", -cache_kib)?;
     connection.set_prepared_statement_cache_capacity(64);
     Ok(())
 }
 
-/// Opens the database for the reader.
-pub(super) fn open_for_reading(database: &Path) -> rusqlite::Result<Connection> {
+/// Opens the database for somebody who reads, with so much memory for pages, in KiB.
+pub(super) fn open_for_reading(database: &Path, cache_kib: i64) -> rusqlite::Result<Connection> {
     let flags = OpenFlags::SQLITE_OPEN_READ_ONLY | OpenFlags::SQLITE_OPEN_NO_MUTEX;
     let connection = Connection::open_with_flags(database, flags)?;
-    tune(&connection)?;
+    tune(&connection, cache_kib)?;
     Ok(connection)
 }

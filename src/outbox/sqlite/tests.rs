@@ -247,7 +247,8 @@ async fn a_payload_that_the_disk_has_changed_is_found_by_its_checksum() {
 async fn a_lease_reads_only_what_it_takes_however_much_waits() {
     let directory = tempfile::tempdir().expect("a directory");
     let outbox = open(directory.path());
-    let connection = schema::open_for_reading(&directory.path().join("relay.db")).expect("opens");
+    let connection =
+        schema::open_for_reading(&directory.path().join("relay.db"), 1_024).expect("opens");
     let plan = |sql: &str| -> Vec<String> {
         let mut statement = connection
             .prepare(&format!("EXPLAIN QUERY PLAN {sql}"))

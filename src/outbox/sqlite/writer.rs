@@ -5,6 +5,7 @@ mod command;
 mod counters;
 mod erase;
 mod flush;
+pub(super) mod ids;
 mod log;
 mod rekey;
 mod replay;
@@ -18,7 +19,7 @@ use rusqlite::{Connection, Transaction, TransactionBehavior};
 use tokio::sync::{mpsc, oneshot};
 
 use super::{
-    SqliteOptions, committer::Done, entry::Entry, keys::Prepared, overlay::Shared, priority,
+    SqliteOptions, committer::Done, entry::Entry, keys::Prepared, overlay::Shared,
     row::unavailable, schema::LOG_LIMIT_BYTES, tally::Tally,
 };
 use crate::{
@@ -30,6 +31,7 @@ use crate::{
 
 pub(super) use command::{FlushJob, WriteCommand};
 use counters::Counters;
+use ids::Ids;
 use rekey::Rekey;
 
 type Reply<T> = oneshot::Sender<Result<T, OutboxError>>;
@@ -61,6 +63,7 @@ struct News {
 pub(super) struct Writer {
     connection: Connection,
     counters: Counters,
+    ids: Ids,
     remember_millis: i64,
     maintained_to: i64,
     rekey: Rekey,
@@ -81,9 +84,11 @@ impl Writer {
     ) -> rusqlite::Result<Self> {
         shared.set_rekeying(prepared.rekey);
         let counters = Counters::load(&connection, options.limits)?;
+        let ids = Ids::load(&connection)?;
         Ok(Self {
             connection,
             counters,
+            ids,
             remember_millis: i64::try_from(options.remember.as_millis()).unwrap_or(i64::MAX),
             maintained_to: 0,
             rekey: if prepared.rekey {
@@ -127,7 +132,6 @@ impl Writer {
 
     /// Works until it is closed.
     pub(super) fn run(mut self, mut commands: mpsc::Receiver<WriteCommand>) {
-        priority::lower();
         let mut group = Vec::new();
         while let Some(first) = commands.blocking_recv() {
             let mut closing = matches!(first, WriteCommand::Close);
@@ -227,6 +231,7 @@ impl Writer {
         let mut work = Work {
             transaction: &transaction,
             counters: &mut self.counters,
+            ids: &mut self.ids,
             remember_millis: self.remember_millis,
             maintained_to: &mut self.maintained_to,
             rekey: &mut self.rekey,
@@ -246,8 +251,10 @@ impl Writer {
         if !matches!(self.rekey, Rekey::Done) {
             self.rekey = Rekey::Queue { after: 0 };
         }
-        match Counters::load(&self.connection, self.counters.limits()) {
-            Ok(counters) => self.counters = counters,
+        let loaded = Counters::load(&self.connection, self.counters.limits())
+            .and_then(|counters| Ok((counters, Ids::load(&self.connection)?)));
+        match loaded {
+            Ok(loaded) => (self.counters, self.ids) = loaded,
             Err(error) => tracing::error!(%error, "the outbox cannot be read"),
         }
     }
@@ -267,6 +274,7 @@ impl Writer {
 struct Work<'a> {
     transaction: &'a Transaction<'a>,
     counters: &'a mut Counters,
+    ids: &'a mut Ids,
     remember_millis: i64,
     maintained_to: &'a mut i64,
     rekey: &'a mut Rekey,

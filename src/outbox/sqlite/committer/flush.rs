@@ -12,8 +12,10 @@ use crate::outbox::{
 pub(in crate::outbox::sqlite) const SEGMENT_BYTES: u64 = 16 * 1024 * 1024;
 /// So do this many captures.
 const MAX_ENTRIES: usize = 50_000;
-/// At this multiple of both, callers wait until the database has caught up.
-const PATIENCE: u64 = 2;
+/// With so much in a segment, or so many captures, callers wait until the database has
+/// caught up.
+const PATIENCE_BYTES: u64 = SEGMENT_BYTES * 3 / 2;
+const PATIENCE_ENTRIES: usize = 3 * MAX_ENTRIES;
 /// So long after a change a segment is full, however little it holds.
 const MAX_AGE: Duration = Duration::from_millis(500);
 /// Captures that leave the overlay at once: a fraction of a millisecond.
@@ -262,8 +264,8 @@ impl Committer {
             self.journal.restart();
         }
         let long = |this: &Self| {
-            this.journal.active_bytes() >= PATIENCE * SEGMENT_BYTES
-                || this.shared.lock().len() >= 4 * MAX_ENTRIES
+            this.journal.active_bytes() >= PATIENCE_BYTES
+                || this.shared.lock().len() >= PATIENCE_ENTRIES
         };
         if long(self) {
             self.wait_for_flush()?;

@@ -11,7 +11,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use rusqlite::params;
+use rusqlite::{Connection, params};
 
 use crate::outbox::sqlite::{
     entry::{Key, stored_key},
@@ -22,7 +22,7 @@ use crate::outbox::sqlite::{
 
 /// Ids that are read at once, so that no snapshot keeps SQLite's log long.
 const PIECE: usize = 20_000;
-/// Memory for pages while they are read, in KiB.
+/// Memory for pages while they are read, in KiB: each is read once.
 const CACHE_KIB: i64 = 1_024;
 /// Wait after the database could not be read.
 const RETRY: Duration = Duration::from_secs(10);
@@ -163,13 +163,23 @@ impl Known {
 
 /// Notes all ids of the database; returns how many.
 fn read_all(database: &Path, filter: &Filter, stop: &AtomicBool) -> rusqlite::Result<u64> {
-    const SQL: &str = "
-        SELECT key, sequence FROM capture_key WHERE (key, sequence) > (?1, ?2)
-        ORDER BY key, sequence LIMIT ?3";
-    let connection = schema::open_for_reading(database)?;
-    // Each page is read once.
-    connection.pragma_update(None, "cache_size", -CACHE_KIB)?;
-    let mut statement = connection.prepare(SQL)?;
+    let connection = schema::open_for_reading(database, CACHE_KIB)?;
+    // In this order: an id that moves from one to the other meanwhile is seen there.
+    let recent = read_index(&connection, "recent_key", filter, stop)?;
+    Ok(recent + read_index(&connection, "capture_key", filter, stop)?)
+}
+
+fn read_index(
+    connection: &Connection,
+    table: &str,
+    filter: &Filter,
+    stop: &AtomicBool,
+) -> rusqlite::Result<u64> {
+    let sql = format!(
+        "SELECT key, sequence FROM {table} WHERE (key, sequence) > (?1, ?2)
+         ORDER BY key, sequence LIMIT ?3"
+    );
+    let mut statement = connection.prepare(&sql)?;
     let (mut after, mut found) = ((i64::MIN, i64::MIN), 0);
     while !stop.load(Ordering::Relaxed) {
         let mut rows = statement.query(params![after.0, after.1, PIECE])?;

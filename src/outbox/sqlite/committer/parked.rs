@@ -39,6 +39,12 @@ impl Parked {
         }
     }
 
+    /// Lets commands gather, however many come.
+    #[expect(clippy::disallowed_methods, reason = "the thread is its own")]
+    pub(super) fn rest(&self, time: Duration) {
+        thread::sleep(time);
+    }
+
     /// The next command; `None` where nobody can send one any more.
     ///
     /// # Errors

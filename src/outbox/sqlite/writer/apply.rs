@@ -108,9 +108,6 @@ impl Work<'_> {
         let mut forget_subject = self
             .transaction
             .prepare_cached("DELETE FROM subject WHERE sequence = ?1")?;
-        let mut forget_key = self
-            .transaction
-            .prepare_cached("DELETE FROM capture_key WHERE key = ?1 AND sequence = ?2")?;
         let mut oldest = self.transaction.prepare_cached(OLDEST)?;
         let mut rows = oldest.query(params![*self.maintained_to, MAINTAIN_ROWS])?;
         let mut reached = 0;
@@ -126,7 +123,8 @@ impl Work<'_> {
                 let id: String = row.get(3)?;
                 if let Some(id) = IntegrationId::new(&id) {
                     let key = key_of(&id, &row.get::<_, String>(4)?);
-                    forget_key.execute(params![stored_key(key), reached])?;
+                    self.ids
+                        .remove(self.transaction, (stored_key(key), reached))?;
                 }
             }
         }

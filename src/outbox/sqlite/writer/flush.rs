@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use rusqlite::{OptionalExtension, params};
+use rusqlite::{CachedStatement, OptionalExtension, Transaction, params};
 
 use super::Work;
 use crate::{
@@ -17,6 +17,26 @@ use crate::{
     status::State,
 };
 
+/// The rows that each new capture has, which are made once for all of a flush.
+struct NewRows<'a> {
+    capture: CachedStatement<'a>,
+    subject: CachedStatement<'a>,
+}
+
+impl<'a> NewRows<'a> {
+    fn prepare(transaction: &'a Transaction<'a>) -> rusqlite::Result<Self> {
+        const SUBJECT: &str = "INSERT INTO subject (sequence, subject) VALUES (?1, ?2)";
+        const CAPTURE: &str = "
+            INSERT INTO capture
+              (sequence, integration_id, capture_id, digest, accept_millis, open, status)
+            VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7)";
+        Ok(Self {
+            capture: transaction.prepare_cached(CAPTURE)?,
+            subject: transaction.prepare_cached(SUBJECT)?,
+        })
+    }
+}
+
 impl Work<'_> {
     /// All of them, and up to which record of the journal that goes.
     pub(super) fn flush(
@@ -28,39 +48,29 @@ impl Work<'_> {
     }
 
     fn flush_all(&mut self, entries: &mut [Arc<Entry>], through: u64) -> rusqlite::Result<()> {
-        const KEY: &str = "INSERT INTO capture_key (key, sequence) VALUES (?1, ?2)";
         const APPLIED: &str = "UPDATE journal SET applied = ?1";
         entries.sort_unstable_by_key(|entry| entry.sequence);
+        let mut rows = NewRows::prepare(self.transaction)?;
         let mut keys = Vec::with_capacity(entries.len());
         for entry in entries {
             match entry.origin {
                 Origin::New { .. } => {
                     keys.push((stored_key(entry.key), entry.sequence));
-                    self.insert(entry)?;
+                    self.insert(entry, &mut rows)?;
                 }
                 Origin::Stored => self.update(entry)?,
             }
         }
-        // In the order of the index each of its pages is touched once.
-        keys.sort_unstable();
-        let mut insert = self.transaction.prepare_cached(KEY)?;
-        for (key, sequence) in keys {
-            insert.execute(params![key, sequence])?;
-        }
+        self.ids.add(self.transaction, keys)?;
         self.transaction
             .prepare_cached(APPLIED)?
             .execute(params![through])?;
         Ok(())
     }
 
-    fn insert(&mut self, entry: &Entry) -> rusqlite::Result<()> {
-        const SUBJECT: &str = "INSERT INTO subject (sequence, subject) VALUES (?1, ?2)";
-        const CAPTURE: &str = "
-            INSERT INTO capture
-              (sequence, integration_id, capture_id, digest, accept_millis, open, status)
-            VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7)";
+    fn insert(&mut self, entry: &Entry, rows: &mut NewRows<'_>) -> rusqlite::Result<()> {
         let record = &entry.record;
-        self.transaction.prepare_cached(CAPTURE)?.execute(params![
+        rows.capture.execute(params![
             entry.sequence,
             record.integration_id.as_str(),
             record.capture_id,
@@ -73,8 +83,7 @@ impl Work<'_> {
             return Ok(());
         };
         if let Some(subject) = subject {
-            let row = params![entry.sequence, subject];
-            self.transaction.prepare_cached(SUBJECT)?.execute(row)?;
+            rows.subject.execute(params![entry.sequence, subject])?;
         }
         let (Some(lane), Some(payloads)) = (entry.lane(), payloads) else {
             return Ok(());

@@ -1,0 +1,165 @@
+//! The index of ids. Its keys are hashes, so new ones belong everywhere in it: put there
+//! at once, those of one flush would touch most of its pages. They stand in a small index
+//! first, and leave it for the large one in the order of their keys, as many as come in.
+//! So both see a few neighbouring pages of each other's order for each flush.
+
+use rusqlite::{Connection, OptionalExtension, Transaction, params};
+
+/// Keys in the small index; few in tests, so that they leave it.
+const RECENT: u64 = if cfg!(test) { 64 } else { 256 * 1024 };
+
+/// A place in both indices: key and sequence.
+type Place = (i64, i64);
+
+const FIRST: Place = (i64::MIN, i64::MIN);
+const LAST: Place = (i64::MAX, i64::MAX);
+
+/// What is known of the small index.
+#[derive(Debug)]
+pub(super) struct Ids {
+    recent: u64,
+    /// Up to here keys have left in this round.
+    moved_to: Place,
+}
+
+impl Ids {
+    pub(super) fn load(connection: &Connection) -> rusqlite::Result<Self> {
+        let recent =
+            connection.query_row("SELECT count(*) FROM recent_key", [], |row| row.get(0))?;
+        Ok(Self {
+            recent,
+            moved_to: FIRST,
+        })
+    }
+
+    /// Adds new keys, in any order.
+    pub(super) fn add(
+        &mut self,
+        transaction: &Transaction<'_>,
+        mut keys: Vec<Place>,
+    ) -> rusqlite::Result<()> {
+        const ADD: &str = "INSERT INTO recent_key (key, sequence) VALUES (?1, ?2)";
+        // In the order of the index each of its pages is touched once.
+        keys.sort_unstable();
+        let mut add = transaction.prepare_cached(ADD)?;
+        for (key, sequence) in &keys {
+            add.execute(params![key, sequence])?;
+        }
+        self.recent += keys.len() as u64;
+        self.make_room(transaction)
+    }
+
+    /// Moves what is too much into the large index.
+    fn make_room(&mut self, transaction: &Transaction<'_>) -> rusqlite::Result<()> {
+        const END: &str = "
+            SELECT key, sequence FROM recent_key WHERE (key, sequence) > (?1, ?2)
+            ORDER BY key, sequence LIMIT 1 OFFSET ?3";
+        const MOVE: &str = "
+            INSERT INTO capture_key (key, sequence) SELECT key, sequence FROM recent_key
+            WHERE (key, sequence) > (?1, ?2) AND (key, sequence) <= (?3, ?4)
+            ORDER BY key, sequence";
+        const LEAVE: &str = "
+            DELETE FROM recent_key
+            WHERE (key, sequence) > (?1, ?2) AND (key, sequence) <= (?3, ?4)";
+        while let Some(last) = self.recent.checked_sub(RECENT + 1) {
+            let from = self.moved_to;
+            let end = transaction
+                .prepare_cached(END)?
+                .query_row(params![from.0, from.1, last], |row| {
+                    Ok((row.get(0)?, row.get(1)?))
+                })
+                .optional()?;
+            let to = end.unwrap_or(LAST);
+            let range = params![from.0, from.1, to.0, to.1];
+            let moved = transaction.prepare_cached(MOVE)?.execute(range)?;
+            transaction.prepare_cached(LEAVE)?.execute(range)?;
+            self.recent = self.recent.saturating_sub(moved as u64);
+            self.moved_to = if end.is_some() { to } else { FIRST };
+            if moved == 0 && from == FIRST {
+                // The count was wrong: there is nothing.
+                self.recent = 0;
+            }
+        }
+        Ok(())
+    }
+
+    /// Removes the key of a capture that is forgotten.
+    pub(super) fn remove(
+        &mut self,
+        transaction: &Transaction<'_>,
+        (key, sequence): Place,
+    ) -> rusqlite::Result<()> {
+        let removed = remove(transaction, (key, sequence))?;
+        self.recent = self.recent.saturating_sub(removed as u64);
+        Ok(())
+    }
+}
+
+/// Removes a key from both indices; returns how often it stood in the small one.
+pub(in crate::outbox::sqlite) fn remove(
+    transaction: &Transaction<'_>,
+    (key, sequence): Place,
+) -> rusqlite::Result<usize> {
+    const SETTLED: &str = "DELETE FROM capture_key WHERE key = ?1 AND sequence = ?2";
+    const RECENT: &str = "DELETE FROM recent_key WHERE key = ?1 AND sequence = ?2";
+    let place = params![key, sequence];
+    if transaction.prepare_cached(SETTLED)?.execute(place)? > 0 {
+        return Ok(0);
+    }
+    transaction.prepare_cached(RECENT)?.execute(place)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+
+    use super::*;
+    use crate::outbox::sqlite::schema;
+
+    fn places(connection: &Connection, table: &str) -> BTreeSet<Place> {
+        let mut statement = connection
+            .prepare(&format!("SELECT key, sequence FROM {table}"))
+            .expect("a table");
+        let rows = statement.query_map([], |row| Ok((row.get(0)?, row.get(1)?)));
+        rows.expect("rows")
+            .collect::<Result<_, _>>()
+            .expect("places")
+    }
+
+    #[test]
+    fn each_key_stands_in_one_index_and_the_small_one_stays_small() {
+        let directory = tempfile::tempdir().expect("a directory");
+        let database = directory.path().join("relay.db");
+        let mut connection =
+            schema::open_for_writing(directory.path(), &database).expect("a database");
+        let mut ids = Ids::load(&connection).expect("loaded");
+        let mut all = BTreeSet::new();
+        for round in 0..40_i64 {
+            // Each third key comes twice, with other captures.
+            let new: Vec<Place> = (0..17)
+                .map(|number| {
+                    let sequence = round * 17 + number;
+                    let key = (sequence - sequence % 3 % 2).wrapping_mul(0x5851_f42d_4c95_7f2d);
+                    (key, sequence)
+                })
+                .collect();
+            all.extend(new.iter().copied());
+            let transaction = connection.transaction().expect("begun");
+            ids.add(&transaction, new).expect("added");
+            if round % 5 == 4 {
+                let gone = all.pop_first().expect("some");
+                ids.remove(&transaction, gone).expect("removed");
+            }
+            transaction.commit().expect("committed");
+
+            let recent = places(&connection, "recent_key");
+            let settled = places(&connection, "capture_key");
+            assert!(recent.is_disjoint(&settled));
+            assert_eq!(recent.len() as u64, ids.recent);
+            assert!(recent.len() as u64 <= RECENT);
+            assert_eq!(&recent | &settled, all);
+        }
+        let counted = Ids::load(&connection).expect("loaded").recent;
+        assert_eq!(counted, ids.recent);
+    }
+}
