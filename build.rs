@@ -53,7 +53,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     fs::create_dir_all(&server_dir)?;
     let mut server = tonic_prost_build::configure()
         .build_client(false)
-        .codec_path("crate::grpc::codec::LeanCodec")
+        .codec_path("crate::proto::codec::LeanCodec")
         .out_dir(server_dir)
         .extern_path(PACKAGE, "crate::proto");
     for name in RAW {

@@ -4,7 +4,6 @@ mod accept;
 mod access;
 mod body;
 mod carry;
-pub(crate) mod codec;
 mod convert;
 mod dead_letters;
 mod dispatch;

@@ -16,5 +16,6 @@ pub mod server {
 /// `google.protobuf.FileDescriptorSet`.
 pub const FILE_DESCRIPTOR_SET: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/descriptors.bin"));
 
+pub(crate) mod codec;
 pub mod raw;
 mod redacted;
