@@ -8,6 +8,9 @@ use crate::{
 
 /// Counts the events of a durable settlement by their new states.
 pub(super) fn settled(metrics: &Metrics, settlement: &Settlement) {
+    if !metrics.are_read() {
+        return;
+    }
     let mut counts: BTreeMap<(&str, &str, &str), u64> = BTreeMap::new();
     for capture in &settlement.captures {
         for event in capture.changed.iter() {

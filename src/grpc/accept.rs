@@ -118,6 +118,9 @@ pub(super) fn tally<'a>(
     integration: &IntegrationId,
     answers: impl Iterator<Item = &'a Accepted>,
 ) {
+    if !metrics.are_read() {
+        return;
+    }
     let mut outcomes: BTreeMap<&'static str, u64> = BTreeMap::new();
     let mut queued = 0;
     for answer in answers {
