@@ -78,13 +78,15 @@ impl Server {
     /// Several servers that know each other.
     pub(crate) fn cluster(count: usize) -> Option<Vec<Self>> {
         let program = program()?;
-        let routes: Vec<u16> = (0..count).map(|_| free_port()).collect();
+        let ports = free_ports(2 * count);
+        let (routes, clients) = ports.split_at(count);
         let all = routes.iter().map(|port| format!("nats://127.0.0.1:{port}"));
         let all = all.collect::<Vec<_>>().join(",");
         let mut servers: Vec<Self> = routes
             .iter()
+            .zip(clients)
             .enumerate()
-            .map(|(index, route)| Self {
+            .map(|(index, (route, client))| Self {
                 program: program.clone(),
                 child: None,
                 directory: tempfile::tempdir().expect("a directory"),
@@ -100,7 +102,7 @@ impl Server {
                     "--routes".to_owned(),
                     all.clone(),
                 ],
-                port: free_port(),
+                port: *client,
             })
             .collect();
         for server in &mut servers {
@@ -133,6 +135,13 @@ impl Server {
         self.child = Some(child);
         let deadline = Instant::now() + START_TIMEOUT;
         while TcpStream::connect(("127.0.0.1", self.port)).is_err() {
+            let ended = self.child.as_mut().map(Child::try_wait);
+            let log = || std::fs::read_to_string(self.directory.path().join("log"));
+            assert!(
+                matches!(ended, Some(Ok(None))),
+                "nats-server has ended: {}",
+                log().unwrap_or_default()
+            );
             assert!(Instant::now() < deadline, "nats-server does not listen");
             std::thread::sleep(Duration::from_millis(20));
         }
@@ -169,6 +178,14 @@ impl Drop for Server {
 }
 
 pub(crate) fn free_port() -> u16 {
-    let listener = TcpListener::bind("127.0.0.1:0").expect("a port");
-    listener.local_addr().expect("bound").port()
+    free_ports(1)[0]
+}
+
+/// Ports of which no two are the same.
+fn free_ports(count: usize) -> Vec<u16> {
+    let listeners: Vec<TcpListener> = (0..count)
+        .map(|_| TcpListener::bind("127.0.0.1:0").expect("a port"))
+        .collect();
+    let port = |listener: &TcpListener| listener.local_addr().expect("bound").port();
+    listeners.iter().map(port).collect()
 }

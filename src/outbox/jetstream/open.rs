@@ -2,7 +2,7 @@
 
 use std::{path::PathBuf, sync::Arc, time::Duration};
 
-use async_nats::jetstream::context::AccountErrorKind;
+use async_nats::jetstream::{ErrorCode, context::AccountErrorKind};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 use super::{
@@ -44,12 +44,18 @@ pub enum JetStreamError {
         "[nats] servers: nats-server {0} is too old; segment-relay needs 2.12 or newer, on all servers of the cluster"
     )]
     TooOld(String),
-    /// The relay may not ask.
+    /// The relay may not ask, or nobody is there to answer.
     #[error(
-        "[nats] servers: no answer to a question to JetStream; the relay's user needs the rights to publish to \
-         $JS.API.>, $JS.FC.>, $KV.{0}-state.> and {0}.>, and to subscribe to {0}.> and _INBOX.>"
+        "[nats] servers: no answer to a question to JetStream; most servers of a cluster have to be up, and the \
+         relay's user needs the rights to publish to $JS.API.>, $JS.FC.>, $KV.{0}-state.> and {0}.>, and to \
+         subscribe to {0}.> and _INBOX.>"
     )]
     NoRights(String),
+    /// The servers do not agree upon a leader, at the moment.
+    #[error(
+        "[nats] servers: JetStream is not available now ({0}); most servers of the cluster have to be up and to reach each other"
+    )]
+    NoLeader(String),
     /// The server has no JetStream.
     #[error(
         "[nats] servers: this NATS has no JetStream for the relay ({0}); start nats-server with -js, or enable it for the account"
@@ -104,6 +110,11 @@ impl NatsHandle {
             .await
             .map_err(|error| match error.kind() {
                 AccountErrorKind::TimedOut => JetStreamError::NoRights(layout.prefix.clone()),
+                AccountErrorKind::JetStream(error)
+                    if error.error_code() == ErrorCode::CLUSTER_NOT_AVAILABLE =>
+                {
+                    JetStreamError::NoLeader(error.to_string())
+                }
                 _ => JetStreamError::NoJetStream(error.to_string()),
             })?;
         Ok(Self { wire, layout })

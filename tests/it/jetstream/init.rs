@@ -129,6 +129,25 @@ fn a_server_without_jetstream_or_without_enough_replicas_is_named_at_start() {
 }
 
 #[test]
+fn a_cluster_without_most_of_its_servers_is_named_at_start() {
+    let Some(mut servers) = Server::cluster(3) else {
+        return;
+    };
+    for gone in &mut servers[1..] {
+        gone.kill();
+    }
+    for arguments in [&["serve"][..], &["nats", "init"]] {
+        let refused = command(&servers[0], arguments, &[]);
+        assert_eq!(refused.status.code(), Some(1));
+        assert!(
+            stderr(&refused).contains("most servers of"),
+            "{}",
+            stderr(&refused)
+        );
+    }
+}
+
+#[test]
 fn a_server_that_does_not_answer_and_a_wrong_password_are_named() {
     let Some(mut server) = Server::start_with(&["--jetstream", "--user", "u", "--pass", "p"])
     else {
