@@ -239,8 +239,9 @@ impl Committer {
     /// Does a group of commands with one sync.
     fn commit(&mut self, group: Vec<Command>) {
         let begun = Instant::now();
-        self.pace.begin(group.len(), begun);
         let weight: usize = group.iter().filter_map(Command::weight).sum();
+        let is_full = weight >= self.group_commit_max;
+        self.pace.begin(group.len(), is_full, begun);
         let mut owed = Vec::with_capacity(group.len());
         let mut result = self.ready();
         self.journal.reserve(group.iter().map(Command::bytes).sum());

@@ -15,9 +15,10 @@ pub(super) struct Pace {
 }
 
 impl Pace {
-    /// Notes that a group of so many commands begins.
-    pub(super) fn begin(&mut self, commands: usize, now: Instant) {
-        self.many_since = (commands >= MANY).then_some(now);
+    /// Notes that a group of so many commands begins. A full one is followed at once:
+    /// what waits behind it is a group already.
+    pub(super) fn begin(&mut self, commands: usize, is_full: bool, now: Instant) {
+        self.many_since = (commands >= MANY && !is_full).then_some(now);
     }
 
     /// How long the next group has to wait.
@@ -37,13 +38,15 @@ mod tests {
         let after = |micros| start + Duration::from_micros(micros);
         let mut pace = Pace::default();
         assert_eq!(pace.left(start), None);
-        pace.begin(MANY - 1, start);
+        pace.begin(MANY - 1, false, start);
         assert_eq!(pace.left(after(10)), None);
-        pace.begin(MANY, start);
+        pace.begin(MANY, true, start);
+        assert_eq!(pace.left(after(10)), None);
+        pace.begin(MANY, false, start);
         assert_eq!(pace.left(after(300)), Some(Duration::from_micros(700)));
         assert_eq!(pace.left(after(1_000)), None);
         assert_eq!(pace.left(after(5_000)), None);
-        pace.begin(1, after(1_000));
+        pace.begin(1, false, after(1_000));
         assert_eq!(pace.left(after(1_001)), None);
     }
 }
