@@ -52,6 +52,7 @@ mod counts;
 mod dead_letters;
 mod deleter;
 mod erase;
+mod error;
 mod find;
 mod import;
 mod intake;
@@ -63,7 +64,9 @@ mod names;
 mod news;
 mod open;
 mod outcomes;
+mod position;
 mod queue;
+mod removal;
 mod remove;
 mod replay;
 mod scout;
@@ -82,9 +85,10 @@ use super::{Limits, OutboxError, Signals, sealing::Sealing};
 use crate::metrics::Metrics;
 
 pub use connect::{NatsAuth, NatsConnection, NatsTls};
+pub use error::JetStreamError;
 pub(in crate::outbox) use import::Import;
 pub use layout::{Difference, Layout, LayoutReport};
-pub use open::{JetStreamError, NatsHandle};
+pub use open::NatsHandle;
 
 /// Longest wait for an answer of the servers.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(5);

@@ -6,9 +6,9 @@ use tokio::sync::{oneshot, watch};
 
 use super::{
     JetStreamOutbox, Shared,
-    chunk::split,
     intake::{self, Submission},
     message::{LaneRecord, decode},
+    position::split,
     wire::unavailable,
 };
 use crate::{

@@ -9,14 +9,13 @@ use prost::Message;
 use super::{
     Layout, OutboxError,
     message::{Captures, Chunk, StoredRecord, Waiting, damaged, decode},
+    position,
     wire::ToStore,
 };
 use crate::{integration::IntegrationId, outbox::LaneKey};
 
-/// Bits of a position for the place in the message.
-const INDEX_BITS: u32 = 10;
 /// Captures of one message at the most.
-const MAX_CAPTURES: usize = 1 << INDEX_BITS;
+const MAX_CAPTURES: usize = position::PLACES;
 /// Bytes of events after which the next message begins: far below the megabyte that servers
 /// take by default, and little to read for a lease that needs only a part of it.
 const MAX_BYTES: usize = 128 * 1024;
@@ -24,20 +23,6 @@ const MAX_BYTES: usize = 128 * 1024;
 const MIN_PACKED: usize = 4 * 1024;
 /// Bytes of a message after it was unpacked, at the most.
 const MAX_UNPACKED: usize = 8 * 1024 * 1024;
-
-/// A place in a queue: the message's sequence, and the place in the message.
-pub(super) fn position(sequence: u64, index: usize) -> u64 {
-    (sequence << INDEX_BITS) | (index as u64 & (MAX_CAPTURES as u64 - 1))
-}
-
-/// The sequence and the place of a position.
-pub(super) fn split(position: u64) -> (u64, usize) {
-    let index = position & (MAX_CAPTURES as u64 - 1);
-    (
-        position >> INDEX_BITS,
-        usize::try_from(index).unwrap_or_default(),
-    )
-}
 
 /// Puts captures into one message.
 pub(super) fn pack(captures: Vec<Waiting>) -> Bytes {
@@ -202,7 +187,7 @@ impl<'a> Packer<'a> {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
+    use super::{super::position::split, *};
     use crate::{outbox::jetstream::message::Payload, region::Region};
 
     fn lane(shard: u16) -> LaneKey {

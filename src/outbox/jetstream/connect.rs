@@ -12,7 +12,7 @@ use std::{
 use async_nats::{Auth, AuthError, Client, ConnectOptions, Event};
 use secrecy::{ExposeSecret, SecretString};
 
-use super::open::JetStreamError;
+use super::error::JetStreamError;
 
 /// Longest wait for one server at start.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);

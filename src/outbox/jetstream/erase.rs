@@ -10,11 +10,12 @@ use prost::Message;
 use self::found::Erased;
 use super::{
     Shared,
-    chunk::{pack, split},
+    chunk::pack,
     dead_letters::place,
     deleter::for_each,
     lanes::Hold,
     message::{LaneRecord, Waiting},
+    position::{position, split},
     queue::ReadChunk,
     wire::{StoreError, ToStore, unavailable},
 };
@@ -266,7 +267,7 @@ impl Shared {
                 continue;
             };
             for (index, one) in erased {
-                let position = super::chunk::position(sequence, index);
+                let position = position(sequence, index);
                 // Whoever reads this message has to read their records first.
                 record.touched[queue] = record.touched[queue].max(position);
                 if waited.contains(&position) {

@@ -14,7 +14,7 @@ use super::{
     message::{LaneRecord, StoredRecord, decode},
     names::{lane_token, parse_lane},
     queue::Replaced,
-    remove::Removal,
+    removal::Removal,
     wire::{StoreError, ToStore, unavailable},
 };
 use crate::{

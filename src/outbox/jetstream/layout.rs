@@ -10,7 +10,7 @@ use async_nats::jetstream::{
     stream::{Config, DiscardPolicy, Placement, RetentionPolicy, StorageType},
 };
 
-use super::open::JetStreamError;
+use super::error::JetStreamError;
 
 /// Counts up with every change of what lies in the streams.
 const FORMAT: &str = "2";

@@ -10,9 +10,9 @@ use bytes::Bytes;
 
 use super::{
     Shared,
-    chunk::{position, split},
     lanes::{Hold, Leased},
     message::{Payload, StoredRecord, Waiting, decode},
+    position::{position, split},
     queue::ReadChunk,
     wire::unavailable,
 };

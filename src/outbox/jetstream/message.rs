@@ -3,7 +3,7 @@
 use bytes::{Buf, Bytes};
 use prost::Message;
 
-use super::chunk::{position, split};
+use super::position::{position, split};
 use crate::{
     event::EventType,
     integration::IntegrationId,

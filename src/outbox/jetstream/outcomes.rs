@@ -10,10 +10,10 @@ use prost::Message;
 
 use super::{
     Shared,
-    chunk::split,
     deleter::for_each,
     lanes::Leased,
     message::{Outcomes, SharedOutcome, StoredRecord, decode},
+    position::split,
     wire::{ToStore, unavailable},
 };
 use crate::{

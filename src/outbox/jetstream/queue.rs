@@ -5,10 +5,11 @@ use std::collections::BTreeSet;
 
 use super::{
     Shared,
-    chunk::{split, unpack},
+    chunk::unpack,
     deleter::for_each,
     message::{StoredRecord, Waiting},
     names::parse_queue,
+    position::split,
     wire::Stored,
 };
 use crate::outbox::{LaneKey, OutboxError};

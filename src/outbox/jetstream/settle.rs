@@ -10,10 +10,10 @@ use prost::Message;
 
 use super::{
     Shared,
-    chunk::split,
     lanes::{Hold, Leased},
     message::{Dead, LaneRecord, Payload, decode},
     outcomes,
+    position::split,
     wire::{StoreError, ToStore},
 };
 use crate::{
@@ -390,7 +390,14 @@ fn lane_record_after(hold: &Hold, next: &[Next]) -> LaneRecord {
         record.unpurged += whole as u64;
     }
     let dead = next.iter().filter(|one| one.dead);
-    hold.removal
-        .note(&mut record, dead.map(|one| &hold.leased[one.place]));
+    hold.removal.note(
+        &mut record,
+        dead.map(|one| {
+            (
+                hold.leased[one.place].position,
+                hold.leased[one.place].queue,
+            )
+        }),
+    );
     record
 }

@@ -14,7 +14,7 @@ use zeroize::Zeroizing;
 
 use super::{
     Layout, Shared,
-    open::JetStreamError,
+    error::JetStreamError,
     wire::{Stored, Wire, unavailable},
 };
 use crate::{

@@ -6,7 +6,7 @@ use async_nats::{ConnectError, ConnectErrorKind};
 use rustls::{AlertDescription, CertificateError, Error as TlsError};
 
 use super::{NatsAuth, NatsConnection, NatsTls};
-use crate::outbox::jetstream::open::JetStreamError;
+use crate::outbox::jetstream::error::JetStreamError;
 
 /// The error for whoever starts the relay.
 pub(super) fn explain(connection: &NatsConnection, error: &ConnectError) -> JetStreamError {

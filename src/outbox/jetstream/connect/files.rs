@@ -17,7 +17,7 @@ use rustls::{
 use zeroize::Zeroizing;
 
 use super::{NatsTls, file_fault};
-use crate::{outbox::jetstream::open::JetStreamError, vault::warn_if_open_to_others};
+use crate::{outbox::jetstream::error::JetStreamError, vault::warn_if_open_to_others};
 
 /// Largest of these files, in bytes.
 const MAX_FILE_BYTES: u64 = 1024 * 1024;
