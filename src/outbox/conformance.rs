@@ -28,7 +28,7 @@ pub(crate) use dead_letters::{
     dead_letters_are_listed_replayed_behind_live_captures_and_discarded,
     dead_letters_keep_their_payload_and_delivered_events_do_not,
 };
-pub(crate) use privacy::a_persons_data_is_erased_and_nobody_elses;
+pub(crate) use privacy::{a_persons_data_is_erased_and_nobody_elses, try_erase};
 
 /// Bounds with which the suite opens an outbox.
 pub(crate) const LIMITS: Limits = Limits {

@@ -188,13 +188,12 @@ impl<'a> Packer<'a> {
 #[cfg(test)]
 mod tests {
     use super::{super::position::split, *};
-    use crate::{outbox::jetstream::message::Payload, region::Region};
+    use crate::outbox::{conformance, jetstream::message::Payload};
 
     fn lane(shard: u16) -> LaneKey {
         LaneKey {
-            integration_id: IntegrationId::new("acme").expect("valid"),
-            region: Region::Eu,
             shard,
+            ..conformance::lane("acme")
         }
     }
 
@@ -254,9 +253,9 @@ mod tests {
         assert_eq!(
             subjects,
             [
-                "relay.0.q.acme.eu.0.l.2",
-                "relay.0.q.acme.eu.1.l.1",
-                "relay.0.q.acme.eu.1.l.1"
+                "relay.0.q.acme.non_eu.0.l.2",
+                "relay.0.q.acme.non_eu.1.l.1",
+                "relay.0.q.acme.non_eu.1.l.1"
             ]
         );
         let first = 1_000;

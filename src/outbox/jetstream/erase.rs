@@ -23,6 +23,7 @@ use crate::{
     event::EventType,
     outbox::{Erasure, LaneKey, OutboxError, SubjectQuery},
     proto::ErasureReceipt,
+    status::CaptureRecord,
     time::UnixMillis,
 };
 
@@ -36,6 +37,57 @@ struct Change {
     record: LaneRecord,
     /// The messages as they are from now on, and their queues.
     chunks: Vec<(usize, ReadChunk)>,
+}
+
+/// What is to be told of captures whose history was forgotten.
+struct Forgotten {
+    announced: Vec<(CaptureRecord, Vec<EventType>)>,
+    /// Where events waited.
+    waited: Vec<u64>,
+    /// Attempts, waiting events, dead letters.
+    sums: [u64; 3],
+}
+
+/// Forgets histories in the records, which are not stored yet.
+fn forget(captures: &mut [Erased]) -> Forgotten {
+    let mut forgotten = Forgotten {
+        announced: Vec::new(),
+        waited: Vec::new(),
+        sums: [0; 3],
+    };
+    for one in captures {
+        let counts = [one.record.attempts.len() as u64, one.waits, one.dead];
+        for (sum, count) in forgotten.sums.iter_mut().zip(counts) {
+            *sum += count;
+        }
+        let was_final = one.record.is_final();
+        let first = one.places.first().filter(|(_, has)| *has && !was_final);
+        forgotten
+            .waited
+            .extend(first.map(|(position, _)| *position));
+        let changed = one.record.forget_history();
+        // The place stays known, until nothing is there any more.
+        let place = one.stored.position(one.revision);
+        one.stored.set(&one.record);
+        one.stored.queue_at(place.unwrap_or(0));
+        forgotten.announced.push((one.record.clone(), changed));
+    }
+    forgotten
+}
+
+/// Notes the revisions of erased records, from the first on, also in what was leased: a request
+/// that took too long may still be settled.
+fn note_erased(mut hold: Option<&mut Hold>, captures: &mut [Erased], first: u64) {
+    for (one, revision) in captures.iter_mut().zip(first..) {
+        one.revision = revision;
+        let leased = hold.iter_mut().flat_map(|hold| &mut hold.leased);
+        for leased in leased.filter(|it| it.stored.capture_id == one.stored.capture_id) {
+            leased.revision = revision;
+            leased.stored = one.stored.clone();
+            leased.record = one.record.clone();
+            leased.done = true;
+        }
+    }
 }
 
 impl Shared {
@@ -133,23 +185,11 @@ impl Shared {
             Some(slot) => Some(slot.hold.lock().await),
             None => None,
         };
-        let (mut announced, mut waited) = (Vec::new(), Vec::new());
-        let mut sums = [0; 3];
-        for one in &mut captures {
-            let counts = [one.record.attempts.len() as u64, one.waits, one.dead];
-            for (sum, count) in sums.iter_mut().zip(counts) {
-                *sum += count;
-            }
-            let was_final = one.record.is_final();
-            let first = one.places.first().filter(|(_, has)| *has && !was_final);
-            waited.extend(first.map(|(position, _)| *position));
-            let changed = one.record.forget_history();
-            // The place stays known, until nothing is there any more.
-            let place = one.stored.position(one.revision);
-            one.stored.set(&one.record);
-            one.stored.queue_at(place.unwrap_or(0));
-            announced.push((one.record.clone(), changed));
-        }
+        let Forgotten {
+            announced,
+            waited,
+            sums,
+        } = forget(&mut captures);
         let (mut batch, mut change) = (Vec::new(), None);
         if let (Some(lane), Some(guard)) = (lane, &guard) {
             // Leased again meanwhile: what is erased now may be on its way.
@@ -160,25 +200,7 @@ impl Shared {
             let Some(next) = self.change(lane, hold, &captures, &waited).await? else {
                 return Ok(false);
             };
-            batch.push(ToStore {
-                subject: self.layout.lane(lane),
-                payload: next.record.encode_to_vec().into(),
-                expected: Some(hold.revision),
-                keep: None,
-            });
-            batch.extend(next.chunks.iter().map(|(queue, chunk)| {
-                ToStore {
-                    subject: self.layout.replaced(
-                        lane,
-                        *queue,
-                        chunk.sequence,
-                        chunk.captures.len(),
-                    ),
-                    payload: pack(chunk.captures.clone()),
-                    expected: None,
-                    keep: None,
-                }
-            }));
+            batch = self.changed(lane, hold.revision, &next);
             change = Some(next);
         }
         let before = batch.len() as u64;
@@ -203,17 +225,7 @@ impl Shared {
         if let Some(lane) = lane {
             self.counts.remove(lane, waited.len() as u64);
         }
-        for (one, revision) in captures.iter_mut().zip(first + before..) {
-            one.revision = revision;
-            // A request that took too long may still be settled.
-            let leased = hold.iter_mut().flat_map(|hold| &mut hold.leased);
-            for leased in leased.filter(|it| it.stored.capture_id == one.stored.capture_id) {
-                leased.revision = revision;
-                leased.stored = one.stored.clone();
-                leased.record = one.record.clone();
-                leased.done = true;
-            }
-        }
+        note_erased(hold.as_mut(), &mut captures, first + before);
         let done = self.forget_owner(&stream, captures).await?;
         if let Some(guard) = &mut guard {
             **guard = hold;
@@ -225,6 +237,27 @@ impl Shared {
             self.tell_lanes(std::slice::from_ref(lane)).await;
         }
         Ok(done)
+    }
+
+    /// The lane's record and messages.
+    fn changed(&self, lane: &LaneKey, revision: u64, next: &Change) -> Vec<ToStore> {
+        let chunks = next.chunks.iter().map(|(queue, chunk)| {
+            let count = chunk.captures.len();
+            ToStore {
+                subject: self.layout.replaced(lane, *queue, chunk.sequence, count),
+                payload: pack(chunk.captures.clone()),
+                expected: None,
+                keep: None,
+            }
+        });
+        let mut messages = vec![ToStore {
+            subject: self.layout.lane(lane),
+            payload: next.record.encode_to_vec().into(),
+            expected: Some(revision),
+            keep: None,
+        }];
+        messages.extend(chunks);
+        messages
     }
 
     fn erased_record(&self, one: &Erased) -> ToStore {

@@ -19,25 +19,24 @@ pub(super) struct Removal {
     pub(super) done_at: Option<Instant>,
     /// Up to which sequences that was.
     pub(super) done_to: [u64; 2],
-    idle: bool,
     /// Letters' messages that were overwritten, and may still be in the lane's record.
     pub(super) overwritten: BTreeSet<u64>,
 }
 
 impl Removal {
-    /// Whether the lane has nothing else to do: then nothing is left for later.
-    pub(super) fn set_idle(&mut self, idle: bool) {
-        self.idle = idle;
-    }
-
     fn is_due(&self) -> bool {
-        self.idle || self.done_at.is_none_or(|at| at.elapsed() >= GAP)
+        self.done_at.is_none_or(|at| at.elapsed() >= GAP)
     }
 
     /// Notes in a lane's record what is left for later: captures that were passed, unless their messages
     /// are removed as soon as it is stored, and the messages of new dead letters, given by
-    /// position and queue.
-    pub(super) fn note(&self, record: &mut LaneRecord, dead: impl Iterator<Item = (u64, usize)>) {
+    /// position and queue. Where the lane is idle, nothing is left for later.
+    pub(super) fn note(
+        &self,
+        record: &mut LaneRecord,
+        dead: impl Iterator<Item = (u64, usize)>,
+        idle: bool,
+    ) {
         for letter in dead.map(|(position, queue)| letter(split(position).0, queue)) {
             if !record.letters.contains(&letter) {
                 record.letters.push(letter);
@@ -46,7 +45,7 @@ impl Removal {
         record.letters.retain(|one| !self.overwritten.contains(one));
         let many = record.letters.len().saturating_sub(MAX_LETTERS);
         record.letters.drain(..many);
-        if self.is_due() || !record.letters.is_empty() {
+        if idle || self.is_due() || !record.letters.is_empty() {
             record.unpurged = 0;
         }
     }

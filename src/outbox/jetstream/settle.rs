@@ -76,7 +76,7 @@ impl Shared {
         for _ in 0..TRIES {
             let mut next = next_states(hold, chunk);
             let payloads = self.payloads_of_dead(lane, hold, &next).await?;
-            let record = lane_record_after(hold, &next);
+            let record = lane_record_after(hold, &next, false);
             let now = UnixMillis::now();
             for one in &mut next {
                 let leased = &hold.leased[one.place];
@@ -280,9 +280,7 @@ impl Shared {
         hold: &mut Hold,
     ) -> Result<bool, OutboxError> {
         hold.leased_at = None;
-        hold.removal.set_idle(true);
-        let record = lane_record_after(hold, &[]);
-        hold.removal.set_idle(false);
+        let record = lane_record_after(hold, &[], true);
         if record != hold.record {
             let stored = self.wire.store(vec![ToStore {
                 subject: self.layout.lane(lane),
@@ -343,8 +341,8 @@ fn next_states(hold: &Hold, chunk: &[SettledCapture]) -> Vec<Next> {
     next
 }
 
-/// The lane's record once the chunk is stored.
-fn lane_record_after(hold: &Hold, next: &[Next]) -> LaneRecord {
+/// The lane's record once the chunk is stored; `idle` where the lane has nothing else to do.
+fn lane_record_after(hold: &Hold, next: &[Next], idle: bool) -> LaneRecord {
     let mut record = hold.record.clone();
     let done: HashMap<usize, bool> = next.iter().map(|one| (one.place, one.done)).collect();
     let is_done = |(place, leased): &(usize, &Leased)| {
@@ -390,14 +388,8 @@ fn lane_record_after(hold: &Hold, next: &[Next]) -> LaneRecord {
         record.unpurged += whole as u64;
     }
     let dead = next.iter().filter(|one| one.dead);
-    hold.removal.note(
-        &mut record,
-        dead.map(|one| {
-            (
-                hold.leased[one.place].position,
-                hold.leased[one.place].queue,
-            )
-        }),
-    );
+    let dead = dead.map(|one| &hold.leased[one.place]);
+    let letters = dead.map(|one| (one.position, one.queue));
+    hold.removal.note(&mut record, letters, idle);
     record
 }

@@ -218,13 +218,7 @@ pub(super) async fn try_erase(
         user_ids: vec![user_of(person)],
         integration_id: None,
     };
-    let found = outbox.find_subject(subject.clone()).await.expect("found");
-    let erasure = Erasure {
-        subject,
-        captures: found.captures,
-        receipt: ErasureReceipt::default(),
-    };
-    outbox.erase(erasure).await
+    conformance::try_erase(outbox, subject).await
 }
 
 /// Whether any message of the queues has a payload of this capture.

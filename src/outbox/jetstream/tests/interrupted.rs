@@ -108,6 +108,29 @@ async fn a_settlement_whose_answer_was_lost_is_settled_again_and_counted_once() 
 }
 
 #[tokio::test]
+async fn many_messages_that_stand_in_the_place_of_others_keep_their_order() {
+    let Some(rig) = JetStreamRig::new(1) else {
+        return;
+    };
+    let outbox = rig.relay().await;
+    let mut wanted = Vec::new();
+    for number in 0..20 {
+        let (ann, bob) = (format!("ann-{number}"), format!("bob-{number}"));
+        submit_together(&outbox, &[&ann, &bob]).await;
+        wanted.push(bob);
+    }
+    submit_together(&outbox, &["cid"]).await;
+    wanted.push("cid".to_owned());
+    let receipt = try_erase(&outbox, "ann").await.expect("erased");
+    assert_eq!(receipt.waiting_event_count, 40);
+    let leased = lease(&outbox, NAME, 100).await;
+    assert_eq!(ids(&leased), wanted);
+    settle(&outbox, leased, |_, _| Outcome::Delivered).await;
+    assert!(lease(&outbox, NAME, 10).await.is_empty());
+    assert_eq!((waiting(&outbox).await, count(&outbox, 'q').await), (0, 0));
+}
+
+#[tokio::test]
 async fn a_replica_that_is_behind_does_not_hide_what_comes_before_an_erasure() {
     let Some(rig) = JetStreamRig::new(1) else {
         return;
