@@ -14,6 +14,7 @@ TITLES = (
     ("throughput", "served", "Calls a second over calls in flight"),
     ("latency", "served", "Latency by percentile"),
     ("backlog", "backlog", "Memory over the backlog"),
+    ("flames", "profile", "The relay's CPU time as a flame graph: unary, 256 in flight"),
     ("peers", "peers", "CPU seconds for a million events"),
 )
 HERE = pathlib.Path(__file__).resolve().parent

@@ -30,6 +30,8 @@ def main():
             draw(axes, results[part])
             figure.savefig(directory / f"{name}.svg", metadata={"Date": None})
             pyplot.close(figure)
+    if "profile" in results:
+        flames(directory / "flames.svg", results["profile"]["stacks"])
 
 
 def throughput(axes, served):
@@ -76,6 +78,33 @@ def peers(axes, result):
     axes.invert_yaxis()
     axes.set(xlabel="CPU seconds for a million events")
     axes.grid(axis="y", visible=False)
+
+
+def flames(path, tree):
+    """A flame graph: callers stand below what they call, and are as wide as the CPU time spent in both."""
+    figure, axes = pyplot.subplots(figsize=(12, 6.5), layout="constrained")
+    colours = matplotlib.colormaps["YlOrRd"]
+    total = tree[1]
+
+    def draw(node, left, depth):
+        name, count, children = node
+        width = count / total
+        # The colour only tells neighbours apart: the same name has the same one everywhere.
+        colour = colours(0.15 + 0.45 * (sum(name.encode()) % 16) / 16)
+        axes.broken_barh([(left, width)], (depth, 0.95), facecolors=[colour], edgecolors="white", linewidth=0.3)
+        room = int(width * 200)
+        if room >= 4:
+            axes.text(left + 0.001, depth + 0.45, name[:room], fontsize=6, va="center", clip_on=True)
+        for child in children:
+            draw(child, left, depth + 1)
+            left += child[1] / total
+
+    draw(tree, 0.0, 0)
+    axes.set(xlim=(0, 1), xticks=[], yticks=[], title="unary, 256 in flight: the relay's CPU time")
+    axes.set_frame_on(False)
+    axes.grid(visible=False)
+    figure.savefig(path, metadata={"Date": None})
+    pyplot.close(figure)
 
 
 main()

@@ -1,12 +1,16 @@
-"""Where the relay's CPU time goes, by threads and kinds of work. Needs `perf`; without it this part is left out."""
+"""Where CPU time goes, in the relay and in a bare tonic server, by threads and kinds of work; and the relay's stacks.
+
+Needs `perf`; without it this part is left out.
+"""
 
 import collections
 import re
 import shutil
 import subprocess
 
+import flames
 import load
-from processes import Failed, say, scratch, world
+from processes import Bare, Failed, say, scratch, world
 
 MODES = ("unary, 256 in flight", "batches of 100, 16 in flight")
 # The first that fits: where a sample is, by program or library and symbol.
@@ -26,21 +30,37 @@ KINDS = (
     ("SQLite", r"^segment-relay \[\.\] [^:]+$"),
     ("other", r""),
 )
+ONLY_CPU = ("-e", "cpu-clock")
 
 
 def run(tools, quick):
     if shutil.which("perf") is None:
         raise Failed("perf is missing: install linux-perf, or leave `profile` out")
-    return {"modes": {mode: profile(tools, mode, 2 if quick else 6) for mode in MODES}}
+    seconds = 2 if quick else 6
+    modes = {}
+    for mode in MODES:
+        with Bare(tools) as server:
+            bare = profile(tools, mode, seconds, server)
+        with world(tools) as (sandbox, relay):
+            modes[mode] = {"bare": bare, "relay": profile(tools, mode, seconds, relay, load.Settled(sandbox))}
+    with world(tools) as (sandbox, relay):
+        say(f"  stacks: {MODES[0]}")
+        stacks = flames.record(lambda: drive(tools, MODES[0], 3, relay, load.Settled(sandbox)), relay.popen.pid, 3)
+    return {"modes": modes, "stacks": stacks}
 
 
-def profile(tools, mode, seconds):
-    say(f"  {mode}")
-    with scratch() as directory, world(tools) as (sandbox, relay):
+def drive(tools, mode, seconds, server, settle=None):
+    return load.run(tools, server, load.MODES[mode], seconds, warm_up=0.5, settle=settle)
+
+
+def profile(tools, mode, seconds, server, settle=None):
+    """CPU µs a capture, and how they are shared by threads and kinds of work, in per cent."""
+    say(f"  {mode}: {type(server).__name__.lower()}")
+    with scratch() as directory:
         data = str(directory / "perf.data")
-        command = ["perf", "record", "-e", "cpu-clock", "-F", "999", "-o", data, "-p", str(relay.popen.pid)]
+        command = ["perf", "record", *ONLY_CPU, "-F", "999", "-o", data, "-p", str(server.popen.pid)]
         recorder = subprocess.Popen([*command, "--", "sleep", str(seconds)], stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
-        load.run(tools, relay, load.MODES[mode], seconds, warm_up=0.5, settle=load.Settled(sandbox))
+        measured = drive(tools, mode, seconds, server, settle)
         if recorder.wait(60):
             raise Failed("perf record failed: it needs root, or kernel.perf_event_paranoid of 1 or less")
         command = ["perf", "report", "-i", data, "--stdio", "-t", "\t", "-F", "overhead,comm,dso,symbol"]
@@ -52,4 +72,4 @@ def profile(tools, mode, seconds):
         share, thread, *place = (word.strip() for word in line.split("\t"))
         kind = next(kind for kind, pattern in KINDS if re.search(pattern, " ".join(place)))
         shares[thread][kind] += float(share.rstrip("%"))
-    return shares
+    return {"cpu_us_per_capture": measured["cpu_us_per_capture"], "threads": shares}

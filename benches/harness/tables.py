@@ -199,16 +199,28 @@ def tracing(result):
 
 def profile(result):
     lines = []
-    for mode, threads in result["modes"].items():
+    for mode, servers in result["modes"].items():
+        bare, relay = kinds_of(servers["bare"]), kinds_of(servers["relay"])
+        threads = servers["relay"]["threads"]
         totals = {thread: sum(kinds.values()) for thread, kinds in threads.items()}
         # Threads that do next to nothing are left out.
         columns = [thread for thread in sorted(totals, key=totals.get, reverse=True) if totals[thread] >= 1]
-        kinds = {kind: sum(threads[thread].get(kind, 0) for thread in columns) for one in threads.values() for kind in one}
-        rows = [["all", "100", *(f"{totals[thread]:.0f}" for thread in columns)]]
-        for kind in sorted(kinds, key=kinds.get, reverse=True):
-            rows.append([kind, f"{kinds[kind]:.0f}", *(f"{threads[thread].get(kind, 0):.0f}" for thread in columns)])
-        lines += [*table([f"% of CPU time: {mode}", "all threads", *columns], rows), ""]
+        scale = servers["relay"]["cpu_us_per_capture"] / 100
+        rows = [["all", f"{sum(bare.values()):.1f}", f"{sum(relay.values()):.1f}", *(f"{totals[one] * scale:.1f}" for one in columns)]]
+        for kind in sorted(relay, key=relay.get, reverse=True):
+            own = (f"{threads[one].get(kind, 0) * scale:.1f}" for one in columns)
+            rows.append([kind, f"{bare.get(kind, 0):.1f}", f"{relay[kind]:.1f}", *own])
+        lines += [*table([f"CPU µs a capture: {mode}", "bare tonic", "relay", *columns], rows), ""]
     return lines[:-1]
+
+
+def kinds_of(server):
+    """CPU µs a capture of each kind of work, over all threads."""
+    sums = {}
+    for kinds in server["threads"].values():
+        for kind, share in kinds.items():
+            sums[kind] = sums.get(kind, 0) + share * server["cpu_us_per_capture"] / 100
+    return sums
 
 
 RENDERERS = {
