@@ -1,14 +1,12 @@
 //! A call's way through the relay: who calls, may they, is there room; then to its service
 //! within its time; and counted until its answer has left.
-//!
-//! Every call goes here, so nothing is boxed that need not be.
 
-use std::{sync::Arc, time::Duration};
+use std::{convert::Infallible, pin::pin, sync::Arc, time::Duration};
 
 use http::{Request, Response};
 use hyper::body::Incoming;
 use tokio::time::Instant;
-use tonic::{Code, Status, body::Body};
+use tonic::{Code, Status, body::Body, codegen::BoxFuture};
 use tracing::Instrument;
 
 use super::{
@@ -42,7 +40,16 @@ impl Calls {
     }
 
     /// Answers one call. What fails is a status in the answer.
-    pub async fn answer(self: Arc<Self>, request: Request<Incoming>) -> Response<Answering> {
+    ///
+    /// In one box from its beginning: hyper and tokio move what they spawn several times.
+    pub fn answer(
+        self: Arc<Self>,
+        request: Request<Incoming>,
+    ) -> BoxFuture<Response<Answering>, Infallible> {
+        Box::pin(async move { Ok(self.answered(request).await) })
+    }
+
+    async fn answered(&self, request: Request<Incoming>) -> Response<Answering> {
         let begun = Instant::now();
         let rpc = Rpc::of(request.uri().path());
         let deadline = begun + deadline::timeout(request.headers(), self.longest);
@@ -53,11 +60,11 @@ impl Calls {
             span.clone(),
             begun,
         );
-        let served = async {
-            let served = tokio::time::timeout_at(deadline, self.serve(rpc, request, deadline));
-            served.await.unwrap_or(Err(RelayError::DeadlineExceeded))
-        };
-        match served.instrument(span).await {
+        // Pinned where it is: what is put around it moves nothing.
+        let serving = pin!(self.serve(rpc, request, deadline));
+        let served = tokio::time::timeout_at(deadline, serving).instrument(span);
+        let served = served.await;
+        match served.unwrap_or(Err(RelayError::DeadlineExceeded)) {
             Ok((answer, guards)) => {
                 let timer = timer.see(answer.headers());
                 answer.map(|body| Answering::new(body, guards, timer))
@@ -85,7 +92,8 @@ impl Calls {
             request.extensions_mut().insert(pass);
         }
         let request = request.map(|body| Metered::new(body, admission.meter));
-        let answer = self.services.call(request).await;
+        let answered = self.services.call(request).await;
+        let answer = answered.unwrap_or_else(|never| match never {});
         let status = answer.headers().get(Status::GRPC_STATUS);
         if status.is_some_and(|code| Code::from_bytes(code.as_bytes()) == Code::PermissionDenied) {
             // It named an integration of others.

@@ -4,7 +4,7 @@
 use std::{convert::Infallible, future::poll_fn};
 
 use http::{Request, Response};
-use tonic::{body::Body, server::NamedService, service::Routes};
+use tonic::{body::Body, codegen::BoxFuture, server::NamedService, service::Routes};
 use tower_service::Service;
 
 use super::{body::Metered, relay::Relay};
@@ -25,20 +25,17 @@ impl Dispatch {
 
 impl Dispatch {
     /// The answer of the service that a call is for. Services are cheap to clone.
-    pub(super) async fn call(&self, request: Request<Metered>) -> Response<Body> {
-        let answered = if is_for_relay(request.uri().path()) {
+    pub(super) fn call(&self, request: Request<Metered>) -> BoxFuture<Response<Body>, Infallible> {
+        if is_for_relay(request.uri().path()) {
             // Always ready.
-            self.relay.clone().call(request).await
-        } else {
-            let mut others = self.others.clone();
-            let ready =
-                poll_fn(|context| Service::<Request<Metered>>::poll_ready(&mut others, context));
-            match ready.await {
-                Ok(()) => others.call(request).await,
-                Err(never) => Err(never),
-            }
-        };
-        answered.unwrap_or_else(|never: Infallible| match never {})
+            return self.relay.clone().call(request);
+        }
+        let mut others = self.others.clone();
+        Box::pin(async move {
+            poll_fn(|context| Service::<Request<Metered>>::poll_ready(&mut others, context))
+                .await?;
+            others.call(request).await
+        })
     }
 }
 

@@ -1,7 +1,7 @@
 //! Takes connections and serves each in a task of its own: not too many, none
 //! that dawdles, none that idles, and each of an age of its own.
 
-use std::{convert::Infallible, pin::pin, sync::Arc, time::Duration};
+use std::{pin::pin, sync::Arc, time::Duration};
 
 use hyper::{server::conn::http2, service::service_fn};
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
@@ -110,10 +110,7 @@ impl Connections {
         let age = age(options.max_connection_age, fastrand::f64());
         let (access, services) = (Arc::clone(&self.access), self.services.clone());
         let calls = Arc::new(Calls::new(access, services, options.request_timeout, peer));
-        let service = service_fn(move |request| {
-            let answer = Arc::clone(&calls).answer(request);
-            async { Ok::<_, Infallible>(answer.await) }
-        });
+        let service = service_fn(move |request| Arc::clone(&calls).answer(request));
         let io = TokioIo::new(connection);
         let mut connection = pin!(self.http().serve_connection(io, service));
         tokio::select! {
