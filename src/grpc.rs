@@ -3,9 +3,11 @@
 mod accept;
 mod access;
 mod body;
+mod calls;
 mod carry;
 mod convert;
 mod dead_letters;
+mod deadline;
 mod dispatch;
 mod error;
 mod gate;
@@ -41,7 +43,9 @@ use crate::{
     trace::Traces,
 };
 
-pub use access::{AccessLayer, AccessService};
+pub use access::Access;
+pub use body::Answering;
+pub use calls::Calls;
 pub use dispatch::Dispatch;
 pub use error::RelayError;
 pub use gate::Gate;

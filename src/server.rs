@@ -23,7 +23,7 @@ use crate::{
     auth::JwksError,
     config::Config,
     delivery::{Delivery, DeliveryParts},
-    grpc::{AccessLayer, RELAY_SERVICE, Services},
+    grpc::{Access, RELAY_SERVICE, Services},
     metrics::{self, BacklogBoard, MetricsError},
     notify::{self, Notices, SenderOptions},
     outbox::{JetStreamError, OpenError, OutboxError},
@@ -105,7 +105,7 @@ pub struct Relay {
     store: Store,
     services: Services,
     delivery: DeliveryParts,
-    access: AccessLayer,
+    access: Arc<Access>,
     tls: Option<Arc<Tls>>,
     board: Arc<BacklogBoard>,
     metrics_listener: Option<TcpListener>,
@@ -158,8 +158,8 @@ impl Relay {
             &config, outbox, registry, notices, audit, metrics, &draining,
         )?;
         let delivery = parts::delivery_parts(&config, &services);
-        let access = AccessLayer::new(
-            Arc::new(parts::authenticator(&config).await?),
+        let access = Access::new(
+            parts::authenticator(&config).await?,
             Arc::clone(&services.gate),
             Arc::clone(&services.usage),
             services.audit.clone(),
@@ -174,7 +174,7 @@ impl Relay {
             store,
             services,
             delivery,
-            access,
+            access: Arc::new(access),
             tls,
             board,
             metrics_listener,
@@ -223,7 +223,7 @@ impl Relay {
         let connections = Connections {
             options: Arc::clone(&self.services.limits),
             tls: self.tls.clone(),
-            access: self.access.clone(),
+            access: Arc::clone(&self.access),
             services: self.services.dispatch(routes),
         };
         let serve = connections.serve(listener, closing.clone());
@@ -252,7 +252,7 @@ impl Relay {
     /// What goes on beside calls and deliveries, until `stop`.
     fn background(&self, stop: &CancellationToken) -> TaskTracker {
         let tasks = TaskTracker::new();
-        let access = self.access.clone();
+        let access = Arc::clone(&self.access);
         let refreshed = stop.clone();
         tasks.spawn(async move { access.refresh_keys(refreshed).await });
         if let Some(tls) = &self.tls {

@@ -6,7 +6,7 @@ use std::{collections::BTreeMap, sync::Arc};
 use tonic::{Request, Status};
 use tracing::{Instrument, Span};
 
-use super::{RelayError, Services, convert, gate::Place};
+use super::{RelayError, Services, access::Pass, convert, gate::Place};
 use crate::{
     auth::AuthError,
     capture::{Capture, Malformed},
@@ -28,16 +28,17 @@ pub(super) type Accepted = Result<(Arc<CaptureRecord>, bool), RelayError>;
 
 impl Services {
     /// Lets a call in for as long as it has its place, and says whose it is. Where many
-    /// bytes may come, the access layer has let it in already.
+    /// bytes may come, it has its place already.
     pub(super) fn enter<T>(
         &self,
         request: &Request<T>,
     ) -> Result<(Arc<Caller>, Place), RelayError> {
-        let place = match request.extensions().get::<Place>() {
+        let pass = pass(request)?;
+        let place = match &pass.place {
             Some(place) => place.clone(),
             None => self.gate.enter()?,
         };
-        Ok((caller(request)?, place))
+        Ok((Arc::clone(&pass.caller), place))
     }
 
     /// The integration of a request, if it is the caller's.
@@ -94,12 +95,10 @@ pub(super) fn describe(integration: &IntegrationId, capture_id: &str) {
         .record("segment_relay.capture_id", capture_id);
 }
 
-/// Who calls, as the access layer has found out.
-pub(super) fn caller<T>(request: &Request<T>) -> Result<Arc<Caller>, RelayError> {
-    let caller = request.extensions().get::<Arc<Caller>>();
-    caller
-        .map(Arc::clone)
-        .ok_or(RelayError::Unauthenticated(AuthError::Missing))
+/// What is known of a call that was let in.
+pub(super) fn pass<T>(request: &Request<T>) -> Result<&Pass, RelayError> {
+    let pass = request.extensions().get::<Pass>();
+    pass.ok_or(RelayError::Unauthenticated(AuthError::Missing))
 }
 
 /// The outbox's answer as the contract has it.

@@ -9,6 +9,7 @@ use std::{
 
 use bytes::Bytes;
 use http_body::{Body as HttpBody, Frame, SizeHint};
+use hyper::body::Incoming;
 use tokio::sync::OwnedSemaphorePermit;
 use tokio_util::sync::PollSemaphore;
 use tonic::{Status, body::Body};
@@ -45,14 +46,14 @@ impl HeldBytes {
 
 /// What a call holds until its answer has left.
 pub(super) struct CallGuards {
-    _activity: Option<ActiveCall>,
+    _activity: ActiveCall,
     _permit: Option<OwnedSemaphorePermit>,
     _open: Option<OpenCall>,
     bytes: Arc<HeldBytes>,
 }
 
 impl CallGuards {
-    pub(super) fn new(activity: Option<ActiveCall>, permit: OwnedSemaphorePermit) -> Self {
+    pub(super) fn new(activity: ActiveCall, permit: OwnedSemaphorePermit) -> Self {
         Self {
             _activity: activity,
             _permit: Some(permit),
@@ -62,11 +63,11 @@ impl CallGuards {
     }
 
     /// Those of a call that anybody may make.
-    pub(super) fn open(activity: Option<ActiveCall>, open: Option<OpenCall>) -> Self {
+    pub(super) fn open(activity: ActiveCall, open: OpenCall) -> Self {
         Self {
             _activity: activity,
             _permit: None,
-            _open: open,
+            _open: Some(open),
             bytes: Arc::default(),
         }
     }
@@ -77,12 +78,17 @@ impl CallGuards {
 }
 
 /// A request's body whose bytes take room as they come.
+pub(super) struct Metered {
+    body: Incoming,
+    meter: Option<Meter>,
+}
+
+/// Takes the room.
 ///
 /// One message: it is held until the call ends, and refused where there is no
 /// room. A stream: only the message that is coming in is held, and it waits for
 /// room; HTTP/2 slows its sender down meanwhile.
-pub(super) struct Metered {
-    body: Body,
+pub(super) struct Meter {
     held: Arc<HeldBytes>,
     usage: Arc<Usage>,
     stream: Option<StreamMeter>,
@@ -95,15 +101,14 @@ struct StreamMeter {
     waiting: Option<Frame<Bytes>>,
 }
 
-impl Metered {
-    pub(super) fn new(body: Body, usage: Arc<Usage>, held: Arc<HeldBytes>, streams: bool) -> Self {
+impl Meter {
+    pub(super) fn new(usage: Arc<Usage>, held: Arc<HeldBytes>, streams: bool) -> Self {
         let stream = streams.then(|| StreamMeter {
             room: PollSemaphore::new(usage.memory()),
             messages: Messages::default(),
             waiting: None,
         });
         Self {
-            body,
             held,
             usage,
             stream,
@@ -111,20 +116,35 @@ impl Metered {
     }
 }
 
+impl Metered {
+    /// Takes no room without a meter.
+    pub(super) fn new(body: Incoming, meter: Option<Meter>) -> Self {
+        Self { body, meter }
+    }
+}
+
+type PolledFrame = Poll<Option<Result<Frame<Bytes>, Status>>>;
+
+/// The next frame as it comes in.
+fn poll_incoming(body: &mut Incoming, context: &mut Context<'_>) -> PolledFrame {
+    let frame = Pin::new(body).poll_frame(context);
+    frame.map_err(|error| Status::from_error(error.into()))
+}
+
 impl HttpBody for Metered {
     type Data = Bytes;
     type Error = Status;
 
-    fn poll_frame(
-        mut self: Pin<&mut Self>,
-        context: &mut Context<'_>,
-    ) -> Poll<Option<Result<Frame<Bytes>, Status>>> {
-        let this = &mut *self;
-        let Some(stream) = &mut this.stream else {
-            let frame = ready!(Pin::new(&mut this.body).poll_frame(context));
+    fn poll_frame(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> PolledFrame {
+        let Self { body, meter } = &mut *self;
+        let Some(meter) = meter else {
+            return poll_incoming(body, context);
+        };
+        let Some(stream) = &mut meter.stream else {
+            let frame = ready!(poll_incoming(body, context));
             if let Some(data) = data_of(&frame) {
-                match this.usage.hold(data.len()) {
-                    Ok(permit) => this.held.add(permit),
+                match meter.usage.hold(data.len()) {
+                    Ok(permit) => meter.held.add(permit),
                     Err(error) => return Poll::Ready(Some(Err(error.into()))),
                 }
             }
@@ -132,9 +152,8 @@ impl HttpBody for Metered {
         };
         if stream.waiting.is_none() {
             // Whoever asks for more has taken all whole messages.
-            this.held.shrink_to(units(stream.messages.incomplete()));
-            let frame = ready!(Pin::new(&mut this.body).poll_frame(context));
-            match frame {
+            meter.held.shrink_to(units(stream.messages.incomplete()));
+            match ready!(poll_incoming(body, context)) {
                 Some(Ok(frame)) if frame.is_data() => stream.waiting = Some(frame),
                 other => return Poll::Ready(other),
             }
@@ -143,7 +162,7 @@ impl HttpBody for Metered {
         let bytes = bytes.map_or(0, Bytes::len);
         // Never closed.
         if let Some(permit) = ready!(stream.room.poll_acquire_many(context, units(bytes))) {
-            this.held.add(permit);
+            meter.held.add(permit);
         }
         let frame = stream.waiting.take();
         if let Some(data) = frame.as_ref().and_then(Frame::data_ref) {
@@ -153,7 +172,8 @@ impl HttpBody for Metered {
     }
 
     fn is_end_stream(&self) -> bool {
-        let waits = self.stream.as_ref().is_some_and(|it| it.waiting.is_some());
+        let stream = self.meter.as_ref().and_then(|meter| meter.stream.as_ref());
+        let waits = stream.is_some_and(|stream| stream.waiting.is_some());
         !waits && self.body.is_end_stream()
     }
 
@@ -204,13 +224,22 @@ impl Messages {
 }
 
 /// An answer's body; what the call holds goes with its end.
-pub(super) struct Answering {
+pub struct Answering {
     body: Body,
     guards: Option<CallGuards>,
     timer: Option<CallTimer>,
 }
 
 impl Answering {
+    /// The body of an answer that holds nothing.
+    pub(super) fn free(body: Body) -> Self {
+        Self {
+            body,
+            guards: None,
+            timer: None,
+        }
+    }
+
     pub(super) fn new(body: Body, guards: CallGuards, timer: Option<CallTimer>) -> Self {
         Self {
             body,
@@ -224,10 +253,7 @@ impl HttpBody for Answering {
     type Data = Bytes;
     type Error = Status;
 
-    fn poll_frame(
-        mut self: Pin<&mut Self>,
-        context: &mut Context<'_>,
-    ) -> Poll<Option<Result<Frame<Bytes>, Status>>> {
+    fn poll_frame(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> PolledFrame {
         let this = &mut *self;
         let frame = ready!(Pin::new(&mut this.body).poll_frame(context));
         let trailers = frame.as_ref().and_then(|frame| frame.as_ref().ok());

@@ -1,17 +1,13 @@
 //! Brings a call to its service. Calls with captures come directly to theirs: a router
 //! would copy paths and box futures and bodies once more for each of them.
 
-use std::{
-    convert::Infallible,
-    task::{Context, Poll},
-};
+use std::{convert::Infallible, future::poll_fn};
 
-use futures_util::future::Either;
 use http::{Request, Response};
 use tonic::{body::Body, codegen::BoxFuture, server::NamedService, service::Routes};
 use tower_service::Service;
 
-use super::relay::Relay;
+use super::{body::Metered, relay::Relay};
 use crate::proto::server::segment_relay_server::SegmentRelayServer;
 
 /// All services behind one.
@@ -27,23 +23,19 @@ impl Dispatch {
     }
 }
 
-impl Service<Request<Body>> for Dispatch {
-    type Response = Response<Body>;
-    type Error = Infallible;
-    type Future =
-        Either<BoxFuture<Response<Body>, Infallible>, <Routes as Service<Request<Body>>>::Future>;
-
-    fn poll_ready(&mut self, context: &mut Context<'_>) -> Poll<Result<(), Infallible>> {
-        // The other one is always ready.
-        Service::<Request<Body>>::poll_ready(&mut self.others, context)
-    }
-
-    fn call(&mut self, request: Request<Body>) -> Self::Future {
+impl Dispatch {
+    /// The answer of the service that a call is for. Services are cheap to clone.
+    pub(super) fn call(&self, request: Request<Metered>) -> BoxFuture<Response<Body>, Infallible> {
         if is_for_relay(request.uri().path()) {
-            Either::Left(self.relay.call(request))
-        } else {
-            Either::Right(self.others.call(request))
+            // Always ready.
+            return self.relay.clone().call(request);
         }
+        let mut others = self.others.clone();
+        Box::pin(async move {
+            poll_fn(|context| Service::<Request<Metered>>::poll_ready(&mut others, context))
+                .await?;
+            others.call(request).await
+        })
     }
 }
 

@@ -53,6 +53,8 @@ pub enum RelayError {
     OutOfScope,
     /// A caller, an integration or the relay uses as much as it may.
     Throttled(Throttle),
+    /// The call was not answered in its time.
+    DeadlineExceeded,
 }
 
 impl From<CaptureFault> for RelayError {
@@ -104,6 +106,7 @@ impl RelayError {
             Self::CaptureNotFound(_) => Code::NotFound,
             Self::Full(_) | Self::Busy(_) | Self::Throttled(_) => Code::ResourceExhausted,
             Self::Draining | Self::Outbox(_) => Code::Unavailable,
+            Self::DeadlineExceeded => Code::DeadlineExceeded,
             Self::Unauthenticated(AuthError::NoKeys) => Code::Unavailable,
             Self::Unauthenticated(_) => Code::Unauthenticated,
             Self::PermissionMissing(_) | Self::OutOfScope => Code::PermissionDenied,
@@ -135,6 +138,7 @@ impl RelayError {
             Self::Busy(_) => "TOO_MANY_CALLS",
             Self::Draining => "DRAINING",
             Self::Outbox(_) => "OUTBOX_UNAVAILABLE",
+            Self::DeadlineExceeded => "DEADLINE_EXCEEDED",
             Self::Unauthenticated(error) => error.reason(),
             Self::PermissionMissing(_) => "PERMISSION_MISSING",
             Self::OutOfScope => "INTEGRATION_OUT_OF_SCOPE",
@@ -212,6 +216,12 @@ impl RelayError {
                 throttle.what,
                 throttle.wait.as_secs_f64()
             ),
+            Self::DeadlineExceeded => {
+                "the call was not answered in its time (its own deadline, or \
+                [server] request_timeout_ms); what it asked for may have been done: call again, \
+                captures with the same capture_id"
+                    .to_owned()
+            }
         }
     }
 

@@ -1,18 +1,16 @@
 //! SegmentRelay: captures in, status out.
 
-use std::{
-    sync::Arc,
-    time::{Duration, Instant},
-};
+use std::{sync::Arc, time::Duration};
 
+use tokio::time::Instant;
 use tokio_stream::wrappers::ReceiverStream;
-use tonic::{Request, Response, Status, Streaming, metadata::MetadataMap};
+use tonic::{Request, Response, Status, Streaming};
 use tracing::Span;
 
 use super::{
     RelayError, Services,
     accept::{
-        Accepted, accepted, caller, capture_result, describe, echo_id, malformed, required, tally,
+        Accepted, accepted, capture_result, describe, echo_id, malformed, pass, required, tally,
     },
     convert, stream, watch,
 };
@@ -50,7 +48,7 @@ impl SegmentRelay for Relay {
         request: Request<CaptureRequest>,
     ) -> Result<Response<CaptureResponse>, Status> {
         let (caller, _permit) = self.0.enter(&request)?;
-        let deadline = self.answer_by(request.metadata());
+        let deadline = self.answer_by(pass(&request)?.deadline);
         let request = request.into_inner();
         let capture = request.capture().map_err(malformed)?;
         let wait_for = wait_for(request.wait_for)?;
@@ -71,7 +69,7 @@ impl SegmentRelay for Relay {
         request: Request<CaptureBatchRequest>,
     ) -> Result<Response<CaptureBatchResponse>, Status> {
         let (caller, _permit) = self.0.enter(&request)?;
-        let deadline = self.answer_by(request.metadata());
+        let deadline = self.answer_by(pass(&request)?.deadline);
         let request = request.into_inner();
         let captures = request.captures().map_err(malformed)?;
         let wait_for = wait_for(request.wait_for)?;
@@ -168,7 +166,7 @@ impl SegmentRelay for Relay {
         &self,
         request: Request<WatchDeliveriesRequest>,
     ) -> Result<Response<Self::WatchDeliveriesStream>, Status> {
-        let caller = caller(&request)?;
+        let caller = Arc::clone(&pass(&request)?.caller);
         let permit = self.0.gate.enter_watcher()?;
         let filter = watch::Filter::new(&self.0, &caller, request.get_ref())?;
         Ok(Response::new(watch::serve(&self.0, filter, permit)))
@@ -223,17 +221,13 @@ impl Relay {
         Ok(filled.collect())
     }
 
-    /// When a call has to be answered at the latest.
-    fn answer_by(&self, metadata: &MetadataMap) -> Instant {
-        let asked = metadata
-            .get("grpc-timeout")
-            .and_then(|timeout| timeout.to_str().ok())
-            .and_then(parse_timeout)
-            .unwrap_or(self.0.limits.max_wait);
-        let timeout = asked.min(self.0.limits.request_timeout);
+    /// Until when a call waits for its events that has to be answered until `deadline`.
+    fn answer_by(&self, deadline: Instant) -> Instant {
+        let now = Instant::now();
+        let left = deadline.saturating_duration_since(now);
         let (least, most) = ANSWER_MARGIN;
-        let margin = (timeout / 10).clamp(least, most);
-        Instant::now() + timeout.saturating_sub(margin).min(self.0.limits.max_wait)
+        let margin = (left / 10).clamp(least, most);
+        now + left.saturating_sub(margin).min(self.0.limits.max_wait)
     }
 
     /// The record once both events are final; the state so far where the
@@ -259,7 +253,7 @@ impl Relay {
             }
             tokio::select! {
                 () = change => {}
-                () = tokio::time::sleep_until(deadline.into()) => break,
+                () = tokio::time::sleep_until(deadline) => break,
                 () = self.0.gate.draining() => break,
             }
         }
@@ -298,40 +292,4 @@ fn preview(
         json: String::from_utf8_lossy(events.get(event)).into_owned(),
     });
     Ok(previewed.into())
-}
-
-/// `grpc-timeout`: at most eight digits and a unit (gRPC over HTTP/2, "Requests").
-fn parse_timeout(text: &str) -> Option<Duration> {
-    let (digits, unit) = text.split_at_checked(text.len().checked_sub(1)?)?;
-    if digits.is_empty() || digits.len() > 8 || !digits.bytes().all(|c| c.is_ascii_digit()) {
-        return None;
-    }
-    let amount: u64 = digits.parse().ok()?;
-    Some(match unit {
-        "H" => Duration::from_secs(amount * 3_600),
-        "M" => Duration::from_secs(amount * 60),
-        "S" => Duration::from_secs(amount),
-        "m" => Duration::from_millis(amount),
-        "u" => Duration::from_micros(amount),
-        "n" => Duration::from_nanos(amount),
-        _ => return None,
-    })
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn deadlines_are_read_as_the_protocol_has_them() {
-        assert_eq!(parse_timeout("2S"), Some(Duration::from_secs(2)));
-        assert_eq!(
-            parse_timeout("99999999H"),
-            Some(Duration::from_secs(99_999_999 * 3_600))
-        );
-        assert_eq!(parse_timeout("1500m"), Some(Duration::from_millis(1_500)));
-        for bad in ["", "S", "1", "1x", "+1S", "-1S", "123456789S", "1é"] {
-            assert_eq!(parse_timeout(bad), None, "{bad}");
-        }
-    }
 }

@@ -95,32 +95,48 @@ pub const RPCS: [(&str, Need); 17] = [
     ),
 ];
 
-/// The rpc of a path, for labels: the full names of those of the schema and of
-/// health checks, and `_OTHER` (semantic conventions for RPC, `rpc.method`).
-pub(super) fn method(path: &str) -> &'static str {
-    let known = RPCS.iter().map(|(known, _)| *known);
-    known
-        .chain([
-            "/grpc.health.v1.Health/Check",
-            "/grpc.health.v1.Health/Watch",
-        ])
-        .find(|known| *known == path)
-        .map_or("_OTHER", |known| &known[1..])
+/// The methods of health checks.
+const HEALTH: [&str; 2] = [
+    "/grpc.health.v1.Health/Check",
+    "/grpc.health.v1.Health/Watch",
+];
+/// Stands for the paths of all other rpcs.
+const OTHER: &str = "_OTHER";
+
+/// The rpc of a call.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Rpc {
+    /// Its path, where it is one of the schema or a health check.
+    pub(super) path: &'static str,
+    pub(super) need: Need,
 }
 
-/// Whether the requests of a path are a stream.
-pub(super) fn streams_requests(path: &str) -> bool {
-    path.ends_with("/CaptureStream")
-}
-
-/// What the rpc of a path needs.
-pub(super) fn need(path: &str) -> Need {
-    if path.starts_with("/grpc.health.v1.Health/") {
-        return Nothing;
+impl Rpc {
+    /// The one that a path names.
+    pub(super) fn of(path: &str) -> Self {
+        if let Some((path, need)) = RPCS.iter().find(|(known, _)| *known == path) {
+            return Self { path, need: *need };
+        }
+        let is_health = path.starts_with("/grpc.health.v1.Health/");
+        Self {
+            path: HEALTH
+                .into_iter()
+                .find(|known| *known == path)
+                .unwrap_or(OTHER),
+            need: if is_health { Nothing } else { Identity },
+        }
     }
-    RPCS.iter()
-        .find(|(known, _)| *known == path)
-        .map_or(Identity, |(_, need)| *need)
+
+    /// Its full name, for labels: `_OTHER` where it is not known (semantic conventions
+    /// for RPC, `rpc.method`).
+    pub(super) fn method(self) -> &'static str {
+        self.path.strip_prefix('/').unwrap_or(self.path)
+    }
+
+    /// Whether its requests are a stream.
+    pub(super) fn streams_requests(self) -> bool {
+        self.path.ends_with("/CaptureStream")
+    }
 }
 
 /// The codes in the order of their numbers (gRPC, "Status codes").

@@ -1,9 +1,8 @@
 //! Times a call, from its headers to the status in its answer's trailers.
 
-use std::time::Instant;
-
 use http::HeaderMap;
-use tonic::Code;
+use tokio::time::Instant;
+use tonic::{Code, Status};
 use tracing::Span;
 
 use super::{rpcs::code_name, spans};
@@ -19,19 +18,19 @@ pub(super) struct CallTimer {
 }
 
 impl CallTimer {
-    pub(super) fn new(metrics: Metrics, method: &'static str, span: Span) -> Self {
+    pub(super) fn new(metrics: Metrics, method: &'static str, span: Span, begun: Instant) -> Self {
         Self {
             metrics,
             method,
             span,
-            begun: Instant::now(),
+            begun,
             ended: false,
         }
     }
 
     /// Ends it where headers or trailers have a status; otherwise gives it back.
     pub(super) fn see(self, headers: &HeaderMap) -> Option<Self> {
-        let Some(status) = headers.get("grpc-status") else {
+        let Some(status) = headers.get(Status::GRPC_STATUS) else {
             return Some(self);
         };
         self.end(Code::from_bytes(status.as_bytes()));

@@ -1,9 +1,10 @@
 //! Takes connections and serves each in a task of its own: not too many, none
 //! that dawdles, none that idles, and each of an age of its own.
 
-use std::{future::ready, io, sync::Arc, time::Duration};
+use std::{pin::pin, sync::Arc, time::Duration};
 
-use futures_util::{StreamExt, stream};
+use hyper::{server::conn::http2, service::service_fn};
+use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use tokio::{
     net::{TcpListener, TcpStream},
     sync::Semaphore,
@@ -17,7 +18,7 @@ use super::{
 };
 use crate::{
     config,
-    grpc::{AccessLayer, Dispatch, Peer},
+    grpc::{Access, Activity, Calls, Dispatch, Peer},
 };
 
 /// Size of all headers of a call, in bytes.
@@ -35,7 +36,7 @@ const AGE_JITTER: f64 = 0.1;
 pub(super) struct Connections {
     pub(super) options: Arc<config::Server>,
     pub(super) tls: Option<Arc<Tls>>,
-    pub(super) access: AccessLayer,
+    pub(super) access: Arc<Access>,
     pub(super) services: Dispatch,
 }
 
@@ -76,55 +77,70 @@ impl Connections {
     }
 
     async fn serve_one(&self, tcp: TcpStream, closing: CancellationToken) {
-        let ended = CancellationToken::new();
-        let peer = shown(tcp.peer_addr().ok());
+        let options = &self.options;
+        let shown = shown(tcp.peer_addr().ok());
         let acceptor = self.tls.as_ref().map(|tls| tls.acceptor());
         let established = tokio::select! {
             () = closing.cancelled() => return,
-            established = Connection::establish(
-                tcp,
-                acceptor,
-                self.options.handshake_timeout,
-                ended.clone(),
-            ) => established,
+            established = Connection::establish(tcp, acceptor, options.handshake_timeout) => established,
         };
-        let connection = match established {
-            Ok(connection) => connection,
+        match established {
+            Ok((connection, peer)) => {
+                if let Err(error) = self.answer(connection, peer, closing).await {
+                    // With its cause.
+                    tracing::debug!(peer = shown, ?error, "a connection failed");
+                }
+            }
             Err(error) => {
-                tracing::debug!(peer, %error, "a connection failed in its handshake");
-                return;
+                tracing::debug!(peer = shown, %error, "a connection failed in its handshake");
             }
-        };
-        let idle = idle(connection.peer().clone(), self.options.max_connection_idle);
-        // One connection; more never come.
-        let incoming = stream::once(ready(Ok::<_, io::Error>(connection))).chain(stream::pending());
-        let over = async move {
-            tokio::select! {
-                () = closing.cancelled() => {}
-                () = idle => {}
-                () = ended.cancelled() => {}
-            }
-        };
-        let served = self
-            .builder()
-            .layer(self.access.clone())
-            .serve_with_incoming_shutdown(self.services.clone(), incoming, over);
-        if let Err(error) = served.await {
-            tracing::debug!(peer, %error, "a connection failed");
         }
     }
 
-    fn builder(&self) -> tonic::transport::Server {
+    /// Answers the calls of a connection until it ends: of itself, or asked to for its age
+    /// or its idleness, within the grace; or, once `closing`, when its calls have ended.
+    async fn answer(
+        &self,
+        connection: Connection,
+        peer: Peer,
+        closing: CancellationToken,
+    ) -> hyper::Result<()> {
         let options = &self.options;
-        tonic::transport::Server::builder()
+        let idle = idle(Arc::clone(&peer.activity), options.max_connection_idle);
+        let age = age(options.max_connection_age, fastrand::f64());
+        let (access, services) = (Arc::clone(&self.access), self.services.clone());
+        let calls = Arc::new(Calls::new(access, services, options.request_timeout, peer));
+        let service = service_fn(move |request| Arc::clone(&calls).answer(request));
+        let io = TokioIo::new(connection);
+        let mut connection = pin!(self.http().serve_connection(io, service));
+        tokio::select! {
+            ended = connection.as_mut() => return ended,
+            () = closing.cancelled() => {
+                connection.as_mut().graceful_shutdown();
+                return connection.await;
+            }
+            () = idle => {}
+            () = tokio::time::sleep(age) => {}
+        }
+        connection.as_mut().graceful_shutdown();
+        // What is left is cut off.
+        let ended = tokio::time::timeout(options.max_connection_age_grace, connection).await;
+        ended.unwrap_or(Ok(()))
+    }
+
+    /// HTTP/2 alone; what is not named here is as hyper has it, e.g. windows of 1 MiB.
+    fn http(&self) -> http2::Builder<TokioExecutor> {
+        let options = &self.options;
+        let mut http = http2::Builder::new(TokioExecutor::new());
+        http.timer(TokioTimer::new())
             .max_concurrent_streams(options.max_concurrent_streams)
-            .timeout(options.request_timeout)
-            .http2_keepalive_interval(Some(options.keepalive_interval))
-            .http2_keepalive_timeout(Some(options.keepalive_timeout))
-            .max_connection_age(age(options.max_connection_age, fastrand::f64()))
-            .max_connection_age_grace(options.max_connection_age_grace)
-            .http2_max_header_list_size(MAX_HEADER_BYTES)
-            .http2_max_pending_accept_reset_streams(Some(MAX_PENDING_RESETS))
+            .keep_alive_interval(options.keepalive_interval)
+            .keep_alive_timeout(options.keepalive_timeout)
+            .max_header_list_size(MAX_HEADER_BYTES)
+            .max_pending_accept_reset_streams(MAX_PENDING_RESETS)
+            // Of ours: a call that is refused while its body comes is one, and no fault.
+            .max_local_error_reset_streams(None);
+        http
     }
 }
 
@@ -134,10 +150,10 @@ fn age(middle: Duration, random: f64) -> Duration {
 }
 
 /// Ready when the peer has had no call for `longest`.
-async fn idle(peer: Peer, longest: Duration) {
+async fn idle(activity: Arc<Activity>, longest: Duration) {
     let mut since = Instant::now();
     loop {
-        match peer.activity.idle_since() {
+        match activity.idle_since() {
             None => since = Instant::now(),
             Some(ended) => since = ended.map_or(since, |moment| moment.max(since)),
         }

@@ -16,8 +16,6 @@ use tokio::{
     time::Sleep,
 };
 use tokio_rustls::{TlsAcceptor, rustls::pki_types::CertificateDer, server::TlsStream};
-use tokio_util::sync::{CancellationToken, DropGuard};
-use tonic::transport::server::Connected;
 
 use crate::grpc::{Activity, Peer};
 
@@ -27,13 +25,10 @@ const PREFACE_BYTES: usize = 24;
 /// A connection that is ready for HTTP/2.
 pub(super) struct Connection {
     stream: Stream,
-    peer: Peer,
     /// Bytes of the preface that have not come yet, and until when they have to.
     preface: Option<(usize, Pin<Box<Sleep>>)>,
     /// Whether what is written now has waited for others: see [`Self::gather`].
     gathered: bool,
-    /// Tells that the connection has ended.
-    _ended: DropGuard,
 }
 
 enum Stream {
@@ -42,8 +37,8 @@ enum Stream {
 }
 
 impl Connection {
-    /// Does the TLS handshake, if there is to be one. Both it and the preface have
-    /// to come within `timeout`. `ended` is cancelled when the connection goes.
+    /// Does the TLS handshake, if there is to be one, and tells what is known of the peer
+    /// then. Both it and the preface have to come within `timeout`.
     ///
     /// # Errors
     /// The handshake failed or took too long.
@@ -51,8 +46,7 @@ impl Connection {
         tcp: TcpStream,
         tls: Option<TlsAcceptor>,
         timeout: Duration,
-        ended: CancellationToken,
-    ) -> io::Result<Self> {
+    ) -> io::Result<(Self, Peer)> {
         let deadline = tokio::time::Instant::now() + timeout;
         tcp.set_nodelay(true)?;
         let address = tcp.peer_addr().ok();
@@ -64,17 +58,17 @@ impl Connection {
                 (Stream::Tls(Box::new(stream)), names)
             }
         };
-        Ok(Self {
+        let peer = Peer {
+            address,
+            certificate_names: certificate_names.into(),
+            activity: Arc::new(Activity::default()),
+        };
+        let connection = Self {
             stream,
-            peer: Peer {
-                address,
-                certificate_names: certificate_names.into(),
-                activity: Arc::new(Activity::default()),
-            },
             preface: Some((PREFACE_BYTES, Box::pin(tokio::time::sleep_until(deadline)))),
             gathered: false,
-            _ended: ended.drop_guard(),
-        })
+        };
+        Ok((connection, peer))
     }
 
     /// Lets other tasks run once before a write, so that the answers of calls that end
@@ -85,11 +79,6 @@ impl Connection {
         }
         context.waker().wake_by_ref();
         Poll::Pending
-    }
-
-    /// What is known of the peer.
-    pub(super) fn peer(&self) -> &Peer {
-        &self.peer
     }
 }
 
@@ -104,14 +93,6 @@ fn certificate_names(stream: &TlsStream<TcpStream>) -> Vec<String> {
     let dns = certificate.valid_dns_names().map(str::to_ascii_lowercase);
     let uris = certificate.valid_uri_names().map(str::to_owned);
     dns.chain(uris).collect()
-}
-
-impl Connected for Connection {
-    type ConnectInfo = Peer;
-
-    fn connect_info(&self) -> Peer {
-        self.peer.clone()
-    }
 }
 
 impl Stream {
@@ -214,8 +195,8 @@ mod tests {
         let (client, accepted) = tokio::join!(TcpStream::connect(address), listener.accept());
         let (mut client, (tcp, _)) = (client.expect("connected"), accepted.expect("accepted"));
         let timeout = Duration::from_secs(5);
-        let connection = Connection::establish(tcp, None, timeout, CancellationToken::new());
-        let mut connection = connection.await.expect("plain");
+        let connection = Connection::establish(tcp, None, timeout);
+        let (mut connection, _) = connection.await.expect("plain");
         for round in 0..2 {
             let mut nobody = Context::from_waker(Waker::noop());
             let mut first = Pin::new(&mut connection);

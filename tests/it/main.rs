@@ -16,6 +16,7 @@ mod certificates;
 mod chaos;
 mod collector;
 mod command;
+mod connections;
 mod crash;
 mod cut_off;
 mod dead_letters;

@@ -65,6 +65,11 @@ fn every_error_has_the_code_and_the_details_of_the_contract() {
             Code::Unavailable,
             "OUTBOX_UNAVAILABLE",
         ),
+        (
+            RelayError::DeadlineExceeded,
+            Code::DeadlineExceeded,
+            "DEADLINE_EXCEEDED",
+        ),
     ] {
         let status = error.to_status();
         let details = status.get_error_details();
