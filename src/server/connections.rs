@@ -138,6 +138,8 @@ impl Connections {
             .keep_alive_timeout(options.keepalive_timeout)
             .max_header_list_size(MAX_HEADER_BYTES)
             .max_pending_accept_reset_streams(MAX_PENDING_RESETS)
+            // gRPC has no use for it.
+            .auto_date_header(false)
             // Of ours: a call that is refused while its body comes is one, and no fault.
             .max_local_error_reset_streams(None);
         http

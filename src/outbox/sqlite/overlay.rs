@@ -256,6 +256,8 @@ pub(super) struct Shared {
     rekeying: AtomicBool,
     /// Whether a capture was refused for want of room just now.
     full: AtomicBool,
+    /// Whether callers wait for the flush under way, or soon will.
+    urgent: AtomicBool,
     /// Which ids may be known; nothing while that is found out.
     filter: Mutex<Option<Arc<Filter>>>,
 }
@@ -277,6 +279,15 @@ impl Shared {
 
     pub(super) fn set_full(&self, full: bool) {
         self.full.store(full, Ordering::Relaxed);
+    }
+
+    /// Whether the writer should not rest.
+    pub(super) fn is_urgent(&self) -> bool {
+        self.urgent.load(Ordering::Relaxed)
+    }
+
+    pub(super) fn set_urgent(&self, urgent: bool) {
+        self.urgent.store(urgent, Ordering::Relaxed);
     }
 
     pub(super) fn set_filter(&self, filter: Arc<Filter>) {

@@ -9,6 +9,7 @@ pub(super) mod ids;
 mod log;
 mod rekey;
 mod replay;
+mod rests;
 
 use std::{
     path::PathBuf,
@@ -33,6 +34,7 @@ pub(super) use command::{FlushJob, WriteCommand};
 use counters::Counters;
 use ids::Ids;
 use rekey::Rekey;
+use rests::Rests;
 
 type Reply<T> = oneshot::Sender<Result<T, OutboxError>>;
 
@@ -109,6 +111,8 @@ impl Writer {
         entries: Vec<Arc<Entry>>,
         through: u64,
     ) -> Result<(), OutboxError> {
+        // The start waits for it.
+        self.shared.set_urgent(true);
         let (done, _) = channel::sync_channel(1);
         let job = FlushJob {
             entries,
@@ -237,6 +241,7 @@ impl Writer {
             rekey: &mut self.rekey,
             sealing: &self.sealing,
             signals: &self.signals,
+            shared: &self.shared,
             news,
         };
         for command in commands {
@@ -280,6 +285,7 @@ struct Work<'a> {
     rekey: &'a mut Rekey,
     sealing: &'a Sealing,
     signals: &'a Signals,
+    shared: &'a Shared,
     news: &'a mut News,
 }
 

@@ -16,6 +16,8 @@ const MAX_ENTRIES: usize = 50_000;
 /// caught up.
 const PATIENCE_BYTES: u64 = SEGMENT_BYTES * 3 / 2;
 const PATIENCE_ENTRIES: usize = 3 * MAX_ENTRIES;
+/// With so much in a segment the flush under way has to come to its end, in bytes.
+const URGENT_BYTES: u64 = SEGMENT_BYTES / 2;
 /// So long after a change a segment is full, however little it holds.
 const MAX_AGE: Duration = Duration::from_millis(500);
 /// Captures that leave the overlay at once: a fraction of a millisecond.
@@ -97,6 +99,9 @@ impl Committer {
         self.known.tend(|| lookup.ids());
         self.retire();
         if self.flushing.running {
+            if self.is_urgent() {
+                self.shared.set_urgent(true);
+            }
             return;
         }
         self.start_flush_if_due();
@@ -151,6 +156,7 @@ impl Committer {
         let entries = self.shared.lock().changed_through(through);
         self.flushing.running = true;
         self.flushing.due_since = None;
+        self.shared.set_urgent(self.is_urgent());
         let job = FlushJob {
             entries,
             through,
@@ -161,6 +167,13 @@ impl Committer {
         {
             self.note(Done::Flushed(job, Err(OutboxError::Closed)));
         }
+    }
+
+    /// Whether somebody waits for the flush under way, or soon will.
+    fn is_urgent(&self) -> bool {
+        !self.flushing.waiting.is_empty()
+            || !self.flushing.next.is_empty()
+            || self.journal.active_bytes() >= URGENT_BYTES
     }
 
     fn note(&mut self, done: Done) {
@@ -246,6 +259,7 @@ impl Committer {
     }
 
     fn wait_for_flush(&mut self) -> Result<(), OutboxError> {
+        self.shared.set_urgent(true);
         while self.flushing.running {
             if self.flushing.is_retiring() {
                 self.retire();

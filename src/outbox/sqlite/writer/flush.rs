@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use rusqlite::{CachedStatement, OptionalExtension, Transaction, params};
 
-use super::Work;
+use super::{Rests, Work};
 use crate::{
     event::EventType,
     outbox::{
@@ -52,6 +52,7 @@ impl Work<'_> {
         entries.sort_unstable_by_key(|entry| entry.sequence);
         let mut rows = NewRows::prepare(self.transaction)?;
         let mut keys = Vec::with_capacity(entries.len());
+        let mut rests = Rests::new(self.shared);
         for entry in entries {
             match entry.origin {
                 Origin::New { .. } => {
@@ -60,8 +61,9 @@ impl Work<'_> {
                 }
                 Origin::Stored => self.update(entry)?,
             }
+            rests.row();
         }
-        self.ids.add(self.transaction, keys)?;
+        self.ids.add(self.transaction, keys, &mut rests)?;
         self.transaction
             .prepare_cached(APPLIED)?
             .execute(params![through])?;

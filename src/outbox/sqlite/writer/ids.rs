@@ -1,12 +1,21 @@
 //! The index of ids. Its keys are hashes, so new ones belong everywhere in it: put there
 //! at once, those of one flush would touch most of its pages. They stand in a small index
 //! first, and leave it for the large one in the order of their keys, as many as come in.
-//! So both see a few neighbouring pages of each other's order for each flush.
+//! So a flush touches the small index and one stretch of the large one. The larger the small one
+//! is, the shorter is the stretch: together they are least where both have as many pages.
 
+use super::Rests;
 use rusqlite::{Connection, OptionalExtension, Transaction, params};
 
-/// Keys in the small index; few in tests, so that they leave it.
-const RECENT: u64 = if cfg!(test) { 64 } else { 256 * 1024 };
+/// Keys in the small index, at the least and at the most; few in tests, so that they leave it.
+const RECENT: (u64, u64) = if cfg!(test) {
+    (16, 64)
+} else {
+    (16 * 1024, 256 * 1024)
+};
+
+/// So many keys are moved by one statement.
+const MOVED_AT_ONCE: u64 = if cfg!(test) { 5 } else { 256 };
 
 /// A place in both indices: key and sequence.
 type Place = (i64, i64);
@@ -37,6 +46,7 @@ impl Ids {
         &mut self,
         transaction: &Transaction<'_>,
         mut keys: Vec<Place>,
+        rests: &mut Rests<'_>,
     ) -> rusqlite::Result<()> {
         const ADD: &str = "INSERT INTO recent_key (key, sequence) VALUES (?1, ?2)";
         // In the order of the index each of its pages is touched once.
@@ -44,13 +54,22 @@ impl Ids {
         let mut add = transaction.prepare_cached(ADD)?;
         for (key, sequence) in &keys {
             add.execute(params![key, sequence])?;
+            rests.row();
         }
-        self.recent += keys.len() as u64;
-        self.make_room(transaction)
+        let new = keys.len() as u64;
+        self.recent += new;
+        let room = room(new, ids(transaction)?, RECENT);
+        self.make_room(transaction, room, 2 * new, rests)
     }
 
-    /// Moves what is too much into the large index.
-    fn make_room(&mut self, transaction: &Transaction<'_>) -> rusqlite::Result<()> {
+    /// Moves what is more than `room` into the large index, but no more than `most` keys.
+    fn make_room(
+        &mut self,
+        transaction: &Transaction<'_>,
+        room: u64,
+        most: u64,
+        rests: &mut Rests<'_>,
+    ) -> rusqlite::Result<()> {
         const END: &str = "
             SELECT key, sequence FROM recent_key WHERE (key, sequence) > (?1, ?2)
             ORDER BY key, sequence LIMIT 1 OFFSET ?3";
@@ -61,24 +80,29 @@ impl Ids {
         const LEAVE: &str = "
             DELETE FROM recent_key
             WHERE (key, sequence) > (?1, ?2) AND (key, sequence) <= (?3, ?4)";
-        while let Some(last) = self.recent.checked_sub(RECENT + 1) {
+        let mut left = self.recent.saturating_sub(room).min(most);
+        while left > 0 {
             let from = self.moved_to;
+            let piece = left.min(MOVED_AT_ONCE);
             let end = transaction
                 .prepare_cached(END)?
-                .query_row(params![from.0, from.1, last], |row| {
+                .query_row(params![from.0, from.1, piece - 1], |row| {
                     Ok((row.get(0)?, row.get(1)?))
                 })
                 .optional()?;
             let to = end.unwrap_or(LAST);
             let range = params![from.0, from.1, to.0, to.1];
-            let moved = transaction.prepare_cached(MOVE)?.execute(range)?;
+            let moved = transaction.prepare_cached(MOVE)?.execute(range)? as u64;
             transaction.prepare_cached(LEAVE)?.execute(range)?;
-            self.recent = self.recent.saturating_sub(moved as u64);
+            self.recent = self.recent.saturating_sub(moved);
             self.moved_to = if end.is_some() { to } else { FIRST };
+            rests.end_piece();
             if moved == 0 && from == FIRST {
                 // The count was wrong: there is nothing.
                 self.recent = 0;
+                break;
             }
+            left = left.saturating_sub(moved);
         }
         Ok(())
     }
@@ -93,6 +117,22 @@ impl Ids {
         self.recent = self.recent.saturating_sub(removed as u64);
         Ok(())
     }
+}
+
+/// About how many ids there are: the captures that are remembered.
+fn ids(transaction: &Transaction<'_>) -> rusqlite::Result<u64> {
+    const SPAN: &str = "
+        SELECT coalesce((SELECT max(sequence) FROM capture) - (SELECT min(sequence) FROM capture), 0)";
+    transaction
+        .prepare_cached(SPAN)?
+        .query_row([], |row| row.get(0))
+}
+
+/// Keys for which the small index has room where so many come in at once, of so many in all.
+/// `new` of `room` keys are a stretch of that part of the large index: the sum of both is least
+/// at the square root.
+fn room(new: u64, all: u64, (least, most): (u64, u64)) -> u64 {
+    new.saturating_mul(all).isqrt().clamp(least, most)
 }
 
 /// Removes a key from both indices; returns how often it stood in the small one.
@@ -114,7 +154,7 @@ mod tests {
     use std::collections::BTreeSet;
 
     use super::*;
-    use crate::outbox::sqlite::schema;
+    use crate::outbox::sqlite::{overlay::Shared, schema};
 
     fn places(connection: &Connection, table: &str) -> BTreeSet<Place> {
         let mut statement = connection
@@ -126,6 +166,27 @@ mod tests {
             .expect("places")
     }
 
+    /// The row of a capture, as far as the index looks at it.
+    fn capture(connection: &Connection, sequence: i64) {
+        const SQL: &str = "INSERT INTO capture VALUES (?1, '', '', x'', 0, 0, x'')";
+        connection.execute(SQL, [sequence]).expect("inserted");
+    }
+
+    #[test]
+    fn a_flush_touches_the_fewest_pages_with_the_room_that_there_is() {
+        const KEYS_OF_A_PAGE: u64 = 512;
+        let bounds = (16 * 1024, 256 * 1024);
+        for (new, all) in [(8_000, 400_000), (8_000, 4_000_000), (2_000, 10_000_000)] {
+            let touched = |room: u64| (room + new * all / room) / KEYS_OF_A_PAGE;
+            let room = room(new, all, bounds);
+            for other in [room / 2, room * 2] {
+                assert!(touched(room) < touched(other), "{new} of {all}: {room}");
+            }
+        }
+        assert_eq!(room(1, 10, bounds), bounds.0);
+        assert_eq!(room(u64::MAX, u64::MAX, bounds), bounds.1);
+    }
+
     #[test]
     fn each_key_stands_in_one_index_and_the_small_one_stays_small() {
         let directory = tempfile::tempdir().expect("a directory");
@@ -133,7 +194,9 @@ mod tests {
         let mut connection =
             schema::open_for_writing(directory.path(), &database).expect("a database");
         let mut ids = Ids::load(&connection).expect("loaded");
+        let shared = Shared::default();
         let mut all = BTreeSet::new();
+        capture(&connection, 0);
         for round in 0..40_i64 {
             // Each third key comes twice, with other captures.
             let new: Vec<Place> = (0..17)
@@ -145,7 +208,9 @@ mod tests {
                 .collect();
             all.extend(new.iter().copied());
             let transaction = connection.transaction().expect("begun");
-            ids.add(&transaction, new).expect("added");
+            capture(&transaction, round * 17 + 16);
+            let added = ids.add(&transaction, new, &mut Rests::new(&shared));
+            added.expect("added");
             if round % 5 == 4 {
                 let gone = all.pop_first().expect("some");
                 ids.remove(&transaction, gone).expect("removed");
@@ -156,7 +221,8 @@ mod tests {
             let settled = places(&connection, "capture_key");
             assert!(recent.is_disjoint(&settled));
             assert_eq!(recent.len() as u64, ids.recent);
-            assert!(recent.len() as u64 <= RECENT);
+            let largest = room(17, round.cast_unsigned() * 17 + 16, RECENT);
+            assert!(recent.len() as u64 <= largest, "{round}");
             assert_eq!(&recent | &settled, all);
         }
         let counted = Ids::load(&connection).expect("loaded").recent;
