@@ -46,3 +46,8 @@ def median(rounds, *path):
             figure = figure[key]
         figures.append(figure)
     return statistics.median(figures)
+
+
+def against(rounds, others, figure):
+    """The median over rounds of a figure against that of the other server in the same round: the machine's speed drifts."""
+    return statistics.median(one[figure] / other[figure] for one, other in zip(rounds, others, strict=True))

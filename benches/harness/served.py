@@ -7,7 +7,7 @@ CONCURRENCY = (1, 4, 16, 64, 256, 1024)
 
 
 def run(tools, quick):
-    rounds, seconds = (1, 2) if quick else (3, 5)
+    rounds, seconds = (1, 2) if quick else (9, 4)
     sweep_seconds = 1 if quick else 2
     results = {mode: {"bare": [], "relay": []} for mode in load.MODES}
     with Bare(tools) as bare, world(tools) as (sandbox, relay):

@@ -2,7 +2,7 @@
 
 import statistics
 
-from load import median
+from load import against, median
 
 MIB = 1024 * 1024
 
@@ -67,7 +67,7 @@ def served(result):
                 [
                     f"{mode}: {name}",
                     count(rate),
-                    f"{rate / rates[0]:.2f}",
+                    f"{against(one, bare, 'accepted_per_second'):.2f}",
                     percentiles(middle(one)),
                     f"{cost:.1f}",
                     mib(max(run["peak_rss_bytes"] for run in one)),

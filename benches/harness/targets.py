@@ -1,6 +1,6 @@
 """What the figures are held against, each with what was measured."""
 
-from load import median
+from load import against, median
 from tables import MIB, count, table
 
 UNARY = "unary, 256 in flight"
@@ -33,8 +33,8 @@ def pure(result):
 
 def served(result):
     servers = result["modes"][UNARY]
-    rates = [median(servers[name], "accepted_per_second") for name in ("relay", "bare")]
-    yield least(f"{UNARY}: share of a bare tonic server's calls/s", rates[0] / rates[1], 0.55, ratio)
+    got = against(servers["relay"], servers["bare"], "accepted_per_second")
+    yield least(f"{UNARY}: share of a bare tonic server's calls/s", got, 0.55, ratio)
 
 
 def durable(result):

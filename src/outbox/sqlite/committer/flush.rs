@@ -18,6 +18,8 @@ const PATIENCE_BYTES: u64 = SEGMENT_BYTES * 3 / 2;
 const PATIENCE_ENTRIES: usize = 3 * MAX_ENTRIES;
 /// With so much in a segment the flush under way has to come to its end, in bytes.
 const URGENT_BYTES: u64 = SEGMENT_BYTES / 2;
+/// After a segment that was full so soon no flush has time for rests.
+const QUICK: Duration = Duration::from_millis(300);
 /// So long after a change a segment is full, however little it holds.
 const MAX_AGE: Duration = Duration::from_millis(500);
 /// Captures that leave the overlay at once: a fraction of a millisecond.
@@ -42,6 +44,9 @@ pub(super) struct Flushing {
     /// Since when something is to be put into the database.
     due_since: Option<Instant>,
     ended: Instant,
+    /// When the journal went on in another segment, and whether that was soon.
+    turned: Instant,
+    quick: bool,
     /// Who waits for the one that is running, and for the one after it.
     waiting: Vec<Reply<()>>,
     next: Vec<Reply<()>>,
@@ -55,6 +60,8 @@ impl Default for Flushing {
             failed: false,
             due_since: None,
             ended: Instant::now(),
+            turned: Instant::now(),
+            quick: false,
             waiting: Vec::new(),
             next: Vec::new(),
         }
@@ -73,6 +80,11 @@ impl Flushing {
 
     pub(super) fn note_change(&mut self) {
         self.due_since.get_or_insert_with(Instant::now);
+    }
+
+    fn note_turn(&mut self, now: Instant) {
+        self.quick = now.duration_since(self.turned) < QUICK;
+        self.turned = now;
     }
 
     fn is_over(&self) -> bool {
@@ -140,7 +152,9 @@ impl Committer {
     }
 
     fn turn(&mut self) {
-        if !(self.journal.rotate() || self.flushing.failed) {
+        if self.journal.rotate() {
+            self.flushing.note_turn(Instant::now());
+        } else if !self.flushing.failed {
             return;
         }
         let through = self.journal.settled_through();
@@ -171,7 +185,8 @@ impl Committer {
 
     /// Whether somebody waits for the flush under way, or soon will.
     fn is_urgent(&self) -> bool {
-        !self.flushing.waiting.is_empty()
+        self.flushing.quick
+            || !self.flushing.waiting.is_empty()
             || !self.flushing.next.is_empty()
             || self.journal.active_bytes() >= URGENT_BYTES
     }
