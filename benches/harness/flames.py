@@ -10,7 +10,10 @@ LEAST = 0.005
 # Deeper calls are not shown.
 DEPTH = 22
 # Through these every thread and every task comes.
-WRAPPERS = re.compile(r"^(clone3|start_thread|Thread::new|\w+::thread_start|FnOnce::call_once.*|.*__rust_begin_short_backtrace|raw::poll|entry_SYSCALL.*|do_syscall_64)$")
+WRAPPERS = re.compile(
+    r"^(clone3|start_thread|Thread::new|\w+::thread_start|FnOnce::call_once.*"
+    r"|.*__rust_begin_short_backtrace|raw::poll|entry_SYSCALL.*|do_syscall_64)$"
+)
 # So much of the stack is copied with each sample, in bytes.
 STACK_BYTES = 32 * 1024
 

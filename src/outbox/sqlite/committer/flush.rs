@@ -346,3 +346,19 @@ impl Committer {
         let _ = self.store.blocking_send(WriteCommand::Close);
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_a_segment_that_was_full_soon_leaves_no_time_for_rests() {
+        let mut flushing = Flushing::default();
+        let start = flushing.turned;
+        flushing.note_turn(start + QUICK - Duration::from_millis(1));
+        assert!(flushing.quick);
+        let second = flushing.turned;
+        flushing.note_turn(second + QUICK);
+        assert!(!flushing.quick);
+    }
+}

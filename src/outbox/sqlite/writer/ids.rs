@@ -4,8 +4,9 @@
 //! So a flush touches the small index and one stretch of the large one. The larger the small one
 //! is, the shorter is the stretch: together they are least where both have as many pages.
 
-use super::Rests;
 use rusqlite::{Connection, OptionalExtension, Transaction, params};
+
+use super::Rests;
 
 /// Keys in the small index, at the least and at the most; few in tests, so that they leave it.
 const RECENT: (u64, u64) = if cfg!(test) {

@@ -43,9 +43,38 @@ impl<'a> Rests<'a> {
     #[expect(clippy::disallowed_methods, reason = "the thread is its own")]
     pub(super) fn end_piece(&mut self) {
         self.rows = 0;
-        if !self.shared.is_urgent() {
-            thread::sleep((self.begun.elapsed() * SHARE).min(LONGEST));
+        if let Some(rest) = rest(self.begun.elapsed(), self.shared.is_urgent()) {
+            thread::sleep(rest);
         }
         self.begun = Instant::now();
+    }
+}
+
+/// How long to rest after a piece that took so long; not at all where somebody waits.
+fn rest(worked: Duration, urgent: bool) -> Option<Duration> {
+    (!urgent).then(|| (worked * SHARE).min(LONGEST))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn rests_are_as_long_as_the_work_asks_for_and_none_while_somebody_waits() {
+        let worked = Duration::from_micros(300);
+        assert_eq!(rest(worked, false), Some(worked * SHARE));
+        assert_eq!(rest(Duration::from_secs(1), false), Some(LONGEST));
+        assert_eq!(rest(worked, true), None);
+    }
+
+    #[test]
+    fn each_piece_has_so_many_rows() {
+        let shared = Shared::default();
+        shared.set_urgent(true);
+        let mut rests = Rests::new(&shared);
+        for row in 1..=2 * PIECE {
+            rests.row();
+            assert_eq!(rests.rows, row % PIECE);
+        }
     }
 }
