@@ -15,7 +15,7 @@ use workload::{encoded, event_bytes, integration, reference, relay_decode, relay
 
 /// That of the command, for the relay and the reference alike.
 #[global_allocator]
-static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+static ALLOCATOR: tikv_jemallocator::Jemalloc = tikv_jemallocator::Jemalloc;
 
 /// Different captures, so that caches and branches see what they see in service.
 const CAPTURES: usize = 4_096;

@@ -9,7 +9,7 @@
 mod field_mapping;
 mod update;
 
-use std::{fmt, sync::Arc};
+use std::{borrow::Borrow, fmt, sync::Arc};
 
 use crate::{
     proto::{self, DataRegion},
@@ -49,6 +49,13 @@ impl IntegrationId {
     /// The id as text.
     #[must_use]
     pub fn as_str(&self) -> &str {
+        &self.0
+    }
+}
+
+/// Compared as its text is, so that it is found by that.
+impl Borrow<str> for IntegrationId {
+    fn borrow(&self) -> &str {
         &self.0
     }
 }

@@ -2,10 +2,10 @@
 
 use std::process::ExitCode;
 
-/// Batches and streams are served 1.3 to 1.4 times as fast with it as with the
-/// system's allocator.
+/// Much is made by one thread and freed by another, which it does cheapest
+/// (docs/decisions.md, 58).
 #[global_allocator]
-static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+static ALLOCATOR: tikv_jemallocator::Jemalloc = tikv_jemallocator::Jemalloc;
 
 fn main() -> ExitCode {
     segment_relay::cli::main()

@@ -121,9 +121,9 @@ impl Registry {
     /// # Errors
     /// [`RegistryError::NotFound`].
     pub fn find(&self, id: &str) -> Result<Arc<Integration>, RegistryError> {
-        IntegrationId::new(id)
-            .and_then(|id| self.get(&id))
-            .ok_or_else(|| RegistryError::NotFound(id.chars().take(64).collect()))
+        let known = self.known.read().unwrap_or_else(PoisonError::into_inner);
+        let found = known.get(id).cloned();
+        found.ok_or_else(|| RegistryError::NotFound(id.chars().take(64).collect()))
     }
 
     /// At most `limit` integrations of a scope after `after`, in the order of

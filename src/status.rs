@@ -288,6 +288,10 @@ impl CaptureRecord {
         if self.attempts.len() >= MAX_ATTEMPTS_KEPT {
             self.attempts.remove(1);
         }
+        if self.attempts.is_empty() {
+            // Most need no second one; a vector would make room for four.
+            self.attempts.reserve_exact(1);
+        }
         self.attempts.push(attempt);
     }
 }

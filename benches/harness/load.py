@@ -1,6 +1,8 @@
-"""One run of the load generator against a server, with what the server used meanwhile."""
+"""One run of the load generator against a server, with what both used meanwhile."""
 
+import resource
 import statistics
+import time
 
 MODES = {
     "unary, 64 in flight": ["--mode", "unary", "--in-flight", "64"],
@@ -13,16 +15,24 @@ MODES = {
 def run(tools, server, words, seconds, warm_up=1, settle=None):
     """Loads a server. `settle` waits until accepted captures are delivered: that work is the server's too."""
     server.reset_peak()
-    cpu = server.cpu()
+    cpu, others, begun = server.cpu(), ended_children(), time.monotonic()
     words = ["run", "--address", server.address, *words, "--seconds", seconds, "--warm-up", warm_up]
     result = tools.ask(*words, timeout=seconds + warm_up + 120)
+    result["generator_cpu_seconds"] = ended_children() - others
     if settle is not None:
         settle(result["accepted_ever"])
     used = server.cpu() - cpu
     result["cpu_seconds"] = used
     result["cpu_us_per_capture"] = used * 1e6 / max(result["accepted_ever"], 1)
+    result["whole_seconds"] = time.monotonic() - begun
     result["peak_rss_bytes"] = server.memory("VmHWM")
     return result
+
+
+def ended_children():
+    """CPU seconds of processes that were started here and have ended."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 class Settled:

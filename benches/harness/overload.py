@@ -25,10 +25,13 @@ def machine(tools, seconds):
         for factor in FACTORS:
             say(f"  {factor} x {capacity:,.0f} captures/s, limited by the machine")
             rate = capacity * factor
-            words = ["--mode", "batch", "--batch", "100", "--in-flight", "512", "--rate", rate]
-            measured = load.run(tools, relay, words, seconds, settle=settled)
+            measured = load.run(tools, relay, open_loop(rate), seconds, settle=settled)
             rows.append({"factor": factor, "offered_per_second": rate, **measured})
     return {"capacity_per_second": capacity, "rows": rows}
+
+
+def open_loop(rate):
+    return ["--mode", "batch", "--batch", "100", "--in-flight", "512", "--rate", rate]
 
 
 def delivery(tools, seconds):
@@ -41,11 +44,14 @@ def delivery(tools, seconds):
     rows = []
     with world(tools, settings) as (sandbox, relay):
         settled = load.Settled(sandbox)
-        for factor in FACTORS:
+        # What delivery takes keeps a backlog as it is: empty, or full.
+        for factor, full in ((1, False), (1, True), *((factor, False) for factor in FACTORS[1:])):
             say(f"  {factor} x {DELIVERY_CAPACITY:,} captures/s, limited by delivery")
+            if full:
+                fill = load.run(tools, relay, open_loop(DELIVERY_CAPACITY * 2), 3)
+                settled.expected += 2 * fill["accepted_ever"]
             rate = DELIVERY_CAPACITY * factor
-            words = ["--mode", "batch", "--batch", "100", "--in-flight", "512", "--rate", rate]
             # The warm-up fills the backlog.
-            measured = load.run(tools, relay, words, seconds, warm_up=4, settle=settled)
-            rows.append({"factor": factor, "offered_per_second": rate, **measured})
+            measured = load.run(tools, relay, open_loop(rate), seconds, warm_up=4, settle=settled)
+            rows.append({"factor": factor, "full": full, "offered_per_second": rate, **measured})
     return {"capacity_per_second": DELIVERY_CAPACITY, "rows": rows}

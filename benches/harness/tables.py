@@ -156,7 +156,7 @@ def overload(result):
     for limit, one in (("the machine", result["by_machine"]), ("delivery", result["by_delivery"])):
         rows = [
             [
-                f"{row['factor']} x",
+                f"{row['factor']} x" + (", full backlog" if row.get("full") else ""),
                 count(row["offered_per_second"]),
                 count(row["accepted_per_second"]),
                 f"{row['accepted_per_second'] / one['capacity_per_second']:.2f}",
@@ -164,12 +164,14 @@ def overload(result):
                 percentiles(row["refused_latency_ms"]),
                 count(sum(row["refused"].values()) / row["seconds"]),
                 count(row["unsent"] / row["seconds"]),
+                f"{row['cpu_seconds'] / row['whole_seconds']:.2f} / {row['generator_cpu_seconds'] / row['whole_seconds']:.2f}",
                 mib(row["peak_rss_bytes"]),
             ]
             for row in one["rows"]
         ]
         head = [f"limited by {limit}", "offered captures/s", "accepted/s", "of capacity", "accepted p50 / p99 / p99.9 ms"]
-        lines += [*table([*head, "refused ms", "refused/s", "unsent/s", "peak RSS MiB"], rows), ""]
+        head += ["refused ms", "refused/s", "unsent/s", "cores: relay / generator", "peak RSS MiB"]
+        lines += [*table(head, rows), ""]
     return lines[:-1]
 
 

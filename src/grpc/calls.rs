@@ -1,22 +1,25 @@
 //! A call's way through the relay: who calls, may they, is there room; then to its service
 //! within its time; and counted until its answer has left.
 
-use std::{convert::Infallible, pin::pin, sync::Arc, time::Duration};
+use std::{convert::Infallible, sync::Arc, time::Duration};
 
+use futures_util::FutureExt;
 use http::{Request, Response};
 use hyper::body::Incoming;
 use tokio::time::Instant;
 use tonic::{Code, Status, body::Body, codegen::BoxFuture};
-use tracing::Instrument;
+use tracing::{Instrument, Span};
 
 use super::{
     Access, Dispatch, Peer, RelayError,
-    body::{Answering, CallGuards, Metered},
+    access::{Admission, Pass},
+    body::{Answering, Meter, Metered},
     deadline,
     rpcs::Rpc,
     spans,
     timer::CallTimer,
 };
+use crate::permission::Caller;
 
 /// Answers the calls of one connection.
 pub struct Calls {
@@ -42,65 +45,97 @@ impl Calls {
     /// Answers one call. What fails is a status in the answer.
     ///
     /// In one box from its beginning: hyper and tokio move what they spawn several times.
+    /// And in one block: each future that hands a request on has room for one of its own.
     pub fn answer(
         self: Arc<Self>,
         request: Request<Incoming>,
     ) -> BoxFuture<Response<Answering>, Infallible> {
-        Box::pin(async move { Ok(self.answered(request).await) })
+        Box::pin(async move {
+            let Begun {
+                rpc,
+                deadline,
+                span,
+                timer,
+            } = self.begin(&request);
+            let admitted = self.access.admit(rpc, &request, &self.peer, deadline);
+            let Admission {
+                pass,
+                guards,
+                meter,
+            } = match within(deadline, admitted).instrument(span.clone()).await {
+                Ok(admission) => admission,
+                Err(error) => return Ok(failed(error, timer)),
+            };
+            let caller = pass.as_ref().map(|pass| Arc::clone(&pass.caller));
+            let serving = span.in_scope(|| self.serve(request, pass, meter));
+            let served = within(deadline, serving).instrument(span).await;
+            Ok(match served {
+                Ok(answer) => {
+                    self.note_foreign(rpc, caller.as_deref(), &answer);
+                    let timer = timer.see(answer.headers());
+                    answer.map(|body| Answering::new(body, guards, timer))
+                }
+                Err(error) => failed(error, timer),
+            })
+        })
     }
 
-    async fn answered(&self, request: Request<Incoming>) -> Response<Answering> {
-        let begun = Instant::now();
+    fn begin(&self, request: &Request<Incoming>) -> Begun {
+        let (headers, begun) = (request.headers(), Instant::now());
         let rpc = Rpc::of(request.uri().path());
-        let deadline = begun + deadline::timeout(request.headers(), self.longest);
-        let span = spans::call(self.access.traces, rpc.method(), request.headers());
-        let timer = CallTimer::new(
-            self.access.metrics.clone(),
-            rpc.method(),
-            span.clone(),
-            begun,
-        );
-        // Pinned where it is: what is put around it moves nothing.
-        let serving = pin!(self.serve(rpc, request, deadline));
-        let served = tokio::time::timeout_at(deadline, serving).instrument(span);
-        let served = served.await;
-        match served.unwrap_or(Err(RelayError::DeadlineExceeded)) {
-            Ok((answer, guards)) => {
-                let timer = timer.see(answer.headers());
-                answer.map(|body| Answering::new(body, guards, timer))
-            }
-            Err(error) => {
-                timer.end(error.code());
-                Status::from(error).into_http().map(Answering::free)
-            }
+        let span = spans::call(self.access.traces, rpc.method(), headers);
+        let metrics = self.access.metrics.clone();
+        Begun {
+            rpc,
+            deadline: begun + deadline::timeout(headers, self.longest),
+            timer: CallTimer::new(metrics, rpc.method(), span.clone(), begun),
+            span,
         }
     }
 
-    /// Lets a call in and brings it to its service.
-    async fn serve(
+    /// Brings a call that was let in to its service.
+    fn serve(
         &self,
-        rpc: Rpc,
         mut request: Request<Incoming>,
-        deadline: Instant,
-    ) -> Result<(Response<Body>, CallGuards), RelayError> {
-        let admission = self
-            .access
-            .admit(rpc, &request, &self.peer, deadline)
-            .await?;
-        let caller = admission.pass.as_ref().map(|pass| Arc::clone(&pass.caller));
-        if let Some(pass) = admission.pass {
+        pass: Option<Pass>,
+        meter: Option<Meter>,
+    ) -> impl Future<Output = Result<Response<Body>, RelayError>> + use<> {
+        if let Some(pass) = pass {
             request.extensions_mut().insert(pass);
         }
-        let request = request.map(|body| Metered::new(body, admission.meter));
-        let answered = self.services.call(request).await;
-        let answer = answered.unwrap_or_else(|never| match never {});
+        let request = request.map(|body| Metered::new(body, meter));
+        let answered = self.services.call(request);
+        answered.map(|answered| Ok(answered.unwrap_or_else(|never| match never {})))
+    }
+
+    /// Notes a call that was refused for it named an integration of others.
+    fn note_foreign(&self, rpc: Rpc, caller: Option<&Caller>, answer: &Response<Body>) {
         let status = answer.headers().get(Status::GRPC_STATUS);
         if status.is_some_and(|code| Code::from_bytes(code.as_bytes()) == Code::PermissionDenied) {
-            // It named an integration of others.
             let error = RelayError::OutOfScope;
             self.access
-                .note_refusal(caller.as_deref(), &self.peer, rpc.path, &error);
+                .note_refusal(caller, &self.peer, rpc.path, &error);
         }
-        Ok((answer, admission.guards))
     }
+}
+
+/// A call as it begins.
+struct Begun {
+    rpc: Rpc,
+    deadline: Instant,
+    span: Span,
+    timer: CallTimer,
+}
+
+fn within<T, F>(deadline: Instant, work: F) -> impl Future<Output = Result<T, RelayError>>
+where
+    F: Future<Output = Result<T, RelayError>>,
+{
+    let done = tokio::time::timeout_at(deadline, work);
+    done.map(|done| done.unwrap_or(Err(RelayError::DeadlineExceeded)))
+}
+
+fn failed(error: RelayError, timer: CallTimer) -> Response<Answering> {
+    timer.end(error.code());
+    Status::from(error).into_http().map(Answering::free)
 }

@@ -20,8 +20,8 @@ pub(super) struct Entry {
     pub(super) key: Key,
     pub(super) record: Arc<CaptureRecord>,
     pub(super) digest: [u8; 16],
-    /// The lane's shard, where there is something to send.
-    pub(super) shard: Option<u16>,
+    /// Its lane, where there is something to send.
+    pub(super) lane: Option<LaneKey>,
     /// Bytes of the events that wait.
     pub(super) waiting: [Option<u64>; 2],
     pub(super) origin: Origin,
@@ -80,14 +80,6 @@ impl Payloads {
 }
 
 impl Entry {
-    pub(super) fn lane(&self) -> Option<LaneKey> {
-        Some(LaneKey {
-            integration_id: self.record.integration_id.clone(),
-            region: self.record.region,
-            shard: self.shard?,
-        })
-    }
-
     pub(super) fn fresh_events(&self) -> u64 {
         match self.origin {
             Origin::New { .. } => events(&self.waiting),

@@ -133,7 +133,7 @@ impl Lookup {
             record: record_of(lane.integration_id.clone(), capture_id, &status)
                 .map_or_else(|_| Arc::clone(&settled.record), Arc::new),
             digest,
-            shard: Some(lane.shard),
+            lane: Some(lane.clone()),
             waiting,
             origin: Origin::Stored,
             since,

@@ -84,8 +84,8 @@ impl Overlay {
         if old.is_none() {
             self.keys.insert(entry.key, entry.sequence);
         }
-        let Some(lane) = entry.lane() else { return };
-        let state = lane_of(&mut self.lanes, &lane);
+        let Some(lane) = &entry.lane else { return };
+        let state = lane_of(&mut self.lanes, lane);
         state.fresh_events += entry.fresh_events();
         state.fresh_events -= old.as_ref().map_or(0, |old| old.fresh_events());
         if entry.fresh_events() > 0 {
@@ -95,10 +95,10 @@ impl Overlay {
         }
         let (gone, come) = (events(&waited), events(&entry.waiting));
         if gone > 0 {
-            self.tally.remove(&lane, gone, bytes(&waited));
+            self.tally.remove(lane, gone, bytes(&waited));
         }
         if come > 0 {
-            self.tally.add(&lane, come, bytes(&entry.waiting));
+            self.tally.add(lane, come, bytes(&entry.waiting));
         }
     }
 
@@ -110,8 +110,8 @@ impl Overlay {
                 continue;
             };
             let changed = !Arc::ptr_eq(current, entry);
-            if let Some(lane) = entry.lane()
-                && let Some(state) = self.lanes.get_mut(&lane)
+            if let Some(lane) = &entry.lane
+                && let Some(state) = self.lanes.get_mut(lane)
                 && state.fresh.remove(&entry.sequence)
             {
                 state.fresh_events -= current.fresh_events();
@@ -119,6 +119,7 @@ impl Overlay {
             if changed {
                 let stored = Entry {
                     record: Arc::clone(&current.record),
+                    lane: current.lane.clone(),
                     origin: Origin::Stored,
                     since: through + 1,
                     ..**current

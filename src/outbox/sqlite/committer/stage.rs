@@ -88,9 +88,9 @@ impl Committer {
         subject: Option<i64>,
         pair: Option<EventPair>,
     ) -> Arc<CaptureRecord> {
-        if let Some(lane) = entry.lane() {
+        if let Some(lane) = &entry.lane {
             let bytes = entry.waiting.into_iter().flatten().sum();
-            self.tally.add(&lane, EventSet::BOTH.len() as u64, bytes);
+            self.tally.add(lane, EventSet::BOTH.len() as u64, bytes);
         }
         let parts = EventType::ALL.map(|event| pair.as_ref().map_or(&[][..], |it| it.get(event)));
         let sizes = parts.map(<[u8]>::len);

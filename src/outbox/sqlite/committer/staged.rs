@@ -9,7 +9,7 @@ use foldhash::HashMap;
 use crate::{
     event::EventType,
     outbox::{
-        EventSet, NewCapture, SettledCapture,
+        EventSet, LaneKey, NewCapture, SettledCapture,
         sqlite::entry::{Entry, Key, Origin, Payloads},
     },
     status::{CaptureRecord, EventStatus, State},
@@ -107,7 +107,7 @@ pub(in crate::outbox::sqlite) fn settled(
         key: current.key,
         record,
         digest: current.digest,
-        shard: current.shard,
+        lane: current.lane.clone(),
         waiting,
         origin,
         since: current.since,
@@ -149,6 +149,11 @@ impl New {
     /// Its first state. The payloads are placed later.
     pub(super) fn entry(self) -> Entry {
         let capture = self.capture;
+        let lane = self.sends.map(|(shard, _)| LaneKey {
+            integration_id: capture.integration_id.clone(),
+            region: capture.region,
+            shard,
+        });
         Entry {
             sequence: self.sequence,
             key: self.key,
@@ -165,7 +170,7 @@ impl New {
                 trace: capture.trace,
             }),
             digest: capture.digest,
-            shard: self.sends.map(|(shard, _)| shard),
+            lane,
             waiting: match self.sends {
                 Some((_, sizes)) => sizes.map(|bytes| Some(bytes as u64)),
                 None => [None, None],

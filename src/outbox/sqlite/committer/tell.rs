@@ -14,9 +14,9 @@ impl Committer {
         let staged = &self.staged;
         let mut lanes: Vec<LaneKey> = Vec::new();
         let new = staged.states.iter().filter(|next| next.is_new);
-        for lane in new.filter_map(|next| next.entry.lane()) {
-            if !lanes.contains(&lane) {
-                lanes.push(lane);
+        for lane in new.filter_map(|next| next.entry.lane.as_ref()) {
+            if !lanes.contains(lane) {
+                lanes.push(lane.clone());
             }
         }
         self.signals.wake_lanes(lanes);

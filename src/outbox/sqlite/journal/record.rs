@@ -97,8 +97,8 @@ pub(in crate::outbox::sqlite) fn write_accepted(
         if let Some(subject) = subject {
             prost::encoding::sfixed64::encode(5, &subject, body);
         }
-        if let Some(shard) = entry.shard {
-            prost::encoding::uint32::encode(6, &shard.into(), body);
+        if let Some(lane) = &entry.lane {
+            prost::encoding::uint32::encode(6, &lane.shard.into(), body);
         }
         write::nested(7, body, |body| record::encode_into(record, body));
         write::number(8, payload_bytes[0] as u64, body);
@@ -168,15 +168,22 @@ fn read_accepted(number: u64, mut body: &[u8]) -> io::Result<Entry> {
             message.identify_bytes as usize,
         )
     };
+    let key = key_of(&id, &message.capture_id);
+    let record = decoded(id, message.capture_id, &message.status)?;
+    let lane = shard.map(|shard| LaneKey {
+        integration_id: record.integration_id.clone(),
+        region: record.region,
+        shard,
+    });
     Ok(Entry {
         sequence: message.sequence,
-        key: key_of(&id, &message.capture_id),
-        record: Arc::new(decoded(id, message.capture_id, &message.status)?),
+        key,
+        record: Arc::new(record),
         digest: message
             .digest
             .try_into()
             .map_err(|_| damaged("a digest's length"))?,
-        shard,
+        lane,
         waiting: sizes.map(|bytes| shard.map(|_| bytes)),
         origin: Origin::New {
             subject: message.subject,

@@ -87,10 +87,10 @@ impl Work<'_> {
         if let Some(subject) = subject {
             rows.subject.execute(params![entry.sequence, subject])?;
         }
-        let (Some(lane), Some(payloads)) = (entry.lane(), payloads) else {
+        let (Some(lane), Some(payloads)) = (&entry.lane, payloads) else {
             return Ok(());
         };
-        let lane = self.counters.lane_id(self.transaction, &lane)?;
+        let lane = self.counters.lane_id(self.transaction, lane)?;
         if entry.waiting != [None, None] {
             self.enqueue(entry, lane, payloads)?;
         }
