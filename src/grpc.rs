@@ -19,6 +19,7 @@ mod rpcs;
 mod spans;
 mod stream;
 mod timer;
+mod unary;
 mod usage;
 mod watch;
 
@@ -36,7 +37,7 @@ use crate::{
     proto::server::{
         dead_letter_service_server::DeadLetterServiceServer,
         integration_service_server::IntegrationServiceServer,
-        privacy_service_server::PrivacyServiceServer, segment_relay_server::SegmentRelayServer,
+        privacy_service_server::PrivacyServiceServer,
     },
     registry::Registry,
     segment::SegmentClient,
@@ -106,9 +107,8 @@ impl Services {
     /// All services: those of the contract, and others beside them.
     #[must_use]
     pub fn dispatch(&self, others: Routes) -> Dispatch {
-        let relay = SegmentRelayServer::new(relay::Relay(self.clone()));
         let max = self.limits.max_message_bytes;
-        Dispatch::new(relay.max_decoding_message_size(max), others)
+        Dispatch::new(relay::Relay(self.clone()), max, others)
     }
 
     /// The services of the contract that take no captures.

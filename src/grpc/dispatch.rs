@@ -1,35 +1,55 @@
 //! Brings a call to its service. Calls with captures come directly to theirs: a router
 //! would copy paths and box futures and bodies once more for each of them.
 
-use std::{convert::Infallible, future::poll_fn};
+use std::{convert::Infallible, future::poll_fn, sync::Arc};
 
 use http::{Request, Response};
 use tonic::{body::Body, codegen::BoxFuture, server::NamedService, service::Routes};
 use tower_service::Service;
 
-use super::{body::Metered, relay::Relay};
-use crate::proto::server::segment_relay_server::SegmentRelayServer;
+use super::{body::Metered, relay::Relay, unary};
+use crate::proto::server::segment_relay_server::{SegmentRelay, SegmentRelayServer};
 
 /// All services behind one.
 #[derive(Clone)]
 pub struct Dispatch {
-    relay: SegmentRelayServer<Relay>,
+    relay: Arc<Relay>,
+    /// Bytes of a message with captures, at the most.
+    max_message: usize,
     others: Routes,
 }
 
 impl Dispatch {
-    pub(super) fn new(relay: SegmentRelayServer<Relay>, others: Routes) -> Self {
-        Self { relay, others }
+    pub(super) fn new(relay: Relay, max_message: usize, others: Routes) -> Self {
+        Self {
+            relay: Arc::new(relay),
+            max_message,
+            others,
+        }
     }
-}
 
-impl Dispatch {
     /// The answer of the service that a call is for. Services are cheap to clone.
     pub(super) fn call(&self, request: Request<Metered>) -> BoxFuture<Response<Body>, Infallible> {
-        if is_for_relay(request.uri().path()) {
-            // Always ready.
-            return self.relay.clone().call(request);
+        let Some(method) = relay_method(request.uri().path()) else {
+            return self.call_other(request);
+        };
+        let (relay, max) = (Arc::clone(&self.relay), self.max_message);
+        match method {
+            "Capture" if unary::is_plain(request.headers()) => Box::pin(async move {
+                Ok(unary::answered(request, max, |capture| relay.capture(capture)).await)
+            }),
+            "CaptureBatch" if unary::is_plain(request.headers()) => Box::pin(async move {
+                Ok(unary::answered(request, max, |batch| relay.capture_batch(batch)).await)
+            }),
+            _ => {
+                let server = SegmentRelayServer::from_arc(relay);
+                // Always ready.
+                server.max_decoding_message_size(max).call(request)
+            }
         }
+    }
+
+    fn call_other(&self, request: Request<Metered>) -> BoxFuture<Response<Body>, Infallible> {
         let mut others = self.others.clone();
         Box::pin(async move {
             poll_fn(|context| Service::<Request<Metered>>::poll_ready(&mut others, context))
@@ -39,12 +59,12 @@ impl Dispatch {
     }
 }
 
-/// Whether a path is one of `SegmentRelay`'s.
-fn is_for_relay(path: &str) -> bool {
+/// The method of `SegmentRelay` that a path names.
+fn relay_method(path: &str) -> Option<&str> {
     let rest = path
-        .strip_prefix('/')
-        .and_then(|path| path.strip_prefix(<SegmentRelayServer<Relay> as NamedService>::NAME));
-    rest.is_some_and(|rest| rest.starts_with('/'))
+        .strip_prefix('/')?
+        .strip_prefix(<SegmentRelayServer<Relay> as NamedService>::NAME)?;
+    rest.strip_prefix('/')
 }
 
 #[cfg(test)]
@@ -54,8 +74,10 @@ mod tests {
     #[test]
     fn only_paths_below_the_service_are_its_own() {
         let service = crate::grpc::RELAY_SERVICE;
-        assert!(is_for_relay(&format!("/{service}/Capture")));
-        assert!(is_for_relay(&format!("/{service}/NoSuchMethod")));
+        for method in ["Capture", "NoSuchMethod"] {
+            let path = format!("/{service}/{method}");
+            assert_eq!(relay_method(&path), Some(method));
+        }
         for other in [
             format!("/{service}"),
             format!("/{service}Other/Capture"),
@@ -63,7 +85,7 @@ mod tests {
             "/jebbit.segmentrelay.v1.PrivacyService/EraseSubject".to_owned(),
             String::new(),
         ] {
-            assert!(!is_for_relay(&other), "{other}");
+            assert_eq!(relay_method(&other), None, "{other}");
         }
     }
 }

@@ -171,6 +171,28 @@ async fn messages_beyond_the_bound_and_too_many_watchers_are_refused() {
 }
 
 #[tokio::test]
+async fn a_compressed_capture_is_told_that_none_is_taken() {
+    let world = World::start().await;
+    world.create(acme()).await;
+    let capture = |encoding: &'static str| {
+        let mut request = tonic::Request::new(CaptureRequest {
+            integration_id: "acme".into(),
+            capture: Some(numbered(1)),
+            ..Default::default()
+        });
+        let encoding = encoding.parse().expect("a value");
+        request.metadata_mut().insert("grpc-encoding", encoding);
+        let mut relay = world.relay();
+        async move { relay.capture(request).await }
+    };
+    let refused = capture("gzip").await.expect_err("refused");
+    assert_eq!(refused.code(), Code::Unimplemented);
+    assert!(refused.message().contains("gzip"), "{}", refused.message());
+    capture("identity").await.expect("taken");
+    world.stop().await;
+}
+
+#[tokio::test]
 async fn a_slow_watcher_slows_nobody_and_is_told_how_many_updates_it_missed() {
     let fast = "[delivery]\nmax_events_per_second = 1000000\nburst_events = 1000000\n";
     let world = World::with(fast).await;
