@@ -87,11 +87,7 @@ impl Registry {
     /// One integration.
     #[must_use]
     pub fn get(&self, id: &IntegrationId) -> Option<Arc<Integration>> {
-        self.known
-            .read()
-            .unwrap_or_else(PoisonError::into_inner)
-            .get(id)
-            .cloned()
+        self.named(id.as_str())
     }
 
     /// One integration as the outbox has it at this moment: another relay may have made
@@ -121,9 +117,13 @@ impl Registry {
     /// # Errors
     /// [`RegistryError::NotFound`].
     pub fn find(&self, id: &str) -> Result<Arc<Integration>, RegistryError> {
-        let known = self.known.read().unwrap_or_else(PoisonError::into_inner);
-        let found = known.get(id).cloned();
+        let found = self.named(id);
         found.ok_or_else(|| RegistryError::NotFound(id.chars().take(64).collect()))
+    }
+
+    fn named(&self, id: &str) -> Option<Arc<Integration>> {
+        let known = self.known.read().unwrap_or_else(PoisonError::into_inner);
+        known.get(id).cloned()
     }
 
     /// At most `limit` integrations of a scope after `after`, in the order of

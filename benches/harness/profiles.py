@@ -18,7 +18,7 @@ KINDS = (
     ("kernel: network", r"^\[kernel.*(tcp|skb|sock|inet|ip_|net_|loopback|epoll|ep_poll)"),
     ("kernel: files and disk", r"^\[kernel.*(ext4|xfs|btrfs|jbd2|folio|filemap|copy_to_iter|copy_from_iter|iov|blk|bio|virtblk|nvme|vfs|fsync|page)"),
     ("kernel: other", r"^\[kernel"),
-    ("allocator", r"_rjem_|\[\.\] (arena|tcache|edata|emap|extent|ecache|eset|rtree|tsd|pac|pai|psset|large|bin)_\w+$|malloc|cfree|realloc|calloc|_int_free|unlink_chunk|_mi_| mi_|__rdl_|__rust_"),
+    ("allocator", r"_rjem_|\[\.\] (arena|tcache|edata|emap|extent|ecache|eset|rtree|tsd|pac|pai|psset|large|bin)_\w+$|malloc|cfree|realloc|calloc|_int_free|unlink_chunk|__rdl_|__rust_"),
     ("copying and comparing memory", r"__mem(move|cpy|set|cmp)"),
     ("gRPC: tonic, h2, hyper, tower", r"\b(tonic|h2|hyper|hyper_util|tower|http|http_body)\w*::"),
     ("protobuf: prost", r"\bprost\w*::"),

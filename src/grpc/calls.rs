@@ -66,12 +66,10 @@ impl Calls {
                 Ok(admission) => admission,
                 Err(error) => return Ok(failed(error, timer)),
             };
-            let caller = pass.as_ref().map(|pass| Arc::clone(&pass.caller));
-            let serving = span.in_scope(|| self.serve(request, pass, meter));
+            let serving = self.serve(rpc, request, pass, meter);
             let served = within(deadline, serving).instrument(span).await;
             Ok(match served {
                 Ok(answer) => {
-                    self.note_foreign(rpc, caller.as_deref(), &answer);
                     let timer = timer.see(answer.headers());
                     answer.map(|body| Answering::new(body, guards, timer))
                 }
@@ -96,16 +94,21 @@ impl Calls {
     /// Brings a call that was let in to its service.
     fn serve(
         &self,
+        rpc: Rpc,
         mut request: Request<Incoming>,
         pass: Option<Pass>,
         meter: Option<Meter>,
-    ) -> impl Future<Output = Result<Response<Body>, RelayError>> + use<> {
+    ) -> impl Future<Output = Result<Response<Body>, RelayError>> {
+        let caller = pass.as_ref().map(|pass| Arc::clone(&pass.caller));
         if let Some(pass) = pass {
             request.extensions_mut().insert(pass);
         }
         let request = request.map(|body| Metered::new(body, meter));
-        let answered = self.services.call(request);
-        answered.map(|answered| Ok(answered.unwrap_or_else(|never| match never {})))
+        self.services.call(request).map(move |answered| {
+            let answer = answered.unwrap_or_else(|never| match never {});
+            self.note_foreign(rpc, caller.as_deref(), &answer);
+            Ok(answer)
+        })
     }
 
     /// Notes a call that was refused for it named an integration of others.

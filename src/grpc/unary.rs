@@ -2,14 +2,14 @@
 //! the buffers, boxes and copies that streams and compression need ("gRPC over HTTP/2").
 
 use std::{
-    future::poll_fn,
+    future::{poll_fn, ready},
     pin::Pin,
-    task::{Context, Poll},
 };
 
 use bytes::{BufMut, Bytes, BytesMut};
 use http::{HeaderMap, HeaderValue, Request, Response, header::CONTENT_TYPE};
-use http_body::{Body as HttpBody, Frame};
+use http_body::Body as HttpBody;
+use http_body_util::{BodyExt, Full};
 use prost::Message;
 use tonic::{Status, body::Body, metadata::MetadataMap};
 
@@ -73,7 +73,7 @@ impl Gathered {
             self.first = data;
         } else {
             if self.all.is_empty() {
-                self.all.extend_from_slice(&self.first);
+                self.all.extend_from_slice(&std::mem::take(&mut self.first));
             }
             self.all.extend_from_slice(&data);
         }
@@ -139,45 +139,15 @@ fn whole<A: Message>(answer: tonic::Response<A>) -> Response<Body> {
     data.put_u8(0);
     data.put_u32(head);
     message.encode_raw(&mut data);
-    let mut response = Response::new(Body::new(Whole {
-        data: Some(data.freeze()),
-        ended: false,
-    }));
+    let mut trailers = HeaderMap::with_capacity(1);
+    trailers.insert(Status::GRPC_STATUS, HeaderValue::from_static("0"));
+    let body = Full::new(data.freeze()).with_trailers(ready(Some(Ok(trailers))));
+    let mut response = Response::new(Body::new(body));
     *response.headers_mut() = metadata.into_headers();
     *response.extensions_mut() = extensions;
     let grpc = HeaderValue::from_static("application/grpc");
     response.headers_mut().insert(CONTENT_TYPE, grpc);
     response
-}
-
-/// An answer's body: its message, and a status that says that all went well.
-struct Whole {
-    data: Option<Bytes>,
-    ended: bool,
-}
-
-impl HttpBody for Whole {
-    type Data = Bytes;
-    type Error = Status;
-
-    fn poll_frame(
-        mut self: Pin<&mut Self>,
-        _: &mut Context<'_>,
-    ) -> Poll<Option<Result<Frame<Bytes>, Status>>> {
-        if let Some(data) = self.data.take() {
-            return Poll::Ready(Some(Ok(Frame::data(data))));
-        }
-        if std::mem::replace(&mut self.ended, true) {
-            return Poll::Ready(None);
-        }
-        let mut trailers = HeaderMap::with_capacity(1);
-        trailers.insert(Status::GRPC_STATUS, HeaderValue::from_static("0"));
-        Poll::Ready(Some(Ok(Frame::trailers(trailers))))
-    }
-
-    fn is_end_stream(&self) -> bool {
-        self.ended
-    }
 }
 
 #[cfg(test)]
