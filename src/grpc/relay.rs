@@ -48,7 +48,7 @@ impl SegmentRelay for Relay {
         request: Request<CaptureRequest>,
     ) -> Result<Response<CaptureResponse>, Status> {
         let (caller, _permit) = self.0.enter(&request)?;
-        let deadline = self.answer_by(pass(&request)?.deadline);
+        let deadline = pass(&request)?.deadline;
         let request = request.into_inner();
         let capture = request.capture().map_err(malformed)?;
         let wait_for = wait_for(request.wait_for)?;
@@ -58,7 +58,7 @@ impl SegmentRelay for Relay {
         tally(&self.0.metrics, integration.id(), std::iter::once(&answer));
         let (mut record, duplicate) = answer?;
         if wait_for == WaitFor::Delivered {
-            record = self.until_final(record, deadline).await?;
+            record = self.until_final(record, self.answer_by(deadline)).await?;
         }
         let result = Some(convert::capture_result(&record, duplicate));
         Ok(Response::new(CaptureResponse { result }))
@@ -69,7 +69,7 @@ impl SegmentRelay for Relay {
         request: Request<CaptureBatchRequest>,
     ) -> Result<Response<CaptureBatchResponse>, Status> {
         let (caller, _permit) = self.0.enter(&request)?;
-        let deadline = self.answer_by(pass(&request)?.deadline);
+        let deadline = pass(&request)?.deadline;
         let request = request.into_inner();
         let captures = request.captures().map_err(malformed)?;
         let wait_for = wait_for(request.wait_for)?;
@@ -87,6 +87,7 @@ impl SegmentRelay for Relay {
         let outcomes = answers.iter().map(|(_, answer)| answer);
         tally(&self.0.metrics, integration.id(), outcomes);
         if wait_for == WaitFor::Delivered {
+            let deadline = self.answer_by(deadline);
             for (record, _) in answers.iter_mut().flat_map(|answer| &mut answer.1) {
                 *record = self.until_final(Arc::clone(record), deadline).await?;
             }

@@ -32,6 +32,7 @@ mod committer;
 mod entry;
 pub(super) mod export;
 mod filter;
+mod fresh;
 mod journal;
 mod keys;
 mod lookup;

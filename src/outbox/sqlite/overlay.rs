@@ -3,12 +3,9 @@
 //! One thread changes it (`committer`), everybody reads it. Whoever looks for a
 //! capture looks here first: what stands here is newer than what the database has.
 
-use std::{
-    collections::BTreeSet,
-    sync::{
-        Arc, Mutex, MutexGuard, PoisonError,
-        atomic::{AtomicBool, Ordering},
-    },
+use std::sync::{
+    Arc, Mutex, MutexGuard, PoisonError,
+    atomic::{AtomicBool, Ordering},
 };
 
 use foldhash::HashMap;
@@ -16,6 +13,7 @@ use foldhash::HashMap;
 use super::{
     entry::{Entry, Key, Origin, bytes, events},
     filter::Filter,
+    fresh::Fresh,
     tally::Tally,
 };
 use crate::{
@@ -27,14 +25,14 @@ use crate::{
 #[derive(Debug, Default)]
 struct Lane {
     /// New captures with events that wait.
-    fresh: BTreeSet<i64>,
+    fresh: Fresh,
     fresh_events: u64,
     /// No capture of the database up to this one waits; they are settled here.
     passed: i64,
 }
 
 /// What a lease finds here.
-pub(super) struct Fresh {
+pub(super) struct Found {
     pub(super) captures: Vec<Arc<Entry>>,
     /// Whether captures of the database wait too: older ones, or replayed ones.
     pub(super) stored_wait: bool,
@@ -85,13 +83,21 @@ impl Overlay {
             self.keys.insert(entry.key, entry.sequence);
         }
         let Some(lane) = &entry.lane else { return };
-        let state = lane_of(&mut self.lanes, lane);
-        state.fresh_events += entry.fresh_events();
-        state.fresh_events -= old.as_ref().map_or(0, |old| old.fresh_events());
-        if entry.fresh_events() > 0 {
-            state.fresh.insert(entry.sequence);
-        } else {
-            state.fresh.remove(&entry.sequence);
+        let (was, is) = (
+            old.map_or(0, |old| old.fresh_events()),
+            entry.fresh_events(),
+        );
+        if was != is {
+            let entries = &self.entries;
+            change(&mut self.lanes, lane, |state| {
+                state.fresh_events = state.fresh_events + is - was;
+                if was == 0 {
+                    state.fresh.add(entry.sequence);
+                } else if is == 0 {
+                    let is_meant = |one| is_fresh(entries, one);
+                    state.fresh.remove(entry.sequence, is_meant);
+                }
+            });
         }
         let (gone, come) = (events(&waited), events(&entry.waiting));
         if gone > 0 {
@@ -109,14 +115,8 @@ impl Overlay {
             let Some(current) = self.entries.get(&entry.sequence) else {
                 continue;
             };
-            let changed = !Arc::ptr_eq(current, entry);
-            if let Some(lane) = &entry.lane
-                && let Some(state) = self.lanes.get_mut(lane)
-                && state.fresh.remove(&entry.sequence)
-            {
-                state.fresh_events -= current.fresh_events();
-            }
-            if changed {
+            let fresh_events = current.fresh_events();
+            if !Arc::ptr_eq(current, entry) {
                 let stored = Entry {
                     record: Arc::clone(&current.record),
                     lane: current.lane.clone(),
@@ -129,12 +129,25 @@ impl Overlay {
                 self.entries.remove(&entry.sequence);
                 self.keys.remove(&entry.key);
             }
+            if fresh_events > 0
+                && let Some(lane) = &entry.lane
+                && let Some(state) = self.lanes.get_mut(lane)
+            {
+                state.fresh_events -= fresh_events;
+                let entries = &self.entries;
+                state
+                    .fresh
+                    .remove(entry.sequence, |one| is_fresh(entries, one));
+            }
         }
         if self.entries.is_empty() {
             // What a burst has taken goes back.
             self.entries.shrink_to(1_024);
             self.keys.shrink_to(1_024);
-            self.lanes.retain(|_, lane| lane.passed > 0);
+            self.lanes.retain(|_, lane| {
+                lane.fresh = Fresh::default();
+                lane.passed > 0
+            });
         }
     }
 
@@ -145,14 +158,11 @@ impl Overlay {
     }
 
     /// What waits here of a lane, as far as a budget can take it.
-    pub(super) fn fresh(&self, lane: &LaneKey, budget: LeaseBudget) -> Fresh {
+    pub(super) fn fresh(&self, lane: &LaneKey, budget: LeaseBudget) -> Found {
         let state = self.lanes.get(lane);
         let mut filler = Filler::new(budget);
         let mut captures = Vec::new();
-        for sequence in state.iter().flat_map(|state| &state.fresh) {
-            let Some(entry) = self.entries.get(sequence) else {
-                continue;
-            };
+        for entry in state.iter().flat_map(|state| self.waiting(state)) {
             let sizes = entry.sizes(budget);
             if filler.is_full() || !filler.take(sizes.into_iter().flatten()) {
                 break;
@@ -160,17 +170,24 @@ impl Overlay {
             captures.push(Arc::clone(entry));
         }
         let fresh_events = state.map_or(0, |state| state.fresh_events);
-        Fresh {
+        Found {
             captures,
             stored_wait: self.tally.lane(lane).events > fresh_events,
             passed: state.map_or(0, |state| state.passed),
         }
     }
 
+    /// The new captures of a lane with events that wait, in their order.
+    fn waiting(&self, lane: &Lane) -> impl Iterator<Item = &Arc<Entry>> {
+        let entries = lane.fresh.iter().filter_map(|one| self.entries.get(&one));
+        entries.filter(|entry| entry.fresh_events() > 0)
+    }
+
     /// Notes that no capture of the database up to `sequence` waits in a lane.
     pub(super) fn pass(&mut self, lane: &LaneKey, sequence: i64) {
-        let state = lane_of(&mut self.lanes, lane);
-        state.passed = state.passed.max(sequence);
+        change(&mut self.lanes, lane, |state| {
+            state.passed = state.passed.max(sequence);
+        });
     }
 
     /// What waits for an integration here and in the database; `oldest` is of what
@@ -186,8 +203,7 @@ impl Overlay {
             backlog.events += waiting.events;
             backlog.bytes += waiting.bytes;
             let state = self.lanes.get(lane);
-            let first = state.and_then(|state| state.fresh.first());
-            let first = first.and_then(|sequence| self.entries.get(sequence));
+            let first = state.and_then(|state| self.waiting(state).next());
             let time = first.map(|entry| entry.record.accept_time);
             backlog.oldest = earlier(backlog.oldest, time);
             if waiting.events > state.map_or(0, |state| state.fresh_events) {
@@ -198,9 +214,19 @@ impl Overlay {
     }
 }
 
-fn lane_of<'a>(lanes: &'a mut HashMap<LaneKey, Lane>, lane: &LaneKey) -> &'a mut Lane {
-    // The key is shared, so that its copy is cheap.
-    lanes.entry(lane.clone()).or_default()
+fn is_fresh(entries: &HashMap<i64, Arc<Entry>>, sequence: i64) -> bool {
+    let entry = entries.get(&sequence);
+    entry.is_some_and(|entry| entry.fresh_events() > 0)
+}
+
+/// Changes what is known of a lane. A key is copied for a new one alone: copies change a
+/// count that all threads share.
+fn change(lanes: &mut HashMap<LaneKey, Lane>, lane: &LaneKey, change: impl FnOnce(&mut Lane)) {
+    if let Some(state) = lanes.get_mut(lane) {
+        change(state);
+    } else {
+        change(lanes.entry(lane.clone()).or_default());
+    }
 }
 
 /// The earlier of two times.
