@@ -11,7 +11,7 @@ use crate::outbox::{
 /// A segment of this size goes into the database, in bytes.
 pub(in crate::outbox::sqlite) const SEGMENT_BYTES: u64 = 16 * 1024 * 1024;
 /// So do this many captures.
-const MAX_ENTRIES: usize = 50_000;
+const MAX_ENTRIES: usize = 32_000;
 /// With so much in a segment, or so many captures, callers wait until the database has
 /// caught up.
 const PATIENCE_BYTES: u64 = SEGMENT_BYTES * 3 / 2;
