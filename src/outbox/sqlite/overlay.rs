@@ -83,22 +83,8 @@ impl Overlay {
             self.keys.insert(entry.key, entry.sequence);
         }
         let Some(lane) = &entry.lane else { return };
-        let (was, is) = (
-            old.map_or(0, |old| old.fresh_events()),
-            entry.fresh_events(),
-        );
-        if was != is {
-            let entries = &self.entries;
-            change(&mut self.lanes, lane, |state| {
-                state.fresh_events = state.fresh_events + is - was;
-                if was == 0 {
-                    state.fresh.add(entry.sequence);
-                } else if is == 0 {
-                    let is_meant = |one| is_fresh(entries, one);
-                    state.fresh.remove(entry.sequence, is_meant);
-                }
-            });
-        }
+        let was = old.map_or(0, |old| old.fresh_events());
+        self.count_fresh(lane, entry.sequence, was, entry.fresh_events());
         let (gone, come) = (events(&waited), events(&entry.waiting));
         if gone > 0 {
             self.tally.remove(lane, gone, bytes(&waited));
@@ -115,7 +101,7 @@ impl Overlay {
             let Some(current) = self.entries.get(&entry.sequence) else {
                 continue;
             };
-            let fresh_events = current.fresh_events();
+            let was = current.fresh_events();
             if !Arc::ptr_eq(current, entry) {
                 let stored = Entry {
                     record: Arc::clone(&current.record),
@@ -129,15 +115,8 @@ impl Overlay {
                 self.entries.remove(&entry.sequence);
                 self.keys.remove(&entry.key);
             }
-            if fresh_events > 0
-                && let Some(lane) = &entry.lane
-                && let Some(state) = self.lanes.get_mut(lane)
-            {
-                state.fresh_events -= fresh_events;
-                let entries = &self.entries;
-                state
-                    .fresh
-                    .remove(entry.sequence, |one| is_fresh(entries, one));
+            if let Some(lane) = &entry.lane {
+                self.count_fresh(lane, entry.sequence, was, 0);
             }
         }
         if self.entries.is_empty() {
@@ -149,6 +128,23 @@ impl Overlay {
                 lane.passed > 0
             });
         }
+    }
+
+    /// Notes how many events of a new capture wait here, and how many did.
+    fn count_fresh(&mut self, lane: &LaneKey, sequence: i64, was: u64, is: u64) {
+        if was == is {
+            return;
+        }
+        let entries = &self.entries;
+        change_lane(&mut self.lanes, lane, |state| {
+            state.fresh_events = state.fresh_events + is - was;
+            if was == 0 {
+                state.fresh.add(sequence);
+            } else if is == 0 {
+                let others = |other| entries.get(&other).is_some_and(is_fresh);
+                state.fresh.remove(sequence, others);
+            }
+        });
     }
 
     /// The database has been changed beside this, while it was empty.
@@ -180,12 +176,12 @@ impl Overlay {
     /// The new captures of a lane with events that wait, in their order.
     fn waiting(&self, lane: &Lane) -> impl Iterator<Item = &Arc<Entry>> {
         let entries = lane.fresh.iter().filter_map(|one| self.entries.get(&one));
-        entries.filter(|entry| entry.fresh_events() > 0)
+        entries.filter(|entry| is_fresh(entry))
     }
 
     /// Notes that no capture of the database up to `sequence` waits in a lane.
     pub(super) fn pass(&mut self, lane: &LaneKey, sequence: i64) {
-        change(&mut self.lanes, lane, |state| {
+        change_lane(&mut self.lanes, lane, |state| {
             state.passed = state.passed.max(sequence);
         });
     }
@@ -214,14 +210,13 @@ impl Overlay {
     }
 }
 
-fn is_fresh(entries: &HashMap<i64, Arc<Entry>>, sequence: i64) -> bool {
-    let entry = entries.get(&sequence);
-    entry.is_some_and(|entry| entry.fresh_events() > 0)
+fn is_fresh(entry: &Arc<Entry>) -> bool {
+    entry.fresh_events() > 0
 }
 
 /// Changes what is known of a lane. A key is copied for a new one alone: copies change a
 /// count that all threads share.
-fn change(lanes: &mut HashMap<LaneKey, Lane>, lane: &LaneKey, change: impl FnOnce(&mut Lane)) {
+fn change_lane(lanes: &mut HashMap<LaneKey, Lane>, lane: &LaneKey, change: impl FnOnce(&mut Lane)) {
     if let Some(state) = lanes.get_mut(lane) {
         change(state);
     } else {

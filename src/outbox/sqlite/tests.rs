@@ -276,6 +276,37 @@ async fn a_lease_reads_only_what_it_takes_however_much_waits() {
     outbox.close().await;
 }
 
+#[tokio::test]
+async fn what_is_settled_out_of_its_turn_does_not_come_back_and_holds_nobody_up() {
+    let directory = tempfile::tempdir().expect("a directory");
+    let outbox = open(directory.path());
+    let late = |millis| UnixMillis(NOW.0 + millis);
+    let captures = ["a", "b", "c", "d"].into_iter().zip(0..);
+    let captures = captures.map(|(capture_id, millis)| NewCapture {
+        accept_time: late(millis),
+        ..new_capture("acme", capture_id, 0)
+    });
+    submit(&outbox, captures.collect()).await;
+    // The second and third out of their turn; with the first all three are gone.
+    for (settled, left, oldest) in [
+        ("c", &["a", "b", "d"][..], late(0)),
+        ("b", &["a", "d"][..], late(0)),
+        ("a", &["d"][..], late(3)),
+    ] {
+        let mut leased = lease(&outbox, "acme", 8).await;
+        leased.retain(|capture| capture.record.capture_id == settled);
+        settle(&outbox, leased, |_, _| Outcome::Delivered).await;
+        assert_eq!(ids(&lease(&outbox, "acme", 8).await), left);
+        let backlog = outbox.backlog(&id("acme")).await.expect("read");
+        assert_eq!(backlog.events, 2 * left.len() as u64);
+        assert_eq!(backlog.oldest, Some(oldest));
+    }
+    outbox.close().await;
+    let outbox = open(directory.path());
+    assert_eq!(ids(&lease(&outbox, "acme", 8).await), ["d"]);
+    outbox.close().await;
+}
+
 #[test]
 fn a_path_that_can_be_no_directory_is_a_clear_error() {
     let directory = tempfile::tempdir().expect("a directory");
