@@ -5,16 +5,17 @@ use std::collections::BTreeSet;
 use prost::Message;
 use segment_relay::proto::{
     self, CaptureBatchRequest, CaptureRequest, CaptureStreamRequest, CreateIntegrationRequest,
-    DataRegion, DeadLetterFilter, DeleteIntegrationRequest, DiscardDeadLettersRequest,
-    EraseSubjectRequest, GetCaptureRequest, GetIntegrationRequest, Integration,
-    ListDeadLettersRequest, ListErasureReceiptsRequest, ListIntegrationsRequest,
+    DataRegion, DeadLetterFilter, DeleteIntegrationRequest, DeliveryReason,
+    DiscardDeadLettersRequest, EraseSubjectRequest, GetCaptureRequest, GetIntegrationRequest,
+    Integration, ListDeadLettersRequest, ListErasureReceiptsRequest, ListIntegrationsRequest,
     PreviewCaptureRequest, ReplayDeadLettersRequest, TestIntegrationRequest,
-    UpdateIntegrationRequest, WatchDeliveriesRequest, erase_subject_request::Subject,
+    UpdateIntegrationRequest, WatchDeliveriesRequest, WatchDeliveriesResponse,
+    erase_subject_request::Subject,
 };
-use tonic::Code;
+use tonic::{Code, Streaming};
 
 use crate::auth::{by, call, callers};
-use crate::harness::{World, acme, credential, numbered, reason, worked_example};
+use crate::harness::{PATIENCE, World, acme, credential, numbered, reason, worked_example};
 
 /// An rpc with a request that names an integration.
 fn naming(id: &str) -> Vec<(&'static str, Vec<u8>)> {
@@ -361,15 +362,22 @@ async fn eu_data_goes_nowhere_without_eu_credentials() {
         .update_integration(update(both))
         .await
         .expect("updated");
+    let mut relay = world.relay();
+    let watch = relay.watch_deliveries(WatchDeliveriesRequest::default());
+    let mut updates = watch.await.expect("watches").into_inner();
+    // Refused, so that the lane waits until the credentials change: no request is under way
+    // while they do, whose answer would be another once the sandbox behaves.
     world.misbehave(segment_relay::sandbox::Rule {
-        status: Some(503),
+        status: Some(401),
         ..Default::default()
     });
     world.accept(capture.clone()).await;
+    waits_because(&mut updates, DeliveryReason::Unauthorized).await;
     integrations
         .update_integration(update(acme()))
         .await
         .expect("updated");
+    waits_because(&mut updates, DeliveryReason::RegionNotConfigured).await;
     world.behave();
     world.deliver(numbered(1)).await;
     let arrived = world.sandbox.entries();
@@ -384,4 +392,19 @@ async fn eu_data_goes_nowhere_without_eu_credentials() {
     );
     assert!(world.sandbox.stats().events_accepted == 2);
     world.stop().await;
+}
+
+/// Waits until both events of a capture wait for this reason.
+async fn waits_because(updates: &mut Streaming<WatchDeliveriesResponse>, reason: DeliveryReason) {
+    let mut left = 2;
+    while left > 0 {
+        let update = tokio::time::timeout(PATIENCE, updates.message()).await;
+        let update = update.expect("an update").expect("no error").expect("one");
+        let event = update.event.expect("an event");
+        assert!(
+            event.state() != proto::DeliveryState::Delivered,
+            "{event:?}"
+        );
+        left -= usize::from(event.reason() == reason);
+    }
 }
