@@ -13,6 +13,7 @@ mod error;
 mod gate;
 mod integrations;
 mod peer;
+mod pieces;
 mod privacy;
 mod relay;
 mod rpcs;

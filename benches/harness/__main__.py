@@ -9,6 +9,7 @@ import time
 import backlog
 import document
 import durable
+import latency
 import machine
 import overload
 import peers
@@ -24,6 +25,7 @@ PARTS = {
     "pure": pure,
     "served": served,
     "durable": durable,
+    "latency": latency,
     "peers": peers,
     "backlog": backlog,
     "overload": overload,

@@ -25,8 +25,10 @@ def write(results, source):
     for name, result in results.items():
         images = [f"![{title}](performance/{plot}.svg)" for plot, part, title in TITLES if part == name]
         text = fill(text, name, "\n".join([tables.render(name, result), *images]))
-    text = fill(text, "targets", "\n".join(targets.render(results)))
-    text = fill(text, "machine", "\n\n".join(machines(results)))
+    # What was not measured again keeps its rows and its line.
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in section(text, "targets").splitlines() if line]
+    text = fill(text, "targets", "\n".join(targets.render(results, rows)))
+    text = fill(text, "machine", "\n\n".join([*earlier(section(text, "machine"), results), *machines(results)]))
     PAGE.write_text(text)
     PLOTS.mkdir(exist_ok=True)
     from peers import venv
@@ -37,11 +39,31 @@ def write(results, source):
 
 
 def fill(text, name, content):
-    begin, end = f"<!-- {name}: written by benches/run --docs -->", f"<!-- end of {name} -->"
-    pattern = re.compile(re.escape(begin) + ".*?" + re.escape(end), re.DOTALL)
-    if not pattern.search(text):
+    section(text, name)
+    begin, end = markers(name)
+    return re.sub(f"{begin}.*?{end}", lambda _: f"{begin}\n{content.strip()}\n{end}", text, flags=re.DOTALL)
+
+
+def section(text, name):
+    """What stands between the markers."""
+    begin, end = markers(name)
+    found = re.search(f"{begin}(.*?){end}", text, re.DOTALL)
+    if not found:
         raise Failed(f"{PAGE.name} has no markers for {name}")
-    return pattern.sub(lambda _: f"{begin}\n{content.strip()}\n{end}", text)
+    return found[1]
+
+
+def markers(name):
+    return f"<!-- {name}: written by benches/run --docs -->", f"<!-- end of {name} -->"
+
+
+def earlier(lines, results):
+    """The lines of earlier runs, with the parts that are not measured again."""
+    for line in filter(None, lines.splitlines()):
+        about, _, parts = line.rpartition(": ")
+        kept = [part for part in parts.rstrip(".").split(", ") if part.split(" ")[0] not in results]
+        if kept:
+            yield f"{about}: {', '.join(kept)}."
 
 
 def machines(results):

@@ -1,11 +1,11 @@
-"""(c) Durable end to end: accept, fsync, deliver, settle, against the raw limits of disk and store; latency at half load."""
+"""(c) Durable end to end: accept, fsync, deliver, settle, against the raw limits of disk and store."""
 
-import json
 import re
 import subprocess
 
 import load
-from processes import Bare, Failed, say, scratch, world
+import pure
+from processes import Failed, say, scratch, world
 
 # Captures that share an fsync: one alone, a small group, and the relay's largest.
 GROUPS = (1, 64, 512)
@@ -15,33 +15,17 @@ SUSTAINED = ("batches of 100, 16 in flight", "16 streams")
 def run(tools, quick):
     minute = 5 if quick else 60
     seconds = 1 if quick else 4
-    event_bytes = pure_event_bytes(tools)
+    event_bytes = pure.event_bytes(tools)
     limits = raw_limits(tools, event_bytes, seconds)
     sustained = {}
     for mode in SUSTAINED:
         say(f"  sustained for {minute} s: {mode}")
         with world(tools) as (sandbox, relay):
             sustained[mode] = sustain(tools, sandbox, relay, load.MODES[mode], minute)
-    half = half_load(tools, 3 if quick else 10)
-    # The disk once more: it may have become slower or faster meanwhile.
-    after = raw_limits(tools, event_bytes, seconds, store=False)
-    return {
-        "bytes_per_capture": event_bytes,
-        "limits": limits,
-        "disk_after": after["disk"],
-        "sustained": sustained,
-        "half_load": half,
-    }
+    return {"bytes_per_capture": event_bytes, "limits": limits, "sustained": sustained}
 
 
-def pure_event_bytes(tools):
-    import json
-
-    out = subprocess.run([tools.pure, "--quick"], stdout=subprocess.PIPE, check=True, timeout=300).stdout
-    return json.loads(out)["event_bytes"]
-
-
-def raw_limits(tools, event_bytes, seconds, store=True):
+def raw_limits(tools, event_bytes, seconds):
     say("  raw limits of disk and store")
     words = ["--bytes", event_bytes, "--seconds", seconds]
     found = {"disk": [], "store": []}
@@ -49,12 +33,10 @@ def raw_limits(tools, event_bytes, seconds, store=True):
         words += ["--directory", directory]
         for group in GROUPS:
             found["disk"].append(tools.ask("disk", *words, "--group", group))
-        if store:
-            for remember in ([], ["--remember"]):
-                for group in GROUPS[1:]:
-                    found["store"].append(tools.ask("store", *words, "--group", group, *remember))
-    if store:
-        found["outbox"] = outbox(tools, 50_000 * seconds)
+        for remember in ([], ["--remember"]):
+            for group in GROUPS[1:]:
+                found["store"].append(tools.ask("store", *words, "--group", group, *remember))
+    found["outbox"] = outbox(tools, 50_000 * seconds)
     return found
 
 
@@ -82,19 +64,3 @@ def sustain(tools, sandbox, relay, words, seconds):
     measured["sandbox_cpu_seconds"] = sandbox.cpu() - sandbox_cpu
     measured["disk_bytes_after"] = relay.disk_bytes()
     return measured
-
-
-def half_load(tools, seconds):
-    """Latency of accepting one capture while half of what is possible comes in."""
-    say("  latency at half load")
-    words = load.MODES["unary, 256 in flight"]
-    with world(tools) as (sandbox, relay):
-        settled = load.Settled(sandbox)
-        full = load.run(tools, relay, words, max(2, seconds / 2), settle=settled)
-        rate = full["accepted_per_second"] / 2
-        open_loop = ["--mode", "unary", "--in-flight", "4096", "--rate", rate]
-        half = load.run(tools, relay, open_loop, seconds, settle=settled)
-    # What the generator, the network and the scheduler take of it.
-    with Bare(tools) as server:
-        bare = load.run(tools, server, open_loop, seconds)
-    return {"capacity_per_second": full["accepted_per_second"], "rate": rate, "half": half, "bare": bare}

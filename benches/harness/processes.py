@@ -196,26 +196,60 @@ class Collector(Process):
 
 
 @contextlib.contextmanager
-def scratch():
-    """A directory on the disk that target/ is on: /tmp may be memory."""
-    BENCH.mkdir(parents=True, exist_ok=True)
-    path = tempfile.mkdtemp(dir=BENCH, prefix="work-")
+def scratch(parent=BENCH):
+    """A directory on the disk that target/ is on, where nothing else is wanted: /tmp may be memory."""
+    parent.mkdir(parents=True, exist_ok=True)
+    path = tempfile.mkdtemp(dir=parent, prefix="segment-relay-bench-")
     try:
         yield pathlib.Path(path)
     finally:
         shutil.rmtree(path, ignore_errors=True)
 
 
+def halves():
+    """The CPUs that may be used, in two halves."""
+    cpus = sorted(os.sched_getaffinity(0))
+    if len(cpus) < 2:
+        raise Failed("this needs two CPUs at the least")
+    return cpus[: len(cpus) // 2], cpus[len(cpus) // 2 :]
+
+
 @contextlib.contextmanager
-def world(tools, settings=None, integrations=4, checks=False):
-    """A sandbox and a relay with integrations."""
-    with (
-        scratch() as directory,
-        Sandbox(tools, checks) as sandbox,
-        Relay(tools, sandbox, directory, settings) as relay,
-    ):
-        tools.ask("setup", "--address", relay.address, "--integrations", integrations)
-        yield sandbox, relay
+def on_cpus(cpus):
+    """What is started meanwhile runs on these CPUs alone."""
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, cpus)
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, before)
+
+
+def places(apart):
+    """CPUs for the server and for all that loads it: the same, or each a half of them."""
+    return halves() if apart else (os.sched_getaffinity(0),) * 2
+
+
+@contextlib.contextmanager
+def bare(tools, apart=False):
+    """A bare server, with half of the CPUs to itself if wanted."""
+    own, others = places(apart)
+    with on_cpus(own):
+        server = Bare(tools)
+    with server, on_cpus(others):
+        yield server
+
+
+@contextlib.contextmanager
+def world(tools, settings=None, integrations=4, checks=False, apart=False, parent=BENCH):
+    """A sandbox and a relay with integrations and its outbox below `parent`; it has half of the CPUs to itself if wanted."""
+    own, others = places(apart)
+    with scratch(parent) as directory, on_cpus(others), Sandbox(tools, checks) as sandbox:
+        with on_cpus(own):
+            relay = Relay(tools, sandbox, directory, settings)
+        with relay:
+            tools.ask("setup", "--address", relay.address, "--integrations", integrations)
+            yield sandbox, relay
 
 
 def say(text):

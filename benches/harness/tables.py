@@ -33,9 +33,9 @@ def percentiles(latency, names=("p50", "p99", "p999")):
     return " / ".join(ms(latency[name]) for name in names) if latency else "-"
 
 
-def middle(rounds):
+def middle(rounds, of="latency_ms"):
     """The latencies of the median round, by p99."""
-    found = sorted((one["latency_ms"] for one in rounds if one["latency_ms"]), key=lambda latency: latency["p99"])
+    found = sorted((one[of] for one in rounds if one[of]), key=lambda latency: latency["p99"])
     return found[len(found) // 2] if found else None
 
 
@@ -108,16 +108,29 @@ def durable(result):
         rate = count(one["captures_per_second"])
         rows.append([f"SQLite, {what}, {one['group']} a group", rate, percentiles(one["transaction_ms"])])
     rows.append(["the outbox, calls of 64, up to 512 a group", count(limits["outbox"]["captures_per_second"]), "-"])
-    lines += ["", *table(["limit", "captures/s", "sync or transaction p50 / p99 / p99.9 ms"], rows), ""]
-    half, sync = result["half_load"], result["disk_after"][0]["sync_ms"]
-    latency = half["half"]["latency_ms"]
-    lines.append(
-        f"At half load ({count(half['rate'])} calls/s) a capture is accepted after {percentiles(latency)} ms "
-        f"(p50 / p99 / p99.9). An fdatasync of one capture's {result['bytes_per_capture']:,} bytes takes "
-        f"{percentiles(sync)} ms: the p99 is {latency['p99'] / sync['p50']:.1f} of its medians."
-    )
-    if bare := half.get("bare"):
-        lines[-1] += f" A bare tonic server answers after {percentiles(bare['latency_ms'])} ms at the same rate."
+    return [*lines, "", *table(["limit", "captures/s", "sync or transaction p50 / p99 / p99.9 ms"], rows)]
+
+
+def latency(result):
+    sync = median(result["sync_ms"], "p50")
+    rows = []
+    for name, rounds in result["servers"].items():
+        still = result["stalls"].get(name)
+        rows.append(
+            [
+                name,
+                count(median(rounds, "accepted_per_second")),
+                percentiles(middle(rounds)),
+                f"{middle(rounds)['p99'] / sync:.0f}",
+                f"{still['ms_a_second']:.1f} / {ms(still['longest_ms'])}" if still else "-",
+            ]
+        )
+    head = ["half load", "calls/s", "p50 / p99 / p99.9 ms", "p99 in fdatasyncs", "machine still: ms a second / longest ms"]
+    lines = table(head, rows)
+    lines += ["", f"An fdatasync of one capture's bytes takes {ms(sync)} ms (p50; p99 {ms(median(result['sync_ms'], 'p99'))} ms)."]
+    if result["waits"]:
+        rows = [[name, count(one["turns"]), *(ms(one[at]) for at in ("p50", "p99", "p999", "max"))] for name, one in sorted(result["waits"].items())]
+        lines += ["", *table(["half load, waits for a CPU", "turns", "p50 ms", "p99 ms", "p99.9 ms", "longest ms"], rows)]
     return lines
 
 
@@ -152,27 +165,32 @@ def backlog(result):
 
 
 def overload(result):
+    shared, own, delivery = (result[limit] for limit in ("by_machine", "by_own_cpus", "by_delivery"))
     lines = []
-    for limit, one in (("the machine", result["by_machine"]), ("delivery", result["by_delivery"])):
-        rows = [
-            [
-                f"{row['factor']} x" + (", full backlog" if row.get("full") else ""),
-                count(row["offered_per_second"]),
-                count(row["accepted_per_second"]),
-                f"{row['accepted_per_second'] / one['capacity_per_second']:.2f}",
-                percentiles(row["latency_ms"]),
-                percentiles(row["refused_latency_ms"]),
-                count(sum(row["refused"].values()) / row["seconds"]),
-                count(row["unsent"] / row["seconds"]),
-                f"{row['cpu_seconds'] / row['whole_seconds']:.2f} / {row['generator_cpu_seconds'] / row['whole_seconds']:.2f}",
-                mib(row["peak_rss_bytes"]),
-            ]
-            for row in one["rows"]
-        ]
+    for limit, groups in (
+        ("the machine", [(f"{factor} x", rounds) for factor, rounds in shared["rounds"].items()]),
+        ("its own CPUs", [(f"{factor} x", rounds) for factor, rounds in own["rounds"].items()]),
+        ("delivery", [(f"{row['factor']} x" + (", full backlog" if row["full"] else ""), [row]) for row in delivery["rows"]]),
+    ):
         head = [f"limited by {limit}", "offered captures/s", "accepted/s", "of capacity", "accepted p50 / p99 / p99.9 ms"]
         head += ["refused ms", "refused/s", "unsent/s", "cores: relay / generator", "peak RSS MiB"]
-        lines += [*table(head, rows), ""]
+        lines += [*table(head, [overloaded(name, rounds) for name, rounds in groups]), ""]
     return lines[:-1]
+
+
+def overloaded(name, rounds):
+    return [
+        name,
+        count(median(rounds, "offered_per_second")),
+        count(median(rounds, "accepted_per_second")),
+        f"{against(rounds, rounds, 'accepted_per_second', 'capacity_per_second'):.2f}",
+        percentiles(middle(rounds)),
+        percentiles(middle(rounds, "refused_latency_ms")),
+        count(statistics.median(sum(one["refused"].values()) / one["seconds"] for one in rounds)),
+        count(statistics.median(one["unsent"] / one["seconds"] for one in rounds)),
+        " / ".join(f"{against(rounds, rounds, used, 'whole_seconds'):.2f}" for used in ("cpu_seconds", "generator_cpu_seconds")),
+        mib(max(one["peak_rss_bytes"] for one in rounds)),
+    ]
 
 
 def tracing(result):
@@ -230,6 +248,7 @@ RENDERERS = {
     "pure": pure,
     "served": served,
     "durable": durable,
+    "latency": latency,
     "peers": peers,
     "backlog": backlog,
     "overload": overload,

@@ -1,17 +1,20 @@
 """What the figures are held against, each with what was measured."""
 
 from load import against, median
-from tables import MIB, count, table
+from tables import MIB, count, middle, table
 
 UNARY = "unary, 256 in flight"
 BATCHES = "batches of 100, 16 in flight"
 STREAMS = "16 streams"
+HEAD = ["part", "what", "target", "measured", "met"]
 
 
-def render(results):
-    rows = [row for part, checks in CHECKS.items() if part in results for row in checks(results[part])]
-    rows = [[what, target, measured, "yes" if met else "**no**"] for what, target, measured, met in rows]
-    return ["", *table(["what", "target", "measured", "met"], rows), ""]
+def render(results, others=()):
+    """All of them as a table; `others` are rows of parts that were measured before."""
+    rows = {part: [row for row in others if row[0] == part] for part in CHECKS}
+    for part in (part for part in CHECKS if part in results):
+        rows[part] = [[part, what, target, found, "yes" if met else "**no**"] for what, target, found, met in CHECKS[part](results[part])]
+    return ["", *table(HEAD, [row for part in rows.values() for row in part]), ""]
 
 
 def least(what, figure, target, form=count):
@@ -48,10 +51,12 @@ def durable(result):
         what = "SQLite that also remembers ids" if store["remember"] else "SQLite as a plain queue"
         share = limits["outbox"]["captures_per_second"] / store["captures_per_second"]
         yield least(f"the outbox against {what}, groups of 512", share, 0.85, ratio)
-    # The first group is a single capture's bytes.
-    syncs = [limits["disk"][0]["sync_ms"]["p50"], result["disk_after"][0]["sync_ms"]["p50"]]
-    p99 = result["half_load"]["half"]["latency_ms"]["p99"]
-    yield most("accept p99 at half load, in median fdatasyncs of that disk", p99 / (sum(syncs) / 2), 10, ratio)
+
+
+def latency(result):
+    p99 = middle(result["servers"]["relay"])["p99"]
+    syncs = median(result["sync_ms"], "p50")
+    yield most("accept p99 at half load, in median fdatasyncs of that disk", p99 / syncs, 10, ratio)
 
 
 def peers(result):
@@ -74,23 +79,31 @@ def backlog(result):
 
 
 def overload(result):
-    for limit in ("by_machine", "by_delivery"):
-        one = result[limit]
-        # Limited by delivery, a full backlog takes memory whatever comes; a flat one is no more than that.
-        first = next(row for row in one["rows"] if row.get("full", limit == "by_machine"))
-        at_first = "1 x, with a full backlog" if first.get("full") else "1 x"
-        for row in (row for row in one["rows"] if row["factor"] > 1):
-            what = f"{row['factor']} x what {limit.removeprefix('by_').replace('machine', 'the machine')} takes"
-            yield least(f"{what}: goodput of capacity", row["accepted_per_second"] / one["capacity_per_second"], 0.9, ratio)
-            yield most(f"{what}: accept p99, ms", (row["latency_ms"] or {"p99": 1e9})["p99"], 1_000)
-            yield most(f"{what}: refusal p99, ms", (row["refused_latency_ms"] or {"p99": 0})["p99"], 100)
-            yield most(f"{what}: peak memory, of that at {at_first}", row["peak_rss_bytes"] / first["peak_rss_bytes"], 1.5, ratio)
+    for limit, what in (("by_machine", "the machine"), ("by_own_cpus", "its own CPUs")):
+        rounds = result[limit]["rounds"]
+        for factor in list(rounds)[1:]:
+            yield from overloaded(f"{factor} x what {what} takes", rounds[factor], "1 x", rounds["1"])
+    rows = result["by_delivery"]["rows"]
+    # A full backlog takes memory whatever comes; a flat one is no more than that.
+    full = [row for row in rows if row["full"]]
+    for row in (row for row in rows if row["factor"] > 1):
+        yield from overloaded(f"{row['factor']} x what delivery takes", [row], "1 x, with a full backlog", full)
+
+
+def overloaded(what, rounds, at_first, first):
+    peak, peak_first = (max(one["peak_rss_bytes"] for one in group) for group in (rounds, first))
+    goodput = against(rounds, rounds, "accepted_per_second", "capacity_per_second")
+    yield least(f"{what}: goodput of capacity", goodput, 0.9, ratio)
+    yield most(f"{what}: accept p99, ms", (middle(rounds) or {"p99": 1e9})["p99"], 1_000)
+    yield most(f"{what}: refusal p99, ms", (middle(rounds, "refused_latency_ms") or {"p99": 0})["p99"], 100)
+    yield most(f"{what}: peak memory, of that at {at_first}", peak / peak_first, 1.5, ratio)
 
 
 CHECKS = {
     "pure": pure,
     "served": served,
     "durable": durable,
+    "latency": latency,
     "peers": peers,
     "backlog": backlog,
     "overload": overload,

@@ -5,14 +5,16 @@ use std::{sync::Arc, time::Duration};
 use tokio::time::Instant;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status, Streaming};
-use tracing::Span;
+use tracing::{Instrument, Span};
 
 use super::{
     RelayError, Services,
     accept::{
         Accepted, accepted, capture_result, describe, echo_id, malformed, pass, required, tally,
     },
-    convert, stream, watch,
+    convert,
+    pieces::in_pieces,
+    stream, watch,
 };
 use crate::{
     capture::Capture,
@@ -196,18 +198,17 @@ impl Relay {
         let mut taken = Vec::with_capacity(captures.len());
         let trace = TraceLink::current();
         // One step for all of them: a trace of thousands of steps tells nobody anything.
-        step("validate and map").in_scope(|| {
-            for capture in captures {
-                let id = echo_id(&capture);
-                match intake::prepare(integration, capture, UnixMillis::now()) {
-                    Ok(new) => {
-                        answers.push((id, None));
-                        taken.push(NewCapture { trace, ..new });
-                    }
-                    Err(fault) => answers.push((id, Some(Err(fault.into())))),
+        let prepared = in_pieces(captures, |capture| {
+            let id = echo_id(&capture);
+            match intake::prepare(integration, capture, UnixMillis::now()) {
+                Ok(new) => {
+                    answers.push((id, None));
+                    taken.push(NewCapture { trace, ..new });
                 }
+                Err(fault) => answers.push((id, Some(Err(fault.into())))),
             }
         });
+        prepared.instrument(step("validate and map")).await;
         let submitted = if taken.is_empty() {
             Vec::new()
         } else {
