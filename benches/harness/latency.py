@@ -72,14 +72,17 @@ def still(tools, name, rate, seconds):
 
 
 def waits(tools, rate):
-    """How long threads wait for a CPU; nothing without perf."""
+    """How long threads wait for a CPU and for the disk; nothing without perf."""
     if not shutil.which("perf"):
         return None
-    say("  waits for a CPU")
+    say("  waits for CPU and disk")
     with world(tools) as (sandbox, relay):
         settled = load.Settled(sandbox)
         pids = {"relay": relay.popen.pid, "sandbox": sandbox.popen.pid}
-        return scheduler.waits(pids, lambda: drive(tools, relay, rate, 3, settled), 2)
+        drive(tools, relay, rate, 2, settled)
+        cpu = scheduler.waits(pids, lambda: drive(tools, relay, rate, 3, settled), 2)
+        disk = scheduler.syncs(relay.popen.pid, lambda: drive(tools, relay, rate, 6, settled), 6)
+    return {"a CPU": cpu, "the disk": disk}
 
 
 def drive(tools, server, rate, seconds, settle=None):

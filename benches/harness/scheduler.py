@@ -1,4 +1,4 @@
-"""How long threads that could run waited for a CPU, from the kernel's scheduler. Needs `perf` and root."""
+"""How long threads waited for a CPU and for the disk, as the kernel saw it. Needs `perf` and root."""
 
 import collections
 import re
@@ -34,6 +34,28 @@ def waits(processes, drive, seconds):
     if not delays:
         raise Failed("perf sched saw no thread")
     return {name: percentiles(sorted(one)) for name, one in delays.items() if len(one) >= 100}
+
+
+# `perf trace`: time, (duration), thread/tid, call.
+SYNC = re.compile(r"^\s*[\d.]+ \(\s*([\d.]+) ms\): (.+)/\d+\s+(f(?:data)?sync)\(")
+
+
+def syncs(pid, drive, seconds):
+    """Records the syncs of a process while `drive` loads it; percentiles in ms by thread and call."""
+    with scratch() as directory:
+        out = directory / "trace"
+        command = ["perf", "trace", "-p", str(pid), "-e", "fdatasync,fsync", "-o", str(out), "--", "sleep", str(seconds)]
+        recorder = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+        drive()
+        if recorder.wait(120):
+            raise Failed("perf trace failed: it needs root")
+        lines = out.read_text().splitlines()
+    taken = collections.defaultdict(list)
+    for line in lines:
+        if found := SYNC.match(line):
+            duration, thread, call = found.groups()
+            taken[f"relay: {thread.strip()}, {call}"].append(float(duration))
+    return {name: percentiles(sorted(one)) for name, one in taken.items()}
 
 
 def percentiles(ordered):

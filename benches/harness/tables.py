@@ -128,9 +128,9 @@ def latency(result):
     head = ["half load", "calls/s", "p50 / p99 / p99.9 ms", "p99 in fdatasyncs", "machine still: ms a second / longest ms"]
     lines = table(head, rows)
     lines += ["", f"An fdatasync of one capture's bytes takes {ms(sync)} ms (p50; p99 {ms(median(result['sync_ms'], 'p99'))} ms)."]
-    if result["waits"]:
-        rows = [[name, count(one["turns"]), *(ms(one[at]) for at in ("p50", "p99", "p999", "max"))] for name, one in sorted(result["waits"].items())]
-        lines += ["", *table(["half load, waits for a CPU", "turns", "p50 ms", "p99 ms", "p99.9 ms", "longest ms"], rows)]
+    for what, threads in (result["waits"] or {}).items():
+        rows = [[name, count(one["turns"]), *(ms(one[at]) for at in ("p50", "p99", "p999", "max"))] for name, one in sorted(threads.items())]
+        lines += ["", *table([f"half load, waits for {what}", "times", "p50 ms", "p99 ms", "p99.9 ms", "longest ms"], rows)]
     return lines
 
 

@@ -79,10 +79,10 @@ def backlog(result):
 
 
 def overload(result):
-    for limit, what in (("by_machine", "the machine"), ("by_own_cpus", "its own CPUs")):
+    for limit, what in (("by_machine", "the machine takes"), ("by_own_cpus", "its own CPUs take")):
         rounds = result[limit]["rounds"]
         for factor in list(rounds)[1:]:
-            yield from overloaded(f"{factor} x what {what} takes", rounds[factor], "1 x", rounds["1"])
+            yield from overloaded(f"{factor} x what {what}", rounds[factor], "1 x", rounds["1"])
     rows = result["by_delivery"]["rows"]
     # A full backlog takes memory whatever comes; a flat one is no more than that.
     full = [row for row in rows if row["full"]]
