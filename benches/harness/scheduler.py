@@ -36,8 +36,8 @@ def waits(processes, drive, seconds):
     return {name: percentiles(sorted(one)) for name, one in delays.items() if len(one) >= 100}
 
 
-# `perf trace`: time, (duration), thread/tid, call.
-SYNC = re.compile(r"^\s*[\d.]+ \(\s*([\d.]+) ms\): (.+)/\d+\s+(f(?:data)?sync)\(")
+# `perf trace`: time, (duration), thread/tid, call; in two lines where others' calls came between.
+SYNC = re.compile(r"^\s*[\d.]+ \(\s*([\d.]+) ms\): (.+?)/\d+\s+(?:\.\.\. \[continued\]: )?(f(?:data)?sync)\(")
 
 
 def syncs(pid, drive, seconds):
