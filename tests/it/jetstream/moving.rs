@@ -18,7 +18,7 @@ use tonic::transport::Channel;
 use super::{
     outage::{capture, create},
     proof::dead_letters,
-    relays::{POISON, Watched, process},
+    relays::{POISON, Watched, process, process_with},
 };
 use crate::{
     harness::{init_streams, states, worked_example},
@@ -169,7 +169,13 @@ async fn an_embedded_outbox_is_moved_with_all_it_holds_however_often_that_is_int
 
     let before = watched.count();
     watched.is_down.store(false, Ordering::Relaxed);
-    let relay = process(&server.url(), directory.path(), &endpoint, 1).await;
+    // Long enough for a machine that is busy: what is sent again for want of an answer would
+    // be counted as if it was in a lane twice.
+    let patient = [(
+        "SEGMENT_RELAY__SEGMENT__REQUEST_TIMEOUT_MS",
+        Path::new("30000"),
+    )];
+    let relay = process_with(&server.url(), directory.path(), &endpoint, 1, &patient).await;
     arrive(&watched, before + BATCHES * BATCH * 2).await;
     assert_eq!(watched.repeated(), 0, "an event was in a lane twice");
     let places = watched.places();
