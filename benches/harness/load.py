@@ -58,7 +58,11 @@ def median(rounds, *path):
     return statistics.median(figures)
 
 
-def against(rounds, others, figure, other=None):
-    """The median over rounds of a figure against that (or another) of the other server in the same round: the machine's
-    speed drifts."""
-    return statistics.median(one[figure] / two[other or figure] for one, two in zip(rounds, others, strict=True))
+def against(rounds, others, figure):
+    """The median over rounds of a figure against that of the other server in the same round: the machine's speed drifts."""
+    return statistics.median(one[figure] / other[figure] for one, other in zip(rounds, others, strict=True))
+
+
+def of_whole(rounds, figure, whole):
+    """The median over rounds of a figure's share of another one of the same round."""
+    return statistics.median(one[figure] / one[whole] for one in rounds)

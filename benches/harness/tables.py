@@ -2,7 +2,7 @@
 
 import statistics
 
-from load import against, median
+from load import against, median, of_whole
 
 MIB = 1024 * 1024
 
@@ -183,12 +183,12 @@ def overloaded(name, rounds):
         name,
         count(median(rounds, "offered_per_second")),
         count(median(rounds, "accepted_per_second")),
-        f"{against(rounds, rounds, 'accepted_per_second', 'capacity_per_second'):.2f}",
+        f"{of_whole(rounds, 'accepted_per_second', 'capacity_per_second'):.2f}",
         percentiles(middle(rounds)),
         percentiles(middle(rounds, "refused_latency_ms")),
         count(statistics.median(sum(one["refused"].values()) / one["seconds"] for one in rounds)),
         count(statistics.median(one["unsent"] / one["seconds"] for one in rounds)),
-        " / ".join(f"{against(rounds, rounds, used, 'whole_seconds'):.2f}" for used in ("cpu_seconds", "generator_cpu_seconds")),
+        " / ".join(f"{of_whole(rounds, used, 'whole_seconds'):.2f}" for used in ("cpu_seconds", "generator_cpu_seconds")),
         mib(max(one["peak_rss_bytes"] for one in rounds)),
     ]
 

@@ -1,6 +1,6 @@
 """What the figures are held against, each with what was measured."""
 
-from load import against, median
+from load import against, median, of_whole
 from tables import MIB, count, middle, table
 
 UNARY = "unary, 256 in flight"
@@ -92,7 +92,7 @@ def overload(result):
 
 def overloaded(what, rounds, at_first, first):
     peak, peak_first = (max(one["peak_rss_bytes"] for one in group) for group in (rounds, first))
-    goodput = against(rounds, rounds, "accepted_per_second", "capacity_per_second")
+    goodput = of_whole(rounds, "accepted_per_second", "capacity_per_second")
     yield least(f"{what}: goodput of capacity", goodput, 0.9, ratio)
     yield most(f"{what}: accept p99, ms", (middle(rounds) or {"p99": 1e9})["p99"], 1_000)
     yield most(f"{what}: refusal p99, ms", (middle(rounds, "refused_latency_ms") or {"p99": 0})["p99"], 100)
