@@ -1,5 +1,5 @@
 """Latency of accepting one capture at half load, and what it is made of: what the load and a server that does nothing
-take, CPUs that are shared with the load, the disk, and how long threads that could run wait for a CPU."""
+take, CPUs that are shared with the load, the disk under the journal and under the database, and how long threads that could run wait for a CPU."""
 
 import contextlib
 import pathlib
@@ -11,17 +11,19 @@ import scheduler
 import stalls
 from processes import BENCH, bare, say, scratch, world
 
-# A file system in memory; where there is none, that server is left out.
+# A file system in memory; where there is none, servers that need it are left out.
 MEMORY = pathlib.Path("/dev/shm")
 
 UNARY = load.MODES["unary, 256 in flight"]
-# Name: whether it is the relay, has CPUs of its own, has its outbox in memory.
+# Name: whether it is the relay, has CPUs of its own, and what of its outbox is in memory.
 SERVERS = {
-    "relay": (True, False, False),
-    "relay, outbox in memory": (True, False, True),
-    "bare tonic": (False, False, False),
-    "relay, CPUs of its own": (True, True, False),
-    "bare tonic, CPUs of its own": (False, True, False),
+    "relay": (True, False, ()),
+    "relay, database in memory": (True, False, ("database",)),
+    "relay, journal in memory": (True, False, ("journal",)),
+    "relay, outbox in memory": (True, False, ("database", "journal")),
+    "bare tonic": (False, False, ()),
+    "relay, CPUs of its own": (True, True, ()),
+    "bare tonic, CPUs of its own": (False, True, ()),
 }
 
 
@@ -34,9 +36,10 @@ def run(tools, quick):
     syncs = []
     for number in range(rounds):
         syncs.append(sync(tools, event_bytes))
-        for name, (is_relay, apart, in_memory) in servers.items():
+        for name, how in servers.items():
+            apart = how[1]
             say(f"  round {number + 1} of {rounds}: {name}, {rates[apart]:,.0f} calls/s")
-            with server(tools, is_relay, apart, in_memory) as (one, settle):
+            with server(tools, *how) as (one, settle):
                 found[name].append(drive(tools, one, rates[apart], seconds, settle))
     return {
         "rates": {"shared": rates[False], "apart": rates[True]},
@@ -60,7 +63,8 @@ def server(tools, is_relay, apart, in_memory):
         with bare(tools, apart) as one:
             yield one, None
         return
-    with world(tools, apart=apart, parent=MEMORY if in_memory else BENCH) as (sandbox, relay):
+    database, journal = (MEMORY if part in in_memory else BENCH for part in ("database", "journal"))
+    with world(tools, apart=apart, parent=database, journal=journal) as (sandbox, relay):
         yield relay, load.Settled(sandbox)
 
 

@@ -58,9 +58,10 @@ def median(rounds, *path):
     return statistics.median(figures)
 
 
-def against(rounds, others, figure):
+def against(rounds, others, *path):
     """The median over rounds of a figure against that of the other server in the same round: the machine's speed drifts."""
-    return statistics.median(one[figure] / other[figure] for one, other in zip(rounds, others, strict=True))
+    pairs = zip(rounds, others, strict=True)
+    return statistics.median(median([one], *path) / median([other], *path) for one, other in pairs)
 
 
 def of_whole(rounds, figure, whole):

@@ -240,11 +240,21 @@ def bare(tools, apart=False):
         yield server
 
 
+def put_journal(outbox, directory):
+    """Has a new outbox keep its journal in another directory."""
+    outbox.mkdir(mode=0o700)
+    for number in range(3):
+        (outbox / f"relay.journal-{number}").symlink_to(directory / f"journal-{number}")
+
+
 @contextlib.contextmanager
-def world(tools, settings=None, integrations=4, checks=False, apart=False, parent=BENCH):
-    """A sandbox and a relay with integrations and its outbox below `parent`; it has half of the CPUs to itself if wanted."""
+def world(tools, settings=None, integrations=4, checks=False, apart=False, parent=BENCH, journal=None):
+    """A sandbox and a relay with integrations and its outbox below `parent`, its journal below `journal` if that is
+    elsewhere; it has half of the CPUs to itself if wanted."""
     own, others = places(apart)
-    with scratch(parent) as directory, on_cpus(others), Sandbox(tools, checks) as sandbox:
+    with scratch(parent) as directory, scratch(journal or parent) as other, on_cpus(others), Sandbox(tools, checks) as sandbox:
+        if journal not in (None, parent):
+            put_journal(directory / "outbox", other)
         with on_cpus(own):
             relay = Relay(tools, sandbox, directory, settings)
         with relay:

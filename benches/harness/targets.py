@@ -57,6 +57,10 @@ def latency(result):
     p99 = middle(result["servers"]["relay"])["p99"]
     syncs = median(result["sync_ms"], "p50")
     yield most("accept p99 at half load, in median fdatasyncs of that disk", p99 / syncs, 10, ratio)
+    without = result["servers"].get("relay, database in memory")
+    if without:
+        share = against(result["servers"]["relay"], without, "latency_ms", "p99")
+        yield most("the store's tail: accept p99 at half load, of that with SQLite's files in memory", share, 1.25, ratio)
 
 
 def peers(result):
