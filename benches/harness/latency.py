@@ -1,5 +1,6 @@
 """Latency of accepting one capture at half load, and what it is made of: what the load and a server that does nothing
-take, CPUs that are shared with the load, the disk under the journal and under the database, and how long threads that could run wait for a CPU."""
+take, CPUs that are shared with the load, the disk under the journal and under the database, and how long threads that
+could run wait for a CPU."""
 
 import contextlib
 import pathlib

@@ -240,11 +240,17 @@ def bare(tools, apart=False):
         yield server
 
 
-def put_journal(outbox, directory):
-    """Has a new outbox keep its journal in another directory."""
-    outbox.mkdir(mode=0o700)
-    for number in range(3):
-        (outbox / f"relay.journal-{number}").symlink_to(directory / f"journal-{number}")
+@contextlib.contextmanager
+def journal_below(parent, outbox):
+    """Has a new outbox keep its journal elsewhere, below `parent`."""
+    with scratch(parent) as directory:
+        outbox.mkdir(mode=0o700)
+        for number in range(3):
+            (outbox / f"relay.journal-{number}").symlink_to(directory / f"journal-{number}")
+        yield
+        # Under other names the journal would be where the database is, and nobody would see it.
+        if not all(file.is_symlink() and file.exists() for file in outbox.glob("*journal*")):
+            raise Failed("the relay's journal is not where it was to be: its files have other names")
 
 
 @contextlib.contextmanager
@@ -252,9 +258,9 @@ def world(tools, settings=None, integrations=4, checks=False, apart=False, paren
     """A sandbox and a relay with integrations and its outbox below `parent`, its journal below `journal` if that is
     elsewhere; it has half of the CPUs to itself if wanted."""
     own, others = places(apart)
-    with scratch(parent) as directory, scratch(journal or parent) as other, on_cpus(others), Sandbox(tools, checks) as sandbox:
+    with scratch(parent) as directory, contextlib.ExitStack() as stack, on_cpus(others), Sandbox(tools, checks) as sandbox:
         if journal not in (None, parent):
-            put_journal(directory / "outbox", other)
+            stack.enter_context(journal_below(journal, directory / "outbox"))
         with on_cpus(own):
             relay = Relay(tools, sandbox, directory, settings)
         with relay:
