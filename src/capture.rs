@@ -8,6 +8,7 @@
 mod canonical;
 mod decode;
 mod reader;
+mod requests;
 
 use prost::Message;
 use prost_types::Timestamp;

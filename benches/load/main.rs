@@ -9,6 +9,7 @@ mod bare;
 mod call;
 mod collector;
 mod disk;
+mod plan;
 mod record;
 mod run;
 mod setup;
@@ -37,7 +38,7 @@ enum Command {
     /// A collector of traces and metrics that drops what it gets
     Collector,
     /// Send captures
-    Run(run::RunArgs),
+    Run(plan::RunArgs),
     /// Create the integrations that the captures are for
     Setup(setup::SetupArgs),
     /// Wait until a capture is accepted

@@ -2,18 +2,16 @@
 //! a second, whatever the answers).
 
 use std::{
-    net::SocketAddr,
     sync::Arc,
     time::{Duration, Instant},
 };
 
-use clap::{Args, ValueEnum};
-use http::uri::PathAndQuery;
 use tokio::sync::Semaphore;
-use tonic::transport::{Channel, Endpoint};
+use tonic::transport::Endpoint;
 
 use crate::{
     call,
+    plan::{Mode, RunArgs, Shared},
     record::{Record, Window},
     stream,
     template::{Numbers, Template},
@@ -23,64 +21,6 @@ use crate::{
 const TICK: Duration = Duration::from_millis(1);
 /// How long the last answers may take.
 const PATIENCE: Duration = Duration::from_secs(20);
-
-#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
-pub(crate) enum Mode {
-    Unary,
-    Batch,
-    Stream,
-}
-
-#[derive(Args)]
-pub(crate) struct RunArgs {
-    #[arg(long)]
-    pub(crate) address: SocketAddr,
-    #[arg(long, value_enum)]
-    mode: Mode,
-    /// Calls (streams) at once
-    #[arg(long, default_value_t = 64)]
-    pub(crate) in_flight: usize,
-    /// Captures without an answer on each stream
-    #[arg(long, default_value_t = 256)]
-    pub(crate) window: usize,
-    /// Captures in a batch
-    #[arg(long, default_value_t = 100)]
-    batch: usize,
-    #[arg(long, default_value_t = 4)]
-    connections: usize,
-    #[arg(long, default_value_t = 5.0)]
-    seconds: f64,
-    #[arg(long, default_value_t = 1.0)]
-    warm_up: f64,
-    /// Integrations bench-0, bench-1, … that share the captures
-    #[arg(long, default_value_t = 4)]
-    integrations: usize,
-    /// Open loop: captures offered in a second. Then `in_flight` is the most that wait for an answer
-    #[arg(long)]
-    rate: Option<f64>,
-    /// Ends early after so many accepted captures
-    #[arg(long)]
-    pub(crate) captures: Option<u64>,
-}
-
-/// What all senders share.
-pub(crate) struct Shared {
-    pub(crate) channels: Vec<Channel>,
-    pub(crate) templates: Vec<Template>,
-    pub(crate) numbers: Numbers,
-    pub(crate) record: Record,
-    path: PathAndQuery,
-}
-
-impl Shared {
-    pub(crate) fn channel(&self, place: usize) -> &Channel {
-        &self.channels[place % self.channels.len()]
-    }
-
-    pub(crate) fn template(&self, place: usize) -> &Template {
-        &self.templates[place % self.templates.len()]
-    }
-}
 
 pub(crate) async fn run(args: RunArgs) -> serde_json::Value {
     assert!(args.address.ip().is_loopback(), "loopback alone");

@@ -12,7 +12,7 @@ use tonic::Request;
 
 use crate::{
     call::{self, Answer, Answers, RawCodec, StreamAnswer},
-    run::{RunArgs, Shared},
+    plan::{RunArgs, Shared},
 };
 
 /// How long the last answers may take.

@@ -7,8 +7,6 @@ use std::fmt;
 use bytes::Bytes;
 use prost::Message;
 
-use crate::capture::{Capture, Malformed, decode};
-
 /// `CaptureRequest`.
 #[derive(Clone, PartialEq, Message)]
 #[prost(skip_debug)]
@@ -52,46 +50,6 @@ pub struct CaptureStreamRequest {
     /// Each occurrence of the field; together they are one capture.
     #[prost(bytes = "bytes", repeated, tag = "3")]
     pub capture: Vec<Bytes>,
-}
-
-impl CaptureRequest {
-    /// The capture, if there is one.
-    ///
-    /// # Errors
-    /// Its bytes are no capture.
-    pub fn capture(&self) -> Result<Option<Capture<'_>>, Malformed> {
-        merged(&self.capture)
-    }
-}
-
-impl CaptureBatchRequest {
-    /// The captures in their order.
-    ///
-    /// # Errors
-    /// The bytes of one are no capture.
-    pub fn captures(&self) -> Result<Vec<Capture<'_>>, Malformed> {
-        self.captures
-            .iter()
-            .map(|bytes| decode([&**bytes]))
-            .collect()
-    }
-}
-
-impl CaptureStreamRequest {
-    /// The capture, if there is one.
-    ///
-    /// # Errors
-    /// Its bytes are no capture.
-    pub fn capture(&self) -> Result<Option<Capture<'_>>, Malformed> {
-        merged(&self.capture)
-    }
-}
-
-fn merged(pieces: &[Bytes]) -> Result<Option<Capture<'_>>, Malformed> {
-    if pieces.is_empty() {
-        return Ok(None);
-    }
-    decode(pieces.iter().map(|bytes| &**bytes)).map(Some)
 }
 
 /// What is raw may be anything, and is not printed.

@@ -23,7 +23,7 @@ use super::{
     lookup::Lookup,
     overlay::Shared,
     tally::Tally,
-    writer::WriteCommand,
+    writer::{Done, WriteCommand},
 };
 use crate::{
     metrics::Metrics,
@@ -31,7 +31,7 @@ use crate::{
 };
 
 use flush::Flushing;
-pub(super) use flush::{Done, SEGMENT_BYTES};
+pub(super) use flush::SEGMENT_BYTES;
 use known::Known;
 use pace::Pace;
 use parked::{Elapsed, Parked};

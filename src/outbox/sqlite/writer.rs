@@ -20,8 +20,8 @@ use rusqlite::{Connection, Transaction, TransactionBehavior};
 use tokio::sync::{mpsc, oneshot};
 
 use super::{
-    SqliteOptions, committer::Done, entry::Entry, keys::Prepared, overlay::Shared,
-    row::unavailable, schema::LOG_LIMIT_BYTES, tally::Tally,
+    SqliteOptions, entry::Entry, keys::Prepared, overlay::Shared, row::unavailable,
+    schema::LOG_LIMIT_BYTES, tally::Tally,
 };
 use crate::{
     integration::IntegrationId,
@@ -30,7 +30,7 @@ use crate::{
     time::UnixMillis,
 };
 
-pub(super) use command::{FlushJob, WriteCommand};
+pub(super) use command::{Done, FlushJob, WriteCommand};
 use counters::Counters;
 use ids::Ids;
 use rekey::Rekey;

@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 use super::{Committer, Reply, failed};
 use crate::outbox::{
     OutboxError,
-    sqlite::writer::{FlushJob, WriteCommand},
+    sqlite::writer::{Done, FlushJob, WriteCommand},
 };
 
 /// A segment of this size goes into the database, in bytes.
@@ -26,13 +26,6 @@ const MAX_AGE: Duration = Duration::from_millis(500);
 const RETIRE: usize = 1_000;
 /// A free segment that is not needed for so long is written over with zeros.
 const ERASE_AFTER: Duration = Duration::from_millis(500);
-
-/// What the writer has done for the committer.
-#[derive(Debug)]
-pub(in crate::outbox::sqlite) enum Done {
-    Flushed(FlushJob, Result<(), OutboxError>),
-    Alone,
-}
 
 /// Where the journal's way into the database stands.
 pub(super) struct Flushing {

@@ -6,10 +6,7 @@ use super::Reply;
 use crate::{
     integration::IntegrationId,
     notice::Notice,
-    outbox::{
-        Erasure, OutboxError, Quota, Selection,
-        sqlite::{committer::Done, entry::Entry},
-    },
+    outbox::{Erasure, OutboxError, Quota, Selection, sqlite::entry::Entry},
     proto::ErasureReceipt,
     time::UnixMillis,
 };
@@ -55,6 +52,13 @@ pub(in crate::outbox::sqlite) enum WriteCommand {
         reply: Reply<bool>,
     },
     Close,
+}
+
+/// What was done for whoever sent [`WriteCommand::Flush`] or [`WriteCommand::Alone`].
+#[derive(Debug)]
+pub(in crate::outbox::sqlite) enum Done {
+    Flushed(FlushJob, Result<(), OutboxError>),
+    Alone,
 }
 
 /// States of captures that the database is to have.
