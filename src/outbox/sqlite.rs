@@ -27,6 +27,7 @@
 //! `relay.lock`, which the relay holds locked: a second one on the same directory is
 //! refused.
 
+mod admission;
 mod calls;
 mod committer;
 mod entry;

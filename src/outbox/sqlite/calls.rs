@@ -7,7 +7,7 @@ use tokio::sync::oneshot;
 use super::{
     OpenFiles, SqliteOutbox,
     committer::{Command, Incoming},
-    entry::{key_of, stored_key},
+    entry::key_of,
     join,
     reader::ReadCommand,
     writer::WriteCommand,
@@ -16,47 +16,26 @@ use crate::{
     integration::IntegrationId,
     notice::Notice,
     outbox::{
-        Backlog, BoxFuture, Content, DeadLetter, DeadLetterCount, DeadLetterFilter, Erasure,
-        FoundSubject, LaneKey, LeaseBudget, LeasedCapture, NewCapture, Outbox, OutboxError, Quota,
-        Receipt, Selection, Settlement, Signals, StoredIntegration, SubjectQuery, Submitted,
-        sealing::SealedCapture,
+        Backlog, BoxFuture, DeadLetter, DeadLetterCount, DeadLetterFilter, Erasure, FoundSubject,
+        LaneKey, LeaseBudget, LeasedCapture, NewCapture, Outbox, OutboxError, Quota, Receipt,
+        Selection, Settlement, Signals, StoredIntegration, SubjectQuery, sealing::SealedCapture,
     },
     proto::ErasureReceipt,
     status::CaptureRecord,
     time::UnixMillis,
 };
 
-impl SqliteOutbox {
-    /// The answers where there is no room for any of these captures and none of them is
-    /// known: so refusals take nothing from what is accepted, and wait for no sync.
-    pub(super) fn refused_at_once(&self, captures: &[NewCapture]) -> Option<Vec<Submitted>> {
-        if !self.shared.is_full() {
-            return None;
-        }
-        let filter = self.shared.filter()?;
-        let overlay = self.shared.lock();
-        let refused = captures.iter().map(|capture| {
-            let id = &capture.integration_id;
-            let Content::Send { events, .. } = &capture.content else {
-                return None;
-            };
-            let bytes = (events.identify.len() + events.track.len()) as u64;
-            let quota = overlay.tally.full(&self.limits, id, bytes)?;
-            let key = stored_key(key_of(id, &capture.capture_id));
-            (!filter.may_hold(key)).then_some(Submitted::Full(quota))
-        });
-        refused.collect()
-    }
-}
-
 impl Outbox for SqliteOutbox {
     fn submit(&self, captures: Vec<NewCapture>) -> BoxFuture<'_, Result<Receipt, OutboxError>> {
         Box::pin(async move {
             let (reply, answer) = oneshot::channel();
-            if let Some(refused) = self.refused_at_once(&captures) {
-                let _ = reply.send(Ok(refused));
-                return Ok(Receipt(answer));
-            }
+            let reservation = match self.admitted(&captures).await {
+                Ok(reservation) => reservation,
+                Err(refused) => {
+                    let _ = reply.send(Ok(refused));
+                    return Ok(Receipt(answer));
+                }
+            };
             // Here and not in the committer: callers hash and encrypt side by side.
             let captures = captures
                 .into_iter()
@@ -70,7 +49,11 @@ impl Outbox for SqliteOutbox {
                     })
                 })
                 .collect::<Result<_, OutboxError>>()?;
-            let command = Command::Submit { captures, reply };
+            let command = Command::Submit {
+                captures,
+                reservation,
+                reply,
+            };
             self.committer
                 .send(command)
                 .await

@@ -18,6 +18,7 @@ use tokio::sync::{mpsc, oneshot};
 
 use super::{
     SqliteOptions,
+    admission::Reservation,
     entry::Key,
     journal::{Journal, record::PROBE},
     lookup::Lookup,
@@ -50,6 +51,7 @@ const CALM_WAIT: Duration = Duration::from_millis(200);
 pub(super) enum Command {
     Submit {
         captures: Vec<Incoming>,
+        reservation: Option<Reservation>,
         reply: Reply<Vec<Submitted>>,
     },
     Settle {
@@ -109,8 +111,51 @@ impl Command {
 
 /// What is owed to a caller once the group is durable.
 enum Owed {
-    Submitted(Reply<Vec<Submitted>>, Vec<Submitted>),
+    Submitted {
+        submitted: Vec<Submitted>,
+        reservation: Option<Reservation>,
+        reply: Reply<Vec<Submitted>>,
+    },
     Settled(Reply<()>),
+}
+
+impl Owed {
+    /// How many of its captures found no room.
+    fn refusals(&self) -> usize {
+        let Self::Submitted { submitted, .. } = self else {
+            return 0;
+        };
+        let full = |one: &&Submitted| matches!(one, Submitted::Full(_));
+        submitted.iter().filter(full).count()
+    }
+
+    /// Whether none of its captures found room.
+    fn is_refused(&self) -> bool {
+        match self {
+            Self::Submitted { submitted, .. } => {
+                !submitted.is_empty() && self.refusals() == submitted.len()
+            }
+            Self::Settled(_) => false,
+        }
+    }
+
+    /// Whoever asked may have gone; then nobody needs the answer.
+    fn answer(self, result: &Result<(), OutboxError>) {
+        match self {
+            Self::Submitted {
+                submitted,
+                reservation,
+                reply,
+            } => {
+                // First: whoever has the answer finds the room as it is.
+                drop(reservation);
+                let _ = reply.send(result.clone().map(|()| submitted));
+            }
+            Self::Settled(reply) => {
+                let _ = reply.send(result.clone());
+            }
+        }
+    }
 }
 
 /// What the thread works with.
@@ -247,7 +292,11 @@ impl Committer {
         self.journal.reserve(group.iter().map(Command::bytes).sum());
         for command in group {
             match command {
-                Command::Submit { captures, reply } => {
+                Command::Submit {
+                    captures,
+                    reservation,
+                    reply,
+                } => {
                     let mut submitted = Vec::with_capacity(captures.len());
                     if result.is_ok() {
                         result = captures.into_iter().try_for_each(|capture| {
@@ -255,7 +304,11 @@ impl Committer {
                             Ok(())
                         });
                     }
-                    owed.push(Owed::Submitted(reply, submitted));
+                    owed.push(Owed::Submitted {
+                        submitted,
+                        reservation,
+                        reply,
+                    });
                 }
                 Command::Settle { settlement, reply } => {
                     if result.is_ok() {
@@ -269,25 +322,32 @@ impl Committer {
         }
         // A snapshot keeps SQLite's log from being used anew.
         self.lookup.refresh();
+        if result.is_ok() {
+            self.answer_refused(&mut owed);
+        }
         let result = self.make_durable(result);
         self.metrics
             .commit(weight as u64, begun.elapsed(), result.is_ok());
         for debt in owed {
-            // Whoever asked may have gone; then nobody needs the answer.
-            match debt {
-                Owed::Submitted(reply, submitted) => {
-                    let _ = reply.send(result.clone().map(|()| submitted));
-                }
-                Owed::Settled(reply) => {
-                    let _ = reply.send(result.clone());
-                }
-            }
+            debt.answer(&result);
         }
         if result.is_ok() {
             self.tell();
         }
         self.staged.clear();
         self.start_flush_if_due();
+    }
+
+    /// Answers those who get nothing but refusals: what becomes of the group is nothing to
+    /// them. Whoever comes from now on is refused before the queue.
+    fn answer_refused(&self, owed: &mut Vec<Owed>) {
+        if owed.iter().any(|debt| debt.refusals() > 0) {
+            let mut overlay = self.shared.lock();
+            self.shared.note_refusal(&mut overlay, Instant::now());
+        }
+        for debt in owed.extract_if(.., |debt| debt.is_refused()) {
+            debt.answer(&Ok(()));
+        }
     }
 
     fn make_durable(&mut self, result: Result<(), OutboxError>) -> Result<(), OutboxError> {
@@ -310,6 +370,7 @@ impl Committer {
                 for next in &self.staged.states {
                     overlay.put(&next.entry, next.before);
                 }
+                self.shared.note_room(&overlay, Instant::now());
                 drop(overlay);
                 self.flushing.note_change();
                 Ok(())
@@ -336,3 +397,6 @@ impl Committer {
 fn failed(error: std::io::Error) -> OutboxError {
     OutboxError::Unavailable(format!("the journal: {error}"))
 }
+
+#[cfg(test)]
+mod tests;

@@ -30,10 +30,10 @@ pub(super) struct Recovered {
     pub(super) lock: File,
     pub(super) writer: Writer,
     pub(super) sealing: Arc<Sealing>,
-    journal: Journal,
-    lookup: Lookup,
-    signals: Arc<Signals>,
-    shared: Arc<Shared>,
+    pub(super) journal: Journal,
+    pub(super) lookup: Lookup,
+    pub(super) signals: Arc<Signals>,
+    pub(super) shared: Arc<Shared>,
 }
 
 pub(super) fn recovered(

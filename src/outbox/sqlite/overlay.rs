@@ -3,14 +3,18 @@
 //! One thread changes it (`committer`), everybody reads it. Whoever looks for a
 //! capture looks here first: what stands here is newer than what the database has.
 
-use std::sync::{
-    Arc, Mutex, MutexGuard, PoisonError,
-    atomic::{AtomicBool, Ordering},
+use std::{
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::{Duration, Instant},
 };
 
 use foldhash::HashMap;
 
 use super::{
+    admission::Reserved,
     entry::{Entry, Key, Origin, bytes, events},
     filter::Filter,
     fresh::Fresh,
@@ -21,6 +25,9 @@ use crate::{
     outbox::{Backlog, LaneKey, LeaseBudget},
     time::UnixMillis,
 };
+
+/// So long after a refusal room counts as scarce.
+const SCARCE: Duration = Duration::from_secs(1);
 
 #[derive(Debug, Default)]
 struct Lane {
@@ -46,6 +53,10 @@ pub(super) struct Overlay {
     keys: HashMap<Key, i64>,
     lanes: HashMap<LaneKey, Lane>,
     pub(super) tally: Tally,
+    /// Room that captures on their way here have.
+    pub(super) reserved: Reserved,
+    /// When a capture was refused for want of room, the last time.
+    pub(super) last_refusal: Option<Instant>,
 }
 
 impl Overlay {
@@ -276,8 +287,8 @@ pub(super) struct Shared {
     overlay: Mutex<Overlay>,
     leasing: Mutex<()>,
     rekeying: AtomicBool,
-    /// Whether a capture was refused for want of room just now.
-    full: AtomicBool,
+    /// Whether a capture was refused for want of room of late.
+    scarce: AtomicBool,
     /// Whether callers wait for the flush under way, or soon will.
     urgent: AtomicBool,
     /// Which ids may be known; nothing while that is found out.
@@ -294,13 +305,23 @@ impl Shared {
         self.rekeying.store(rekeying, Ordering::Relaxed);
     }
 
-    /// Whether it is worth asking for room before a capture is handed over.
-    pub(super) fn is_full(&self) -> bool {
-        self.full.load(Ordering::Relaxed)
+    /// Whether room is to be reserved before a capture is handed over.
+    pub(super) fn is_scarce(&self) -> bool {
+        self.scarce.load(Ordering::Relaxed)
     }
 
-    pub(super) fn set_full(&self, full: bool) {
-        self.full.store(full, Ordering::Relaxed);
+    /// Notes that a capture finds no room.
+    pub(super) fn note_refusal(&self, overlay: &mut Overlay, now: Instant) {
+        overlay.last_refusal = Some(now);
+        self.scarce.store(true, Ordering::Relaxed);
+    }
+
+    /// Notes that captures found room.
+    pub(super) fn note_room(&self, overlay: &Overlay, now: Instant) {
+        let of_late = |at| now.saturating_duration_since(at) < SCARCE;
+        if self.is_scarce() && !overlay.last_refusal.is_some_and(of_late) {
+            self.scarce.store(false, Ordering::Relaxed);
+        }
     }
 
     /// Whether the writer should not rest.

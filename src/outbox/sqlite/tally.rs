@@ -2,6 +2,7 @@
 
 use foldhash::HashMap;
 
+use super::admission::Reserved;
 use crate::{
     integration::IntegrationId,
     outbox::{LaneKey, Limits, Quota},
@@ -23,6 +24,11 @@ impl Waiting {
     pub(super) fn remove(&mut self, events: u64, bytes: u64) {
         self.events = self.events.saturating_sub(events);
         self.bytes = self.bytes.saturating_sub(bytes);
+    }
+
+    fn and(mut self, other: Self) -> Self {
+        self.add(other.events, other.bytes);
+        self
     }
 }
 
@@ -70,15 +76,28 @@ impl Tally {
 
     /// The bound that leaves no room for two more events of `bytes`, if there is one.
     pub(super) fn full(&self, limits: &Limits, id: &IntegrationId, bytes: u64) -> Option<Quota> {
-        let own = self.by_integration.get(id).copied().unwrap_or_default();
+        self.full_beside(&Reserved::default(), limits, id, bytes)
+    }
+
+    /// The same, where others have room reserved.
+    pub(super) fn full_beside(
+        &self,
+        reserved: &Reserved,
+        limits: &Limits,
+        id: &IntegrationId,
+        bytes: u64,
+    ) -> Option<Quota> {
+        let waiting = self.by_integration.get(id).copied().unwrap_or_default();
+        let own = waiting.and(reserved.of(id));
+        let total = self.total.and(reserved.total());
         let beyond = |waiting: u64, more: u64, max: u64| waiting.saturating_add(more) > max;
         if beyond(own.events, 2, limits.max_integration_events) {
             Some(Quota::IntegrationEvents)
         } else if beyond(own.bytes, bytes, limits.max_integration_bytes) {
             Some(Quota::IntegrationBytes)
-        } else if beyond(self.total.events, 2, limits.max_events) {
+        } else if beyond(total.events, 2, limits.max_events) {
             Some(Quota::Events)
-        } else if beyond(self.total.bytes, bytes, limits.max_bytes) {
+        } else if beyond(total.bytes, bytes, limits.max_bytes) {
             Some(Quota::Bytes)
         } else {
             None

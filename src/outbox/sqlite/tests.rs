@@ -1,3 +1,4 @@
+mod admission;
 mod keys;
 mod model;
 mod notices;
@@ -93,49 +94,6 @@ async fn what_is_old_and_done_is_forgotten_and_what_waits_is_not() {
         let found = outbox.find(&id("acme"), capture).await.expect("read");
         assert_eq!(found.is_some(), kept, "{capture}");
     }
-    outbox.close().await;
-}
-
-#[tokio::test]
-async fn what_finds_no_room_is_refused_before_the_queue_and_what_is_known_is_not() {
-    let directory = tempfile::tempdir().expect("a directory");
-    let outbox = open(directory.path());
-    let new = |number: usize| new_capture("acme", &number.to_string(), 0);
-    let full = Submitted::Full(Quota::IntegrationEvents);
-    // Two events each, and room for 100.
-    submit(&outbox, (0..50).map(new).collect()).await;
-    assert_eq!(outbox.refused_at_once(&[new(50)]), None, "nobody asked yet");
-    assert_eq!(
-        submit(&outbox, vec![new(50)]).await,
-        std::slice::from_ref(&full)
-    );
-
-    let refused = outbox.refused_at_once(&[new(50), new(51)]);
-    assert_eq!(refused, Some(vec![full.clone(), full.clone()]));
-    assert_eq!(
-        submit(&outbox, vec![new(50)]).await,
-        std::slice::from_ref(&full)
-    );
-    // A known one among them, or one without events, is a matter for the committer.
-    assert_eq!(outbox.refused_at_once(&[new(50), new(7)]), None);
-    let again = submit(&outbox, vec![new(50), new(7)]).await;
-    assert_eq!(again[0], full);
-    assert!(matches!(again[1], Submitted::Duplicate(_)));
-    let skipped = NewCapture {
-        content: Content::Skip {
-            reason: DeliveryReason::NoEmail,
-        },
-        ..new(60)
-    };
-    assert_eq!(outbox.refused_at_once(&[skipped]), None);
-    let elsewhere = new_capture("other", "1", 0);
-    assert_eq!(outbox.refused_at_once(&[elsewhere]), None);
-
-    settle(&outbox, lease(&outbox, "acme", 10).await, |_, _| {
-        Outcome::Delivered
-    })
-    .await;
-    assert_eq!(outbox.refused_at_once(&[new(50)]), None, "there is room");
     outbox.close().await;
 }
 

@@ -61,7 +61,6 @@ impl Committer {
             let bytes = (events.identify.len() + events.track.len()) as u64;
             let id = &capture.integration_id;
             if let Some(quota) = self.tally.full(&self.limits, id, bytes) {
-                self.shared.set_full(true);
                 return Ok(Submitted::Full(quota));
             }
         }
@@ -152,7 +151,6 @@ impl Committer {
                 }
             }
             self.tally.remove(&settlement.lane, events, bytes);
-            self.shared.set_full(false);
             self.staged.put(Next {
                 entry: Arc::new(entry),
                 payloads: current.payloads,

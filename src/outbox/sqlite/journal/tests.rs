@@ -11,6 +11,16 @@ fn open(directory: &Path, applied: u64) -> (Journal, Vec<(u64, u8, Vec<u8>)>) {
     (journal.expect("opens"), found)
 }
 
+impl Journal {
+    /// From now on the disk takes nothing.
+    pub(in crate::outbox::sqlite) fn fail(&mut self) {
+        for segment in &mut self.segments {
+            // Not open for writing.
+            segment.file = File::open("/dev/null").expect("opens");
+        }
+    }
+}
+
 fn write(journal: &mut Journal, bodies: &[&[u8]]) {
     for body in bodies {
         journal.push(7, &[body]);

@@ -1,0 +1,150 @@
+//! Admission before the queue. While room is scarce, room is reserved for a capture before
+//! the committer has it, and without that it is refused: so a refusal waits for no sync,
+//! and takes nothing from what is accepted.
+
+use std::{sync::Arc, time::Instant};
+
+use foldhash::HashMap;
+
+use super::{
+    SqliteOutbox,
+    entry::{key_of, stored_key},
+    overlay::Shared,
+    tally::Waiting,
+};
+use crate::{
+    integration::IntegrationId,
+    outbox::{Content, EventSet, Limits, NewCapture, Outbox, Submitted},
+};
+
+/// Room that is reserved, in all and by integration.
+#[derive(Debug, Default)]
+pub(super) struct Reserved {
+    total: Waiting,
+    by_integration: HashMap<IntegrationId, Waiting>,
+}
+
+impl Reserved {
+    pub(super) fn total(&self) -> Waiting {
+        self.total
+    }
+
+    pub(super) fn of(&self, id: &IntegrationId) -> Waiting {
+        self.by_integration.get(id).copied().unwrap_or_default()
+    }
+
+    fn add(&mut self, id: &IntegrationId, bytes: u64) {
+        let events = EventSet::BOTH.len() as u64;
+        self.total.add(events, bytes);
+        let own = self.by_integration.entry(id.clone()).or_default();
+        own.add(events, bytes);
+    }
+
+    fn give_back(&mut self, part: &Self) {
+        self.total.remove(part.total.events, part.total.bytes);
+        for (id, part) in &part.by_integration {
+            let Some(own) = self.by_integration.get_mut(id) else {
+                continue;
+            };
+            own.remove(part.events, part.bytes);
+            if *own == Waiting::default() {
+                self.by_integration.remove(id);
+            }
+        }
+    }
+}
+
+/// Room for the captures of a call. It is given back at its end: what was accepted is
+/// counted as waiting by then.
+#[derive(Debug)]
+pub(super) struct Reservation {
+    shared: Arc<Shared>,
+    room: Reserved,
+}
+
+impl Drop for Reservation {
+    fn drop(&mut self) {
+        self.shared.lock().reserved.give_back(&self.room);
+    }
+}
+
+/// What becomes of a call before the committer has it, as far as memory tells.
+#[derive(Debug)]
+pub(super) enum Admission {
+    /// The committer decides; with room for those that are new, where that is scarce.
+    Passed(Option<Reservation>),
+    /// None of its captures finds room, and only these may be known.
+    Refused {
+        answers: Vec<Submitted>,
+        doubtful: Vec<usize>,
+    },
+}
+
+impl Shared {
+    /// Decides on the captures of a call.
+    pub(super) fn admit(self: &Arc<Self>, limits: &Limits, captures: &[NewCapture]) -> Admission {
+        if !self.is_scarce() {
+            return Admission::Passed(None);
+        }
+        // Without it a known capture might be refused.
+        let Some(filter) = self.filter() else {
+            return Admission::Passed(None);
+        };
+        let mut room = Reserved::default();
+        let (mut answers, mut doubtful) = (Vec::with_capacity(captures.len()), Vec::new());
+        let mut overlay = self.lock();
+        for (place, capture) in captures.iter().enumerate() {
+            let id = &capture.integration_id;
+            let Content::Send { events, .. } = &capture.content else {
+                continue;
+            };
+            let bytes = (events.identify.len() + events.track.len()) as u64;
+            let may_be_known = filter.may_hold(stored_key(key_of(id, &capture.capture_id)));
+            let tally = &overlay.tally;
+            if let Some(quota) = tally.full_beside(&overlay.reserved, limits, id, bytes) {
+                answers.push(Submitted::Full(quota));
+                if may_be_known {
+                    doubtful.push(place);
+                }
+            } else if !may_be_known {
+                room.add(id, bytes);
+                overlay.reserved.add(id, bytes);
+            }
+        }
+        if !answers.is_empty() {
+            self.note_refusal(&mut overlay, Instant::now());
+        }
+        drop(overlay);
+        if !captures.is_empty() && answers.len() == captures.len() {
+            return Admission::Refused { answers, doubtful };
+        }
+        let shared = Arc::clone(self);
+        Admission::Passed(Some(Reservation { shared, room }))
+    }
+}
+
+impl SqliteOutbox {
+    /// Decides on the captures of a call. Room is reserved for those that the committer is
+    /// to have, where that is scarce.
+    ///
+    /// # Errors
+    /// The answers, where none of the captures finds room and none is known.
+    pub(super) async fn admitted(
+        &self,
+        captures: &[NewCapture],
+    ) -> Result<Option<Reservation>, Vec<Submitted>> {
+        let (answers, doubtful) = match self.shared.admit(&self.limits, captures) {
+            Admission::Passed(reservation) => return Ok(reservation),
+            Admission::Refused { answers, doubtful } => (answers, doubtful),
+        };
+        // In a call with many captures the filter is nearly always wrong about one.
+        for place in doubtful {
+            let capture = &captures[place];
+            let found = self.find(&capture.integration_id, &capture.capture_id);
+            if !matches!(found.await, Ok(None)) {
+                return Ok(None);
+            }
+        }
+        Err(answers)
+    }
+}
