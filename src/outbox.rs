@@ -331,6 +331,17 @@ pub trait Outbox: Send + Sync + 'static {
     /// the writer. The receipt answers when they are durable.
     fn submit(&self, captures: Vec<NewCapture>) -> BoxFuture<'_, Result<Receipt, OutboxError>>;
 
+    /// The bound that leaves no room for any new capture with events, as far as memory
+    /// tells. Callers ask first: events that can't be stored need not be built.
+    fn full(&self, _integration_id: &IntegrationId) -> Option<Quota> {
+        None
+    }
+
+    /// Whether a capture may have been accepted before: false where memory rules it out.
+    fn may_know(&self, _integration_id: &IntegrationId, _capture_id: &str) -> bool {
+        true
+    }
+
     /// The first waiting events of a lane within a budget, in order. Empty
     /// where nothing waits. The lane has no other lease until it settles.
     fn lease(

@@ -68,11 +68,32 @@ impl Services {
         capture: Option<Capture<'_>>,
     ) -> Result<NewCapture, RelayError> {
         let (capture, received) = (required(capture)?, UnixMillis::now());
+        self.find_room(integration, &capture)?;
         let trace = TraceLink::current();
         let digest = intake::digest(&capture);
         let mapped = step("validate").in_scope(|| mapping::map(integration, capture, received))?;
         let new = step("map").in_scope(|| intake::assemble(integration, mapped, digest, received));
         Ok(NewCapture { trace, ..new? })
+    }
+
+    /// Refuses a new capture for which there is certainly no room, unread: while the
+    /// backlog is full, building events for nothing would be most of what the relay does.
+    /// One that has nothing to send needs no room.
+    pub(super) fn find_room(
+        &self,
+        integration: &Integration,
+        capture: &Capture<'_>,
+    ) -> Result<(), RelayError> {
+        if capture.email.is_empty() || !integration.enabled {
+            return Ok(());
+        }
+        let id = integration.id();
+        match self.outbox.full(id) {
+            Some(quota) if !self.outbox.may_know(id, &mapping::capture_id(capture)) => {
+                Err(RelayError::Full(quota))
+            }
+            _ => Ok(()),
+        }
     }
 
     /// Stores captures; one answer each, in their order.

@@ -200,12 +200,16 @@ impl Relay {
         // One step for all of them: a trace of thousands of steps tells nobody anything.
         let prepared = in_pieces(captures, |capture| {
             let id = echo_id(&capture);
-            match intake::prepare(integration, capture, UnixMillis::now()) {
+            let new = self.0.find_room(integration, &capture).and_then(|()| {
+                let new = intake::prepare(integration, capture, UnixMillis::now());
+                new.map_err(RelayError::from)
+            });
+            match new {
                 Ok(new) => {
                     answers.push((id, None));
                     taken.push(NewCapture { trace, ..new });
                 }
-                Err(fault) => answers.push((id, Some(Err(fault.into())))),
+                Err(error) => answers.push((id, Some(Err(error)))),
             }
         });
         prepared.instrument(step("validate and map")).await;

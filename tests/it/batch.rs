@@ -1,5 +1,7 @@
 use segment_relay::{
-    proto::{Capture, CaptureBatchRequest, CaptureBatchResponse, DeliveryState, WaitFor},
+    proto::{
+        Capture, CaptureBatchRequest, CaptureBatchResponse, CaptureResult, DeliveryState, WaitFor,
+    },
     sandbox::Rule,
 };
 use tonic::{Code, Status};
@@ -111,5 +113,51 @@ async fn a_full_backlog_refuses_some_captures_of_a_batch_and_stores_the_others()
     world.settled(numbered(0)).await;
     world.settled(numbered(1)).await;
     world.deliver(numbered(3)).await;
+    world.stop().await;
+}
+
+#[tokio::test]
+async fn while_the_backlog_is_full_only_what_is_known_or_needs_no_room_is_read() {
+    let world = World::with("[outbox]\nmax_integration_events = 4\n").await;
+    world.create(acme()).await;
+    world.misbehave(Rule {
+        status: Some(500),
+        ..Rule::default()
+    });
+    let refusals = |results: &[CaptureResult]| {
+        let reason = |one: &CaptureResult| one.error.as_ref().map(|error| error.reason.clone());
+        results.iter().map(reason).collect::<Vec<_>>()
+    };
+    let full = || Some("INTEGRATION_BACKLOG_FULL".to_owned());
+    let results = send(&world, (0..3).map(numbered).collect(), WaitFor::Accepted).await;
+    let results = results.expect("answered").results;
+    assert_eq!(refusals(&results), [None, None, full()]);
+
+    // The rules of the schema are for those that find room.
+    let invalid = Capture {
+        campaign_id: String::new(),
+        ..numbered(4)
+    };
+    let without_events = Capture {
+        email: String::new(),
+        ..numbered(5)
+    };
+    let captures = vec![numbered(3), invalid.clone(), numbered(1), without_events];
+    let results = send(&world, captures, WaitFor::Accepted).await;
+    let results = results.expect("answered").results;
+    assert_eq!(refusals(&results), [full(), full(), None, None]);
+    assert!(results[2].duplicate);
+    assert_eq!(states(&results[3].events), [DeliveryState::Skipped; 2]);
+
+    world.behave();
+    for number in [0, 1] {
+        world.settled(numbered(number)).await;
+    }
+    let results = send(&world, vec![numbered(3), invalid], WaitFor::Accepted).await;
+    let results = results.expect("answered").results;
+    assert_eq!(
+        refusals(&results),
+        [None, Some("INVALID_CAPTURE".to_owned())]
+    );
     world.stop().await;
 }

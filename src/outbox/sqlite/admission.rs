@@ -14,7 +14,7 @@ use super::{
 };
 use crate::{
     integration::IntegrationId,
-    outbox::{Content, EventSet, Limits, NewCapture, Outbox, Submitted},
+    outbox::{Content, EventSet, Limits, NewCapture, Outbox, Quota, Submitted},
 };
 
 /// Room that is reserved, in all and by integration.
@@ -81,6 +81,25 @@ pub(super) enum Admission {
 }
 
 impl Shared {
+    /// The bound that leaves no room for two events of any size, where room is scarce.
+    pub(super) fn full(&self, limits: &Limits, id: &IntegrationId) -> Option<Quota> {
+        if !self.is_scarce() {
+            return None;
+        }
+        let mut overlay = self.lock();
+        let quota = overlay
+            .tally
+            .full_beside(&overlay.reserved, limits, id, 0)?;
+        self.note_refusal(&mut overlay, Instant::now());
+        Some(quota)
+    }
+
+    /// Whether a capture may be known; always while the filter is being filled.
+    pub(super) fn may_know(&self, id: &IntegrationId, capture_id: &str) -> bool {
+        let key = stored_key(key_of(id, capture_id));
+        self.filter().is_none_or(|filter| filter.may_hold(key))
+    }
+
     /// Decides on the captures of a call.
     pub(super) fn admit(self: &Arc<Self>, limits: &Limits, captures: &[NewCapture]) -> Admission {
         if !self.is_scarce() {

@@ -62,6 +62,14 @@ impl Outbox for SqliteOutbox {
         })
     }
 
+    fn full(&self, integration_id: &IntegrationId) -> Option<Quota> {
+        self.shared.full(&self.limits, integration_id)
+    }
+
+    fn may_know(&self, integration_id: &IntegrationId, capture_id: &str) -> bool {
+        self.shared.may_know(integration_id, capture_id)
+    }
+
     fn lease(
         &self,
         lane: &LaneKey,

@@ -57,6 +57,7 @@ async fn what_finds_no_room_is_refused_before_the_queue_and_what_is_known_is_not
     // Two events each, and room for 100.
     submit(&outbox, (0..50).map(new).collect()).await;
     assert_eq!(refused(&outbox, &[new(50)]), None, "nobody asked yet");
+    assert_eq!(outbox.full(&id("acme")), None, "nor here");
     assert_eq!(submit(&outbox, vec![new(50)]).await, [FULL]);
 
     assert_eq!(
@@ -65,6 +66,8 @@ async fn what_finds_no_room_is_refused_before_the_queue_and_what_is_known_is_not
     );
     assert_eq!(submit(&outbox, vec![new(50)]).await, [FULL]);
     // A known one among them, or one without events, is a matter for the committer.
+    let may_know = |capture: &str| outbox.may_know(&id("acme"), capture);
+    assert!(may_know("7") && !may_know("50"));
     assert_eq!(refused(&outbox, &[new(50), new(7)]), None);
     let again = submit(&outbox, vec![new(50), new(7)]).await;
     assert_eq!(again[0], FULL);
@@ -119,8 +122,11 @@ async fn room_is_promised_once_and_given_back() {
     let outbox = nearly_full(directory.path(), 3).await;
     let first = reserved(&outbox, &[new(200)]);
     // The first two of these find room, and the rest is for the committer to refuse.
+    assert_eq!(outbox.full(&id("acme")), None);
     let others = reserved(&outbox, &[new(201), new(202), new(203)]);
     assert_eq!(events_reserved(&outbox), 6);
+    assert_eq!(outbox.full(&id("acme")), Some(Quota::IntegrationEvents));
+    assert_eq!(outbox.full(&id("other")), None);
     assert_eq!(refused(&outbox, &[new(204)]), Some(vec![FULL]));
     assert_eq!(
         events_reserved(&outbox),
