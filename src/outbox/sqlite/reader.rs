@@ -171,7 +171,7 @@ struct Lease<'a> {
     shared: &'a Shared,
 }
 
-fn lease(
+pub(super) fn lease(
     connection: &Connection,
     shared: &Shared,
     lane: &LaneKey,

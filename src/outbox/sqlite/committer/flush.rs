@@ -198,19 +198,20 @@ impl Committer {
     }
 
     /// Takes some of what is in the database out of the overlay: in pieces, since callers
-    /// wait meanwhile.
+    /// wait meanwhile, and the first captures first, since a lease takes what stands in the
+    /// database alone before what stands here.
     fn retire(&mut self) {
         let Some(job) = &mut self.flushing.retiring else {
             return;
         };
-        let rest = job.entries.len().saturating_sub(RETIRE);
+        let piece = job.entries.len().min(RETIRE);
         let hold = self.shared.hold();
         self.shared
             .lock()
-            .flushed(&job.entries[rest..], job.through);
+            .flushed(&job.entries[..piece], job.through);
         drop(hold);
-        job.entries.truncate(rest);
-        if rest == 0 {
+        job.entries.drain(..piece);
+        if job.entries.is_empty() {
             self.journal.note_applied(job.through);
             self.flushing.retiring = None;
             self.end_flush(&Ok(()));

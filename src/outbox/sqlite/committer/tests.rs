@@ -1,38 +1,62 @@
+use std::path::Path;
+
 use super::*;
 use crate::{
     outbox::{
-        Quota,
-        conformance::{LIMITS, new_capture},
-        sqlite::{entry::key_of, open},
+        LeaseBudget, Quota,
+        conformance::{LIMITS, lane, new_capture},
+        sqlite::{entry::key_of, open, reader, schema, writer::Writer},
     },
     vault::Vault,
 };
 
-/// A committer whose thread does not run.
-fn committer(directory: &std::path::Path) -> Committer {
-    let options = SqliteOptions {
-        directory: directory.to_owned(),
-        limits: Limits {
-            max_integration_events: 2,
-            ..LIMITS
-        },
-        group_commit_max: 64,
-        remember: Duration::from_secs(3_600),
-        encrypt_payloads: false,
-        metrics: Metrics::off(),
-    };
-    let vault = Arc::new(Vault::forgetful().expect("random"));
-    let recovered = open::recovered(&options, &vault).expect("opens");
-    let (store, _) = mpsc::channel(1);
-    let parts = Parts {
-        journal: recovered.journal,
-        lookup: recovered.lookup,
-        shared: recovered.shared,
-        store,
-        signals: recovered.signals,
-        next_sequence: 1,
-    };
-    Committer::new(parts, &options)
+/// A committer and a writer whose threads do not run.
+struct Threadless {
+    committer: Committer,
+    writer: Writer,
+    to_writer: mpsc::Receiver<WriteCommand>,
+    reading: rusqlite::Connection,
+}
+
+impl Threadless {
+    fn open(directory: &Path, max_integration_events: u64) -> Self {
+        let options = SqliteOptions {
+            directory: directory.to_owned(),
+            limits: Limits {
+                max_events: 10_000,
+                max_integration_events,
+                ..LIMITS
+            },
+            group_commit_max: 64,
+            remember: Duration::from_secs(3_600),
+            encrypt_payloads: false,
+            metrics: Metrics::off(),
+        };
+        let vault = Arc::new(Vault::forgetful().expect("random"));
+        let recovered = open::recovered(&options, &vault).expect("opens");
+        let (store, to_writer) = mpsc::channel(1);
+        let parts = Parts {
+            journal: recovered.journal,
+            lookup: recovered.lookup,
+            shared: recovered.shared,
+            store,
+            signals: recovered.signals,
+            next_sequence: 1,
+        };
+        let database = directory.join("relay.db");
+        Self {
+            committer: Committer::new(parts, &options),
+            writer: recovered.writer,
+            to_writer,
+            reading: schema::open_for_reading(&database, 1_024).expect("opens"),
+        }
+    }
+
+    /// The writer does what it was asked.
+    fn write(&mut self) {
+        let command = self.to_writer.try_recv().expect("asked");
+        self.writer.commit(std::iter::once(command));
+    }
 }
 
 type Answer = oneshot::Receiver<Result<Vec<Submitted>, OutboxError>>;
@@ -59,7 +83,7 @@ fn submit(name: &str, capture_ids: &[&str]) -> (Command, Answer) {
 fn a_refusal_does_not_wait_for_the_disk_and_what_is_stored_or_known_does() {
     const FULL: Submitted = Submitted::Full(Quota::IntegrationEvents);
     let directory = tempfile::tempdir().expect("a directory");
-    let mut committer = committer(directory.path());
+    let mut committer = Threadless::open(directory.path(), 2).committer;
     let (first, mut accepted) = submit("acme", &["1"]);
     committer.commit(vec![first]);
     assert!(matches!(
@@ -85,5 +109,36 @@ fn a_refusal_does_not_wait_for_the_disk_and_what_is_stored_or_known_does() {
     assert_eq!(answers.next(), Some(Ok(vec![FULL, FULL])));
     for answer in answers {
         assert!(matches!(answer, Err(OutboxError::Unavailable(_))));
+    }
+}
+
+#[test]
+fn a_lane_keeps_its_order_while_captures_leave_the_overlay() {
+    let directory = tempfile::tempdir().expect("a directory");
+    let mut outbox = Threadless::open(directory.path(), 10_000);
+    let ids: Vec<_> = (0..2_501).map(|number| number.to_string()).collect();
+    let ids: Vec<_> = ids.iter().map(String::as_str).collect();
+    let (last, flushed) = ids.split_last().expect("some");
+    outbox.committer.commit(vec![submit("acme", flushed).0]);
+    outbox.committer.flush_for(true, oneshot::channel().0);
+    outbox.write();
+    outbox.committer.commit(vec![submit("acme", &[*last]).0]);
+    let budget = LeaseBudget {
+        max_events: 10_000,
+        max_bytes: 1_000_000,
+    };
+    loop {
+        let shared = &outbox.committer.shared;
+        let leased = reader::lease(&outbox.reading, shared, &lane("acme"), budget);
+        let leased = leased.expect("read");
+        let leased = leased.iter().map(|one| one.record.capture_id.as_str());
+        let left = outbox.committer.shared.lock().len();
+        assert!(leased.eq(ids.iter().copied()), "with {left} in the overlay");
+        if left == 1 {
+            return;
+        }
+        // Some of them leave.
+        outbox.committer.keep_house();
+        assert!(outbox.committer.shared.lock().len() < left);
     }
 }

@@ -64,7 +64,7 @@ pub(in crate::outbox::sqlite) enum Done {
 /// States of captures that the database is to have.
 #[derive(Debug)]
 pub(in crate::outbox::sqlite) struct FlushJob {
-    /// In no order.
+    /// In no order; the writer gives them back in that of their sequences.
     pub(in crate::outbox::sqlite) entries: Vec<Arc<Entry>>,
     /// Number of the journal's last record that is among them.
     pub(in crate::outbox::sqlite) through: u64,
