@@ -3,10 +3,11 @@ use std::path::Path;
 use super::*;
 use crate::{
     outbox::{
-        LeaseBudget, Quota,
-        conformance::{LIMITS, lane, new_capture},
+        LeaseBudget, LeasedCapture, Quota,
+        conformance::{LIMITS, lane, new_capture, settlement},
         sqlite::{entry::key_of, open, reader, schema, writer::Writer},
     },
+    status::Outcome,
     vault::Vault,
 };
 
@@ -112,6 +113,36 @@ fn a_refusal_does_not_wait_for_the_disk_and_what_is_stored_or_known_does() {
     }
 }
 
+/// All of a lane.
+const BUDGET: LeaseBudget = LeaseBudget {
+    max_events: 10_000,
+    max_bytes: 1_000_000,
+};
+
+impl Threadless {
+    fn leased(&self, budget: LeaseBudget) -> Vec<LeasedCapture> {
+        let shared = &self.committer.shared;
+        reader::lease(&self.reading, shared, &lane("acme"), budget).expect("read")
+    }
+
+    /// Leases give these, in this order, from before captures begin to leave the overlay
+    /// until no more do.
+    fn leases_while_captures_leave(&mut self, expected: &[&str]) {
+        let mut pieces = 0;
+        loop {
+            let leased = self.leased(BUDGET);
+            let leased = leased.iter().map(|one| one.record.capture_id.as_str());
+            assert!(leased.eq(expected.iter().copied()), "after {pieces} pieces");
+            self.committer.keep_house();
+            if !self.committer.flushing.is_retiring() {
+                break;
+            }
+            pieces += 1;
+        }
+        assert_eq!(pieces, 2);
+    }
+}
+
 #[test]
 fn a_lane_keeps_its_order_while_captures_leave_the_overlay() {
     let directory = tempfile::tempdir().expect("a directory");
@@ -123,22 +154,26 @@ fn a_lane_keeps_its_order_while_captures_leave_the_overlay() {
     outbox.committer.flush_for(true, oneshot::channel().0);
     outbox.write();
     outbox.committer.commit(vec![submit("acme", &[*last]).0]);
-    let budget = LeaseBudget {
-        max_events: 10_000,
-        max_bytes: 1_000_000,
+    outbox.leases_while_captures_leave(&ids);
+}
+
+#[test]
+fn what_was_settled_during_a_flush_hides_nothing_that_waits() {
+    let directory = tempfile::tempdir().expect("a directory");
+    let mut outbox = Threadless::open(directory.path(), 10_000);
+    let ids: Vec<_> = (0..2_500).map(|number| number.to_string()).collect();
+    let ids: Vec<_> = ids.iter().map(String::as_str).collect();
+    outbox.committer.commit(vec![submit("acme", &ids).0]);
+    let first = LeaseBudget {
+        max_events: 2 * 1_200,
+        ..BUDGET
     };
-    loop {
-        let shared = &outbox.committer.shared;
-        let leased = reader::lease(&outbox.reading, shared, &lane("acme"), budget);
-        let leased = leased.expect("read");
-        let leased = leased.iter().map(|one| one.record.capture_id.as_str());
-        let left = outbox.committer.shared.lock().len();
-        assert!(leased.eq(ids.iter().copied()), "with {left} in the overlay");
-        if left == 1 {
-            return;
-        }
-        // Some of them leave.
-        outbox.committer.keep_house();
-        assert!(outbox.committer.shared.lock().len() < left);
-    }
+    let settlement = settlement(outbox.leased(first), |_, _| Outcome::Delivered);
+    outbox.committer.flush_for(true, oneshot::channel().0);
+    outbox.committer.commit(vec![Command::Settle {
+        settlement,
+        reply: oneshot::channel().0,
+    }]);
+    outbox.write();
+    outbox.leases_while_captures_leave(&ids[1_200..]);
 }
