@@ -58,7 +58,7 @@ use std::{
 
 use tokio::sync::{mpsc, oneshot};
 
-use super::{FoundSubject, Limits, OutboxError, Signals, SubjectQuery, sealing::Sealing};
+use super::{FoundSubject, Limits, Outbox, OutboxError, Signals, SubjectQuery, sealing::Sealing};
 use crate::{metrics::Metrics, vault::Vault};
 
 use committer::Command;
@@ -181,15 +181,22 @@ impl SqliteOutbox {
 
     /// Forgets captures that are older than configured, and gives free space
     /// back to the disk: a bounded piece of work, to be called now and then.
-    /// Returns whether there is more to do.
+    /// Returns whether there is more to do. With the last piece delivery looks into all
+    /// lanes in which something waits, should one have been forgotten.
     ///
     /// # Errors
     /// [`OutboxError`]; it may work at the next call.
     pub async fn maintain(&self) -> Result<bool, OutboxError> {
-        if self.signals.is_writable() && !self.shared.is_rekeying() {
-            return self.write(|reply| WriteCommand::Maintain { reply }).await;
+        let maintain = |reply| WriteCommand::Maintain { reply };
+        let more = if self.signals.is_writable() && !self.shared.is_rekeying() {
+            self.write(maintain).await?
+        } else {
+            self.alone(maintain).await?
+        };
+        if !more {
+            self.signals.wake_lanes(self.waiting_lanes().await?);
         }
-        self.alone(|reply| WriteCommand::Maintain { reply }).await
+        Ok(more)
     }
 
     /// Waits until all that has been acknowledged is in the database.

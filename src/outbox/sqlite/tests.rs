@@ -98,6 +98,24 @@ async fn what_is_old_and_done_is_forgotten_and_what_waits_is_not() {
 }
 
 #[tokio::test]
+async fn lanes_that_wait_are_looked_into_now_and_then() {
+    let directory = tempfile::tempdir().expect("a directory");
+    let outbox = open(directory.path());
+    submit_one(&outbox, "acme", "1").await;
+    submit_one(&outbox, "other", "1").await;
+    settle(&outbox, lease(&outbox, "other", 2).await, |_, _| {
+        Outcome::Delivered
+    })
+    .await;
+    // Delivery hears of them, and forgets them.
+    assert_eq!(outbox.signals().ready_lanes().await.len(), 2);
+    while outbox.maintain().await.expect("maintained") {}
+    let lanes: Vec<_> = outbox.signals().ready_lanes().await.into_iter().collect();
+    assert_eq!(lanes, [conformance::lane("acme")]);
+    outbox.close().await;
+}
+
+#[tokio::test]
 async fn a_second_relay_an_unknown_version_and_a_foreign_file_are_refused() {
     let directory = tempfile::tempdir().expect("a directory");
     let outbox = open(directory.path());
