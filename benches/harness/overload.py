@@ -14,7 +14,7 @@ def run(tools, quick):
         "by_machine": machine(tools, rounds, seconds, apart=False),
         # The generator's work for refused calls takes nothing from a relay that has its own CPUs.
         "by_own_cpus": machine(tools, rounds, seconds, apart=True),
-        "by_delivery": delivery(tools, 3 if quick else 8),
+        "by_delivery": delivery(tools, rounds, seconds),
     }
 
 
@@ -50,25 +50,26 @@ def open_loop(rate):
     return ["--mode", "batch", "--batch", "100", "--in-flight", "512", "--rate", rate]
 
 
-def delivery(tools, seconds):
+def delivery(tools, rounds, seconds):
     """Segment is the limit: the backlog is full, and takes what delivery makes room for."""
     settings = {
         "DELIVERY__MAX_EVENTS_PER_SECOND": DELIVERY_CAPACITY * 2 // 4,
         "DELIVERY__BURST_EVENTS": 2_500,
         "OUTBOX__MAX_EVENTS": 40_000,
     }
-    rows = []
-    with world(tools, settings) as (sandbox, relay):
-        settled = load.Settled(sandbox)
-        # What delivery takes keeps a backlog as it is: empty, or full.
-        for factor, full in ((1, False), (1, True), *((factor, False) for factor in FACTORS[1:])):
-            say(f"  {factor} x {DELIVERY_CAPACITY:,} captures/s, limited by delivery")
-            if full:
-                fill = load.run(tools, relay, open_loop(DELIVERY_CAPACITY * 2), 3)
-                settled.expected += 2 * fill["accepted_ever"]
-            rate = DELIVERY_CAPACITY * factor
-            # The warm-up fills the backlog.
-            measured = load.run(tools, relay, open_loop(rate), seconds, warm_up=4, settle=settled)
-            about = {"factor": factor, "full": full, "offered_per_second": rate, "capacity_per_second": DELIVERY_CAPACITY}
-            rows.append({**about, **measured})
-    return {"rows": rows}
+    # What delivery takes keeps a backlog as it is: empty, or full.
+    cases = [{"factor": factor, "full": full, "rounds": []} for factor, full in ((1, False), (1, True), *((factor, False) for factor in FACTORS[1:]))]
+    for number in range(rounds):
+        with world(tools, settings) as (sandbox, relay):
+            settled = load.Settled(sandbox)
+            for case in cases:
+                say(f"  round {number + 1} of {rounds}: {case['factor']} x {DELIVERY_CAPACITY:,} captures/s, limited by delivery")
+                if case["full"]:
+                    fill = load.run(tools, relay, open_loop(DELIVERY_CAPACITY * 2), 3)
+                    settled.expected += 2 * fill["accepted_ever"]
+                rate = DELIVERY_CAPACITY * case["factor"]
+                # The warm-up fills the backlog.
+                measured = load.run(tools, relay, open_loop(rate), seconds, warm_up=4, settle=settled)
+                about = {"offered_per_second": rate, "capacity_per_second": DELIVERY_CAPACITY}
+                case["rounds"].append({**about, **measured})
+    return {"cases": cases}

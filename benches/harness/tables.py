@@ -170,7 +170,7 @@ def overload(result):
     for limit, groups in (
         ("the machine", [(f"{factor} x", rounds) for factor, rounds in shared["rounds"].items()]),
         ("its own CPUs", [(f"{factor} x", rounds) for factor, rounds in own["rounds"].items()]),
-        ("delivery", [(f"{row['factor']} x" + (", full backlog" if row["full"] else ""), [row]) for row in delivery["rows"]]),
+        ("delivery", [(f"{case['factor']} x" + (", full backlog" if case["full"] else ""), case["rounds"]) for case in delivery["cases"]]),
     ):
         head = [f"limited by {limit}", "offered captures/s", "accepted/s", "of capacity", "accepted p50 / p99 / p99.9 ms"]
         head += ["refused ms", "refused/s", "unsent/s", "cores: relay / generator", "peak RSS MiB"]
@@ -189,7 +189,7 @@ def overloaded(name, rounds):
         count(statistics.median(sum(one["refused"].values()) / one["seconds"] for one in rounds)),
         count(statistics.median(one["unsent"] / one["seconds"] for one in rounds)),
         " / ".join(f"{of_whole(rounds, used, 'whole_seconds'):.2f}" for used in ("cpu_seconds", "generator_cpu_seconds")),
-        mib(max(one["peak_rss_bytes"] for one in rounds)),
+        mib(median(rounds, "peak_rss_bytes")),
     ]
 
 
