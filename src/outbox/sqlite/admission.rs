@@ -4,55 +4,16 @@
 
 use std::{sync::Arc, time::Instant};
 
-use foldhash::HashMap;
-
 use super::{
     SqliteOutbox,
     entry::{key_of, stored_key},
     overlay::Shared,
-    tally::Waiting,
+    tally::Reserved,
 };
 use crate::{
     integration::IntegrationId,
-    outbox::{Content, EventSet, Limits, NewCapture, Outbox, Quota, Submitted},
+    outbox::{Content, Limits, NewCapture, Outbox, Quota, Submitted},
 };
-
-/// Room that is reserved, in all and by integration.
-#[derive(Debug, Default)]
-pub(super) struct Reserved {
-    total: Waiting,
-    by_integration: HashMap<IntegrationId, Waiting>,
-}
-
-impl Reserved {
-    pub(super) fn total(&self) -> Waiting {
-        self.total
-    }
-
-    pub(super) fn of(&self, id: &IntegrationId) -> Waiting {
-        self.by_integration.get(id).copied().unwrap_or_default()
-    }
-
-    fn add(&mut self, id: &IntegrationId, bytes: u64) {
-        let events = EventSet::BOTH.len() as u64;
-        self.total.add(events, bytes);
-        let own = self.by_integration.entry(id.clone()).or_default();
-        own.add(events, bytes);
-    }
-
-    fn give_back(&mut self, part: &Self) {
-        self.total.remove(part.total.events, part.total.bytes);
-        for (id, part) in &part.by_integration {
-            let Some(own) = self.by_integration.get_mut(id) else {
-                continue;
-            };
-            own.remove(part.events, part.bytes);
-            if *own == Waiting::default() {
-                self.by_integration.remove(id);
-            }
-        }
-    }
-}
 
 /// Room for the captures of a call. It is given back at its end: what was accepted is
 /// counted as waiting by then.

@@ -3,6 +3,7 @@
 
 mod flush;
 mod known;
+mod owed;
 mod pace;
 mod parked;
 mod stage;
@@ -34,6 +35,7 @@ use crate::{
 use flush::Flushing;
 pub(super) use flush::SEGMENT_BYTES;
 use known::Known;
+use owed::Owed;
 use pace::Pace;
 use parked::{Elapsed, Parked};
 use staged::Staged;
@@ -105,55 +107,6 @@ impl Command {
             Self::Submit { captures, .. } => Some(captures.len()),
             Self::Settle { settlement, .. } => Some(settlement.captures.len()),
             Self::Flush { .. } | Self::Alone(_) | Self::Close => None,
-        }
-    }
-}
-
-/// What is owed to a caller once the group is durable.
-enum Owed {
-    Submitted {
-        submitted: Vec<Submitted>,
-        reservation: Option<Reservation>,
-        reply: Reply<Vec<Submitted>>,
-    },
-    Settled(Reply<()>),
-}
-
-impl Owed {
-    /// How many of its captures found no room.
-    fn refusals(&self) -> usize {
-        let Self::Submitted { submitted, .. } = self else {
-            return 0;
-        };
-        let full = |one: &&Submitted| matches!(one, Submitted::Full(_));
-        submitted.iter().filter(full).count()
-    }
-
-    /// Whether none of its captures found room.
-    fn is_refused(&self) -> bool {
-        match self {
-            Self::Submitted { submitted, .. } => {
-                !submitted.is_empty() && self.refusals() == submitted.len()
-            }
-            Self::Settled(_) => false,
-        }
-    }
-
-    /// Whoever asked may have gone; then nobody needs the answer.
-    fn answer(self, result: &Result<(), OutboxError>) {
-        match self {
-            Self::Submitted {
-                submitted,
-                reservation,
-                reply,
-            } => {
-                // First: whoever has the answer finds the room as it is.
-                drop(reservation);
-                let _ = reply.send(result.clone().map(|()| submitted));
-            }
-            Self::Settled(reply) => {
-                let _ = reply.send(result.clone());
-            }
         }
     }
 }

@@ -14,11 +14,10 @@ use std::{
 use foldhash::HashMap;
 
 use super::{
-    admission::Reserved,
     entry::{Entry, Key, Origin, bytes, events},
     filter::Filter,
     fresh::Fresh,
-    tally::Tally,
+    tally::{Reserved, Tally},
 };
 use crate::{
     integration::IntegrationId,

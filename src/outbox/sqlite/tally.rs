@@ -1,11 +1,10 @@
-//! What waits, counted by lane, by integration, and in all.
+//! What waits, counted by lane, by integration, and in all; and what room is reserved.
 
 use foldhash::HashMap;
 
-use super::admission::Reserved;
 use crate::{
     integration::IntegrationId,
-    outbox::{LaneKey, Limits, Quota},
+    outbox::{EventSet, LaneKey, Limits, Quota},
 };
 
 /// Events and their bytes.
@@ -29,6 +28,43 @@ impl Waiting {
     fn and(mut self, other: Self) -> Self {
         self.add(other.events, other.bytes);
         self
+    }
+}
+
+/// Room that is reserved, in all and by integration.
+#[derive(Debug, Default)]
+pub(super) struct Reserved {
+    total: Waiting,
+    by_integration: HashMap<IntegrationId, Waiting>,
+}
+
+impl Reserved {
+    pub(super) fn total(&self) -> Waiting {
+        self.total
+    }
+
+    pub(super) fn of(&self, id: &IntegrationId) -> Waiting {
+        self.by_integration.get(id).copied().unwrap_or_default()
+    }
+
+    pub(super) fn add(&mut self, id: &IntegrationId, bytes: u64) {
+        let events = EventSet::BOTH.len() as u64;
+        self.total.add(events, bytes);
+        let own = self.by_integration.entry(id.clone()).or_default();
+        own.add(events, bytes);
+    }
+
+    pub(super) fn give_back(&mut self, part: &Self) {
+        self.total.remove(part.total.events, part.total.bytes);
+        for (id, part) in &part.by_integration {
+            let Some(own) = self.by_integration.get_mut(id) else {
+                continue;
+            };
+            own.remove(part.events, part.bytes);
+            if *own == Waiting::default() {
+                self.by_integration.remove(id);
+            }
+        }
     }
 }
 
