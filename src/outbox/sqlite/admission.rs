@@ -7,7 +7,7 @@ use std::{sync::Arc, time::Instant};
 use super::{
     SqliteOutbox,
     entry::{key_of, stored_key},
-    overlay::Shared,
+    overlay::{Overlay, Shared},
     tally::Reserved,
 };
 use crate::{
@@ -15,17 +15,27 @@ use crate::{
     outbox::{Content, Limits, NewCapture, Outbox, Quota, Submitted},
 };
 
-/// Room for the captures of a call. It is given back at its end: what was accepted is
-/// counted as waiting by then.
+/// Room for the captures of a call, until they are counted as waiting or it is dropped.
 #[derive(Debug)]
 pub(super) struct Reservation {
     shared: Arc<Shared>,
     room: Reserved,
 }
 
+impl Reservation {
+    /// Gives the room back where what was accepted is counted as waiting, so that nothing
+    /// is counted twice in between.
+    pub(super) fn end(&mut self, overlay: &mut Overlay) {
+        let room = std::mem::take(&mut self.room);
+        overlay.reserved.give_back(&room);
+    }
+}
+
 impl Drop for Reservation {
     fn drop(&mut self) {
-        self.shared.lock().reserved.give_back(&self.room);
+        if !self.room.is_empty() {
+            self.shared.lock().reserved.give_back(&self.room);
+        }
     }
 }
 

@@ -278,7 +278,7 @@ impl Committer {
         if result.is_ok() {
             self.answer_refused(&mut owed);
         }
-        let result = self.make_durable(result);
+        let result = self.make_durable(result, &mut owed);
         self.metrics
             .commit(weight as u64, begun.elapsed(), result.is_ok());
         for debt in owed {
@@ -303,7 +303,11 @@ impl Committer {
         }
     }
 
-    fn make_durable(&mut self, result: Result<(), OutboxError>) -> Result<(), OutboxError> {
+    fn make_durable(
+        &mut self,
+        result: Result<(), OutboxError>,
+        owed: &mut [Owed],
+    ) -> Result<(), OutboxError> {
         let wrote = !self.staged.states.is_empty();
         let result = match result {
             Ok(()) => self.journal.commit().map_err(failed),
@@ -322,6 +326,9 @@ impl Committer {
                 let mut overlay = self.shared.lock();
                 for next in &self.staged.states {
                     overlay.put(&next.entry, next.before);
+                }
+                for debt in owed {
+                    debt.end_reservation(&mut overlay);
                 }
                 self.shared.note_room(&overlay, Instant::now());
                 drop(overlay);

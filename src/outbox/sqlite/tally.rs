@@ -39,6 +39,10 @@ pub(super) struct Reserved {
 }
 
 impl Reserved {
+    pub(super) fn is_empty(&self) -> bool {
+        self.total == Waiting::default()
+    }
+
     pub(super) fn total(&self) -> Waiting {
         self.total
     }

@@ -1,7 +1,10 @@
 //! What callers of a group are owed.
 
 use super::Reply;
-use crate::outbox::{OutboxError, Submitted, sqlite::admission::Reservation};
+use crate::outbox::{
+    OutboxError, Submitted,
+    sqlite::{admission::Reservation, overlay::Overlay},
+};
 
 /// What is owed to a caller once the group is durable.
 pub(super) enum Owed {
@@ -30,6 +33,17 @@ impl Owed {
                 !submitted.is_empty() && self.refusals() == submitted.len()
             }
             Self::Settled(_) => false,
+        }
+    }
+
+    /// Its captures are counted as waiting from now on.
+    pub(super) fn end_reservation(&mut self, overlay: &mut Overlay) {
+        if let Self::Submitted {
+            reservation: Some(reservation),
+            ..
+        } = self
+        {
+            reservation.end(overlay);
         }
     }
 

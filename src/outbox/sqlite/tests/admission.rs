@@ -140,6 +140,14 @@ async fn room_is_promised_once_and_given_back() {
     assert_eq!(refused(&outbox, &[new(204)]), Some(vec![FULL]));
     drop((first, elsewhere, again));
     assert_eq!(events_reserved(&outbox), 0);
+    // One that has ended gives nothing back a second time.
+    let mut ended = reserved(&outbox, &[new(200)]);
+    ended.end(&mut outbox.shared.lock());
+    assert_eq!(events_reserved(&outbox), 0);
+    let other = reserved(&outbox, &[new(201)]);
+    drop(ended);
+    assert_eq!(events_reserved(&outbox), 2);
+    drop(other);
     // With the answer it is counted as waiting, and no more as reserved.
     for number in 0..3 {
         let answer = submit(&outbox, vec![new(200 + number)]).await;
