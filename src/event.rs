@@ -16,7 +16,7 @@ use crate::{
     mapping::{Mapped, Subject},
     proto,
     text::{hex_digits, push_hex},
-    time::UnixMillis,
+    time::ISO_BYTES,
     violation::Violation,
 };
 
@@ -128,6 +128,7 @@ pub fn build(
         mapped,
         subject,
         message_id_stem: message_id_stem(integration, &mapped.capture_id),
+        time: mapped.occur_time.iso_bytes(),
     };
     let unserialisable = |error| refusal("NOT_SERIALISABLE", format!("no JSON form: {error}"));
     let (identify, shared) = pair.identify().map_err(unserialisable)?;
@@ -181,6 +182,7 @@ struct Pair<'a> {
     mapped: &'a Mapped<'a>,
     subject: &'a Subject<'a>,
     message_id_stem: [u8; MESSAGE_ID_BYTES],
+    time: [u8; ISO_BYTES],
 }
 
 /// Where in the identify event stands what the track event has too.
@@ -199,7 +201,7 @@ impl Pair<'_> {
         self.push_context(&mut out)?;
         let context = context..out.len();
         self.push_message_id(&mut out, EventType::Identify);
-        push_time(&mut out, self.mapped.occur_time);
+        self.push_time(&mut out);
         out.extend_from_slice(b",\"traits\":{\"email\":");
         json::push_text(&mut out, self.subject.email)?;
         out.extend_from_slice(b",\"emailSha256Hash\":");
@@ -224,7 +226,7 @@ impl Pair<'_> {
         out.extend_from_slice(b",\"event\":");
         json::push_text(&mut out, mapped.event_name)?;
         self.push_message_id(&mut out, EventType::Track);
-        push_time(&mut out, mapped.occur_time);
+        self.push_time(&mut out);
         out.extend_from_slice(b",\"properties\":{\"questions\":{");
         let fields = out.len();
         if mapped
@@ -293,9 +295,9 @@ impl Pair<'_> {
         json::push_quoted(out, self.subject.user_id.as_bytes());
         out.push(b'}');
     }
-}
 
-fn push_time(out: &mut Vec<u8>, time: UnixMillis) {
-    out.extend_from_slice(b",\"timestamp\":");
-    json::push_quoted(out, &time.iso_bytes());
+    fn push_time(&self, out: &mut Vec<u8>) {
+        out.extend_from_slice(b",\"timestamp\":");
+        json::push_quoted(out, &self.time);
+    }
 }

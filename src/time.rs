@@ -11,6 +11,9 @@ const FIRST_SECOND: i64 = -62_135_596_800;
 /// 9999-12-31T23:59:59Z, the last second a protobuf `Timestamp` may name.
 const LAST_SECOND: i64 = 253_402_300_799;
 
+/// Bytes of a moment in ISO-8601, as the relay writes it.
+pub const ISO_BYTES: usize = 24;
+
 /// Milliseconds since 1970-01-01T00:00:00Z, without leap seconds.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct UnixMillis(pub i64);
@@ -53,7 +56,7 @@ impl UnixMillis {
 
     /// The same as ASCII.
     #[must_use]
-    pub fn iso_bytes(self) -> [u8; 24] {
+    pub fn iso_bytes(self) -> [u8; ISO_BYTES] {
         const DAY_MILLIS: i64 = 86_400_000;
         let clamped = self
             .0

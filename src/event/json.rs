@@ -2,23 +2,19 @@
 
 use serde_json::Result;
 
-use crate::mapping::{Field, Value};
+use crate::{
+    mapping::{Field, Value},
+    text::needs_json_escape,
+};
 
 /// Appends a text as a JSON string.
 pub(super) fn push_text(out: &mut Vec<u8>, text: &str) -> Result<()> {
     // Most texts stand in JSON as they are, and are copied in one piece.
-    if needs_escape(text) {
+    if needs_json_escape(text) {
         return serde_json::to_writer(out, text);
     }
     push_quoted(out, text.as_bytes());
     Ok(())
-}
-
-/// Whether JSON has another form for one of the characters (RFC 8259, 7).
-fn needs_escape(text: &str) -> bool {
-    // Without an early end, so that many bytes are looked at together.
-    let odd = |byte: u8| (byte < 0x20) | (byte == b'"') | (byte == b'\\');
-    text.bytes().fold(false, |found, byte| found | odd(byte))
 }
 
 /// Appends a string of characters that need no escape.

@@ -73,38 +73,56 @@ impl Value<'_> {
 
 /// Checks one attribute's value against JSON's limits and the declared type;
 /// `None` where a rule is broken.
+// Inlined, since a value that a function returns is written in parts and moved as a whole, for
+// which processors wait.
+#[inline(always)]
 pub(super) fn check<'a>(
     found: &mut Violations,
     id: &str,
     answer: Option<Answer<'a>>,
     declared: Option<ValueType>,
 ) -> Option<Value<'a>> {
-    let checked = match answer {
-        None => Err((
+    match answer.map(check_answer) {
+        Some(Ok(value)) if declared.is_none_or(|declared| declared == value.value_type()) => {
+            Some(value)
+        }
+        refused => {
+            refuse(found, id, refused, declared);
+            None
+        }
+    }
+}
+
+type Checked<'a> = Result<Value<'a>, (&'static str, &'static str)>;
+
+/// Says what is wrong with a value.
+#[cold]
+fn refuse(
+    found: &mut Violations,
+    id: &str,
+    checked: Option<Checked<'_>>,
+    declared: Option<ValueType>,
+) {
+    let (reason, rule) = match (checked, declared) {
+        (None, _) => (
             "VALUE_MISSING",
             Cow::Borrowed("set one kind of value, or leave the attribute out"),
-        )),
-        Some(answer) => {
-            check_answer(answer).map_err(|(reason, rule)| (reason, Cow::Borrowed(rule)))
-        }
-    };
-    let checked = checked.and_then(|value| match declared {
-        Some(declared) if declared != value.value_type() => Err((
+        ),
+        (Some(Err((reason, rule))), _) => (reason, Cow::Borrowed(rule)),
+        (Some(Ok(value)), declared) => (
             "WRONG_TYPE",
             Cow::Owned(format!(
                 "the integration's mapping wants a {}, this is a {}",
-                declared.name(),
+                declared.map_or("value", ValueType::name),
                 value.value_type().name()
             )),
-        )),
-        _ => Ok(value),
-    });
-    checked
-        .map_err(|(reason, rule)| found.add(entry_path("capture.attributes", id), reason, rule))
-        .ok()
+        ),
+    };
+    found.add(entry_path("capture.attributes", id), reason, rule);
 }
 
-fn check_answer(answer: Answer<'_>) -> Result<Value<'_>, (&'static str, &'static str)> {
+#[inline(always)]
+fn check_answer(answer: Answer<'_>) -> Checked<'_> {
     const CONTROL: (&str, &str) = (
         "CONTROL_CHARACTER",
         "control characters other than tab and line ends are not allowed; remove them",
