@@ -63,8 +63,9 @@ def main():
     tools = Tools.build(skip=args.no_build) if wanted else None
     failures = []
     for name in wanted:
-        start = time.monotonic()
         print(f"== {name}", file=sys.stderr, flush=True)
+        about, speed = machine.describe(), machine.speed(tools)
+        start = time.monotonic()
         try:
             result = PARTS[name].run(tools, args.quick)
         except Failed as failure:
@@ -73,7 +74,9 @@ def main():
             print(f"benches/run: {failures[-1]}", file=sys.stderr, flush=True)
             continue
         result["took_seconds"] = round(time.monotonic() - start, 1)
-        result["machine"] = machine.describe()
+        result["machine"] = about | {"speeds": [speed, machine.speed(tools)]}
+        if warning := machine.drifted(result["machine"]["speeds"]):
+            print(f"benches/run: {name}: {warning}", file=sys.stderr, flush=True)
         results[name] = result
         path.write_text(json.dumps(results, indent=1) + "\n")
         print(tables.render(name, result), flush=True)

@@ -75,6 +75,10 @@ def machines(results):
             f"{about['cores']} cores ({about['cpu']}), Linux {about['kernel']}, {about['rustc']}, release with fat LTO, "
             f"commit {about['commit']}, {about['date']}"
         )
-        parts.setdefault(line, []).append(f"{name} ({about['load_before']:.1f})")
+        speeds = "/".join(f"{speed / 1000:.0f}k" for speed in about.get("speeds", [])) or "not measured"
+        parts.setdefault(line, []).append(f"{name} ({about['load_before']:.1f}; {speeds})")
     for line, names in parts.items():
-        yield f"{line}. Load average of the 15 minutes before each part, the benchmark's own parts included: {', '.join(names)}."
+        yield (
+            f"{line}. Load average of the 15 minutes before each part, the benchmark's own parts included, and how fast the machine "
+            f"was before and after it, in captures/s of the pure path's reference: {', '.join(names)}."
+        )

@@ -1,10 +1,32 @@
 """What the figures were measured on."""
 
+import json
 import os
 import pathlib
 import platform
 import subprocess
 import time
+
+
+# A machine whose speed changes by more than this meanwhile is not the same one any more.
+DRIFT = 0.15
+
+
+def speed(tools):
+    """Captures a second that the pure path's reference does just now: how fast the machine is at this moment."""
+    out = subprocess.run([tools.pure, "--quick"], stdout=subprocess.PIPE, check=True, timeout=300).stdout
+    return json.loads(out)["reference_per_second"]
+
+
+def drifted(speeds):
+    """What to say of a machine that was faster or slower at the end than at the beginning; None where it was not."""
+    before, after = speeds
+    if abs(after / before - 1) <= DRIFT:
+        return None
+    return (
+        f"the machine's speed changed meanwhile: the reference did {before:,.0f} captures/s before, {after:,.0f} after. "
+        "Absolute figures of this part say little; run it again on a quieter machine."
+    )
 
 
 def describe():
