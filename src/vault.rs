@@ -9,6 +9,8 @@
 //! # Form of a sealed message
 //! Version (1 byte, 1), key id (4), nonce (24), ciphertext with its tag (16).
 
+mod blinder;
+
 use std::{
     fmt,
     fs::{self, File},
@@ -21,13 +23,14 @@ use chacha20poly1305::{
     KeyInit, XChaCha20Poly1305, XNonce,
     aead::{Aead, Payload},
 };
-use hmac::{Hmac, Mac};
 use ring::rand::{SecureRandom, SystemRandom};
 use secrecy::{ExposeSecret, SecretString};
 use sha2::{Digest, Sha256};
 use zeroize::Zeroizing;
 
 use crate::config::Secrets;
+
+pub use blinder::Blinder;
 
 /// How a key begins, so that scanners for secrets find one.
 const KEY_PREFIX: &str = "srk1_";
@@ -305,37 +308,6 @@ pub(crate) fn warn_if_open_to_others(path: &Path) {
 #[cfg(not(unix))]
 pub(crate) fn warn_if_open_to_others(_: &Path) {}
 
-/// Turns values that may be guessed, such as the hash of an address, into numbers
-/// that tell nothing without the key.
-#[derive(Clone)]
-pub struct Blinder(Hmac<Sha256>);
-
-impl fmt::Debug for Blinder {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("Blinder(redacted)")
-    }
-}
-
-impl Blinder {
-    /// Blinds under a key.
-    #[must_use]
-    pub fn new(key: &[u8; 32]) -> Self {
-        // HMAC pads a short key with zeros to its block (RFC 2104, 2).
-        let mut block = hmac::digest::Key::<Hmac<Sha256>>::default();
-        block[..key.len()].copy_from_slice(key);
-        Self(KeyInit::new(&block))
-    }
-
-    /// HMAC-SHA-256 of a value of one kind.
-    #[must_use]
-    pub fn blind(&self, kind: u8, value: &[u8]) -> [u8; 32] {
-        let mut mac = self.0.clone();
-        mac.update(&[kind]);
-        mac.update(value);
-        mac.finalize().into_bytes().into()
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -407,13 +379,5 @@ mod tests {
             assert!(error.to_string().contains("segment-relay key"), "{error}");
         }
         assert!(!format!("{:?}", Vault::forgetful()).contains("srk1"));
-    }
-
-    #[test]
-    fn blinding_is_hmac_sha256() {
-        let key = [7; 32];
-        let ours = Blinder::new(&key).blind(b'a', b"bc");
-        let ring_key = ring::hmac::Key::new(ring::hmac::HMAC_SHA256, &key);
-        assert_eq!(ours, ring::hmac::sign(&ring_key, b"abc").as_ref());
     }
 }

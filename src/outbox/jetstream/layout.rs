@@ -223,84 +223,8 @@ impl Layout {
 
     fn compare(&self, found: &Config, wanted: &Config, report: &mut LayoutReport) {
         self.compare_replicas(found, report);
-        let of = |config: &Config, key: &str| {
-            config
-                .metadata
-                .get(key)
-                .cloned()
-                .unwrap_or_else(|| "none".to_owned())
-        };
-        let placed = |config: &Config| match &config.placement {
-            None => "anywhere".to_owned(),
-            Some(place) => {
-                let cluster = place.cluster.as_deref().unwrap_or("any cluster");
-                format!("{cluster} [{}]", place.tags.join(", "))
-            }
-        };
-        let lines = [
-            (
-                "format",
-                of(found, FORMAT_KEY),
-                of(wanted, FORMAT_KEY),
-                true,
-            ),
-            (
-                "partitions",
-                of(found, PARTITIONS_KEY),
-                of(wanted, PARTITIONS_KEY),
-                true,
-            ),
-            (
-                "subjects",
-                found.subjects.join(" "),
-                wanted.subjects.join(" "),
-                true,
-            ),
-            (
-                "retention",
-                format!("{:?}", found.retention),
-                format!("{:?}", wanted.retention),
-                true,
-            ),
-            (
-                "storage",
-                format!("{:?}", found.storage),
-                format!("{:?}", wanted.storage),
-                true,
-            ),
-            (
-                "discard",
-                format!("{:?}", found.discard),
-                format!("{:?}", wanted.discard),
-                true,
-            ),
-            (
-                "atomic batches",
-                found.allow_atomic_publish.to_string(),
-                "true".to_owned(),
-                true,
-            ),
-            (
-                "time to live of messages",
-                found.allow_message_ttl.to_string(),
-                "true".to_owned(),
-                true,
-            ),
-            (
-                "direct reads",
-                found.allow_direct.to_string(),
-                "true".to_owned(),
-                true,
-            ),
-            (
-                "max_bytes",
-                found.max_bytes.to_string(),
-                wanted.max_bytes.to_string(),
-                false,
-            ),
-            ("placement", placed(found), placed(wanted), false),
-        ];
-        for (setting, found_value, wanted, fatal) in lines {
+        let pairs = settings(found).into_iter().zip(settings(wanted));
+        for ((setting, found_value, fatal), (_, wanted, _)) in pairs {
             if found_value != wanted {
                 report.differences.push(Difference {
                     stream: found.name.clone(),
@@ -329,6 +253,36 @@ impl Layout {
             });
         }
     }
+}
+
+/// What of a stream has to be as it is wanted: name, value, and whether nothing works otherwise.
+fn settings(config: &Config) -> [(&'static str, String, bool); 11] {
+    let of = |key: &str| {
+        let value = config.metadata.get(key).cloned();
+        value.unwrap_or_else(|| "none".to_owned())
+    };
+    let placed = match &config.placement {
+        None => "anywhere".to_owned(),
+        Some(place) => {
+            let cluster = place.cluster.as_deref().unwrap_or("any cluster");
+            format!("{cluster} [{}]", place.tags.join(", "))
+        }
+    };
+    let atomic = config.allow_atomic_publish.to_string();
+    let ttl = config.allow_message_ttl.to_string();
+    [
+        ("format", of(FORMAT_KEY), true),
+        ("partitions", of(PARTITIONS_KEY), true),
+        ("subjects", config.subjects.join(" "), true),
+        ("retention", format!("{:?}", config.retention), true),
+        ("storage", format!("{:?}", config.storage), true),
+        ("discard", format!("{:?}", config.discard), true),
+        ("atomic batches", atomic, true),
+        ("time to live of messages", ttl, true),
+        ("direct reads", config.allow_direct.to_string(), true),
+        ("max_bytes", config.max_bytes.to_string(), false),
+        ("placement", placed, false),
+    ]
 }
 
 async fn find(context: &jetstream::Context, name: &str) -> Result<Option<Config>, JetStreamError> {

@@ -15,12 +15,13 @@
 
 use std::{
     fs::File,
-    io::{self, Read, Seek, SeekFrom, Write},
+    io::{self, Seek, SeekFrom, Write},
     path::Path,
 };
 
 use bytes::{Bytes, BytesMut};
 
+mod read;
 pub(super) mod record;
 
 const MAGIC: [u8; 8] = *b"SegRjnl1";
@@ -103,7 +104,7 @@ impl Journal {
         ];
         let mut firsts = [None; SEGMENTS];
         for (segment, first) in segments.iter_mut().zip(&mut firsts) {
-            *first = read_head(&mut segment.file)?;
+            *first = read::head(&mut segment.file)?;
         }
         let mut order = [0, 1, 2];
         order.sort_by_key(|index| firsts[*index]);
@@ -116,7 +117,7 @@ impl Journal {
                     "the outbox's journal is damaged: acknowledged records are missing"
                 );
             }
-            let end = read_records(&mut segments[index].file, first, |record| {
+            let end = read::records(&mut segments[index].file, first, |record| {
                 if record.number <= applied {
                     return Ok(());
                 }
@@ -347,67 +348,6 @@ fn open_private(path: &Path) -> io::Result<File> {
     #[cfg(unix)]
     std::os::unix::fs::OpenOptionsExt::mode(&mut options, 0o600);
     options.open(path)
-}
-
-/// Number of the first record; `None` where the segment holds none.
-fn read_head(file: &mut File) -> io::Result<Option<u64>> {
-    let mut head = [0; HEAD_BYTES];
-    file.seek(SeekFrom::Start(0))?;
-    match file.read_exact(&mut head) {
-        Ok(()) => {}
-        Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => return Ok(None),
-        Err(error) => return Err(error),
-    }
-    let sound = head[..8] == MAGIC && crc32fast::hash(&head[..16]) == u32_at(&head, 16);
-    Ok(sound.then(|| u64_at(&head, 8)))
-}
-
-/// Reads what follows the head; returns the number after the last whole record.
-fn read_records(
-    file: &mut File,
-    first: u64,
-    mut each: impl FnMut(Record) -> io::Result<()>,
-) -> io::Result<u64> {
-    let mut left = file.metadata()?.len().saturating_sub(HEAD_BYTES as u64);
-    let mut file = io::BufReader::with_capacity(1024 * 1024, file);
-    let mut next = first;
-    while let Some(rest) = left.checked_sub(RECORD_HEAD_BYTES as u64) {
-        let mut head = [0; RECORD_HEAD_BYTES];
-        file.read_exact(&mut head)?;
-        let length = u32_at(&head, 0);
-        if length > MAX_RECORD_BYTES || u64::from(length) > rest || u64_at(&head, 8) != next {
-            break;
-        }
-        let mut body = vec![0; length as usize];
-        file.read_exact(&mut body)?;
-        let mut crc = crc32fast::Hasher::new();
-        crc.update(&head[8..]);
-        crc.update(&body);
-        if crc.finalize() != u32_at(&head, 4) {
-            break;
-        }
-        let kind = head[16];
-        each(Record {
-            number: next,
-            kind,
-            body,
-        })?;
-        next += 1;
-        left = rest - u64::from(length);
-    }
-    Ok(next)
-}
-
-fn u32_at(bytes: &[u8], at: usize) -> u32 {
-    let mut number = [0; 4];
-    number.copy_from_slice(&bytes[at..at + 4]);
-    u32::from_le_bytes(number)
-}
-
-fn u64_at(bytes: &[u8], at: usize) -> u64 {
-    let mut number = [0; 8];
-    number.copy_from_slice(&bytes[at..at + 8]);
-    u64::from_le_bytes(number)
 }
 
 #[cfg(test)]
