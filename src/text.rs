@@ -76,7 +76,7 @@ fn any_word(text: &str, odd: impl Fn(u64) -> u64) -> bool {
             .iter()
             .fold(LOW * 0x20, |last, byte| last << 8 | u64::from(*byte))),
     };
-    found | last != 0
+    (found | last) != 0
 }
 
 /// Lower-case hex digits of bytes.

@@ -1,12 +1,12 @@
 """What the figures were measured on."""
 
-import json
 import os
 import pathlib
 import platform
 import subprocess
 import time
 
+import pure
 
 # A machine whose speed changes by more than this meanwhile is not the same one any more.
 DRIFT = 0.15
@@ -14,8 +14,7 @@ DRIFT = 0.15
 
 def speed(tools):
     """Captures a second that the pure path's reference does just now: how fast the machine is at this moment."""
-    out = subprocess.run([tools.pure, "--quick"], stdout=subprocess.PIPE, check=True, timeout=300).stdout
-    return json.loads(out)["reference_per_second"]
+    return pure.rates(tools, "--quick")["reference_per_second"]
 
 
 def drifted(speeds):

@@ -73,56 +73,38 @@ impl Value<'_> {
 
 /// Checks one attribute's value against JSON's limits and the declared type;
 /// `None` where a rule is broken.
-// Inlined, since a value that a function returns is written in parts and moved as a whole, for
-// which processors wait.
-#[inline(always)]
 pub(super) fn check<'a>(
     found: &mut Violations,
     id: &str,
     answer: Option<Answer<'a>>,
     declared: Option<ValueType>,
 ) -> Option<Value<'a>> {
-    match answer.map(check_answer) {
-        Some(Ok(value)) if declared.is_none_or(|declared| declared == value.value_type()) => {
-            Some(value)
-        }
-        refused => {
-            refuse(found, id, refused, declared);
-            None
-        }
-    }
-}
-
-type Checked<'a> = Result<Value<'a>, (&'static str, &'static str)>;
-
-/// Says what is wrong with a value.
-#[cold]
-fn refuse(
-    found: &mut Violations,
-    id: &str,
-    checked: Option<Checked<'_>>,
-    declared: Option<ValueType>,
-) {
-    let (reason, rule) = match (checked, declared) {
-        (None, _) => (
+    let checked = match answer {
+        None => Err((
             "VALUE_MISSING",
             Cow::Borrowed("set one kind of value, or leave the attribute out"),
-        ),
-        (Some(Err((reason, rule))), _) => (reason, Cow::Borrowed(rule)),
-        (Some(Ok(value)), declared) => (
+        )),
+        Some(answer) => {
+            check_answer(answer).map_err(|(reason, rule)| (reason, Cow::Borrowed(rule)))
+        }
+    };
+    let checked = checked.and_then(|value| match declared {
+        Some(declared) if declared != value.value_type() => Err((
             "WRONG_TYPE",
             Cow::Owned(format!(
                 "the integration's mapping wants a {}, this is a {}",
-                declared.map_or("value", ValueType::name),
+                declared.name(),
                 value.value_type().name()
             )),
-        ),
-    };
-    found.add(entry_path("capture.attributes", id), reason, rule);
+        )),
+        _ => Ok(value),
+    });
+    checked
+        .map_err(|(reason, rule)| found.add(entry_path("capture.attributes", id), reason, rule))
+        .ok()
 }
 
-#[inline(always)]
-fn check_answer(answer: Answer<'_>) -> Checked<'_> {
+fn check_answer(answer: Answer<'_>) -> Result<Value<'_>, (&'static str, &'static str)> {
     const CONTROL: (&str, &str) = (
         "CONTROL_CHARACTER",
         "control characters other than tab and line ends are not allowed; remove them",
