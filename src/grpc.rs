@@ -11,6 +11,7 @@ mod deadline;
 mod dispatch;
 mod error;
 mod gate;
+mod group;
 mod integrations;
 mod peer;
 mod pieces;

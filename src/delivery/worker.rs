@@ -33,7 +33,7 @@ const IDLE: Duration = Duration::from_secs(60);
 /// Requests of a lane do not begin more often than this unless they are full: where
 /// Segment answers within less, each would carry an event or two. The first after a rest
 /// goes at once.
-const MIN_GAP: Duration = Duration::from_millis(20);
+const MIN_GAP: Duration = Duration::from_millis(50);
 /// Wait after the outbox failed.
 const OUTBOX_RETRY: Duration = Duration::from_secs(1);
 

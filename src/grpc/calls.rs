@@ -1,9 +1,9 @@
 //! A call's way through the relay: who calls, may they, is there room; then to its service
 //! within its time; and counted until its answer has left.
 
-use std::{convert::Infallible, sync::Arc, time::Duration};
+use std::{convert::Infallible, pin::pin, sync::Arc, task::Poll, time::Duration};
 
-use futures_util::FutureExt;
+use futures_util::{FutureExt, poll};
 use http::{Request, Response};
 use hyper::body::Incoming;
 use tokio::time::Instant;
@@ -130,12 +130,17 @@ struct Begun {
     timer: CallTimer,
 }
 
-fn within<T, F>(deadline: Instant, work: F) -> impl Future<Output = Result<T, RelayError>>
+/// Work that has to end before `deadline`. What ends at once needs no timer.
+async fn within<T, F>(deadline: Instant, work: F) -> Result<T, RelayError>
 where
     F: Future<Output = Result<T, RelayError>>,
 {
-    let done = tokio::time::timeout_at(deadline, work);
-    done.map(|done| done.unwrap_or(Err(RelayError::DeadlineExceeded)))
+    let mut work = pin!(work);
+    if let Poll::Ready(done) = poll!(work.as_mut()) {
+        return done;
+    }
+    let done = tokio::time::timeout_at(deadline, work).await;
+    done.unwrap_or(Err(RelayError::DeadlineExceeded))
 }
 
 fn failed(error: RelayError, timer: CallTimer) -> Response<Answering> {

@@ -1,13 +1,13 @@
 //! What callers and integrations use of the relay, and where it ends.
 
 use std::{
-    collections::HashMap,
     hash::Hash,
     num::NonZeroU32,
     sync::{Arc, Mutex, PoisonError},
     time::Duration,
 };
 
+use foldhash::HashMap;
 use governor::{
     DefaultDirectRateLimiter, Quota, RateLimiter,
     clock::{Clock, MonotonicClock},

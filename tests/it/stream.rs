@@ -1,6 +1,8 @@
 use std::collections::HashSet;
 
-use segment_relay::proto::{Capture, CaptureStreamRequest, CaptureStreamResponse};
+use segment_relay::proto::{
+    Capture, CaptureStreamRequest, CaptureStreamResponse, DeliveryState, EventDelivery, Integration,
+};
 use tokio_stream::StreamExt;
 use tonic::{Code, Status};
 
@@ -115,6 +117,83 @@ async fn the_events_of_one_person_keep_the_order_of_the_stream() {
         })
         .collect();
     assert_eq!(arrived, expected);
+    world.stop().await;
+}
+
+/// Captures that come together are submitted together; each is answered for itself.
+#[tokio::test]
+async fn what_comes_together_is_answered_one_for_one() {
+    let world = World::start().await;
+    world.create(acme()).await;
+    world
+        .create(Integration {
+            integration_id: "other".into(),
+            ..acme()
+        })
+        .await;
+    let changed = Capture {
+        traffic_source: "elsewhere".into(),
+        ..numbered(1)
+    };
+    let nameless = Capture {
+        email: String::new(),
+        ..numbered(2)
+    };
+    let of_other = CaptureStreamRequest {
+        integration_id: "other".into(),
+        ..request(4, numbered(1))
+    };
+    let long = CaptureStreamRequest {
+        correlation_id: "ä".repeat(257),
+        ..request(6, numbered(6))
+    };
+    let requests = vec![
+        request(0, numbered(1)),
+        request(1, numbered(1)),
+        request(2, changed),
+        request(3, nameless),
+        of_other,
+        CaptureStreamRequest {
+            capture: None,
+            ..request(5, numbered(5))
+        },
+        long,
+    ];
+    let mut relay = world.relay();
+    let stream = relay.capture_stream(tokio_stream::iter(requests)).await;
+    let mut answers = stream.expect("opened").into_inner();
+    let (results, status) = collect(&mut answers).await;
+    assert!(status.is_none(), "{status:?}");
+    let mut said: Vec<_> = results
+        .into_iter()
+        .map(|answer| {
+            let result = answer.result.expect("a result");
+            let reason = result.error.map(|error| error.reason).unwrap_or_default();
+            let is_skipped = |event: &EventDelivery| event.state() == DeliveryState::Skipped;
+            let skipped = result
+                .events
+                .iter()
+                .filter(|event| is_skipped(event))
+                .count();
+            (answer.correlation_id, result.duplicate, reason, skipped)
+        })
+        .collect();
+    said.sort();
+    let row = |mark: &str, duplicate, reason: &str, skipped| {
+        (mark.to_owned(), duplicate, reason.to_owned(), skipped)
+    };
+    let mut expected = vec![
+        row("mark-0", false, "", 0),
+        row("mark-1", true, "", 0),
+        row("mark-2", false, "CAPTURE_ID_REUSED", 0),
+        row("mark-3", false, "", 2),
+        row("mark-4", false, "", 0),
+        row("mark-5", false, "INVALID_REQUEST", 0),
+        row(&"ä".repeat(256), false, "INVALID_REQUEST", 0),
+    ];
+    expected.sort();
+    assert_eq!(said, expected);
+    world.arrived(4).await;
     world.stop().await;
 }
 

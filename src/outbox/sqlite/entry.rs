@@ -49,15 +49,20 @@ pub(super) enum Origin {
 pub(super) struct Payloads {
     both: Bytes,
     identify_bytes: usize,
+    /// Their lengths as they are sent, so that a lease does not have to look at them.
+    sent_bytes: [usize; 2],
 }
 
 impl Payloads {
     /// Those that stand one behind the other.
     pub(super) fn new(both: Bytes, identify_bytes: usize) -> Self {
         let identify_bytes = identify_bytes.min(both.len());
+        let (identify, track) = both.split_at(identify_bytes);
+        let sent_bytes = [identify, track].map(unsealed_len);
         Self {
             both,
             identify_bytes,
+            sent_bytes,
         }
     }
 
@@ -129,10 +134,10 @@ impl Entry {
         else {
             return [None, None];
         };
-        let size = |event| unsealed_len(payloads.get(event));
+        let [identify_bytes, track_bytes] = payloads.sent_bytes;
         [
-            identify.map(|_| size(EventType::Identify)),
-            track.filter(|_| !split).map(|_| size(EventType::Track)),
+            identify.map(|_| identify_bytes),
+            track.filter(|_| !split).map(|_| track_bytes),
         ]
     }
 

@@ -19,7 +19,10 @@ use crate::{
 #[derive(Default)]
 pub(super) struct Staged {
     pub(super) states: Vec<Next>,
-    places: HashMap<i64, usize>,
+    /// Places of the newest states, but of those that are new captures and unchanged since.
+    changed: HashMap<i64, usize>,
+    /// Sequences and places of new captures, in their order.
+    new: Vec<(i64, usize)>,
 }
 
 /// Where both payloads of a capture stand in its group, and where the second begins.
@@ -39,8 +42,16 @@ pub(super) struct Next {
 
 impl Staged {
     pub(super) fn get(&self, sequence: i64) -> Option<&Next> {
-        let place = self.places.get(&sequence)?;
-        self.states.get(*place)
+        let place = self.changed.get(&sequence).copied();
+        self.states
+            .get(place.or_else(|| self.place_of_new(sequence))?)
+    }
+
+    /// Most that is asked for was accepted before this group.
+    fn place_of_new(&self, sequence: i64) -> Option<usize> {
+        self.new.first().filter(|first| first.0 <= sequence)?;
+        let found = self.new.binary_search_by_key(&sequence, |new| new.0);
+        found.ok().map(|at| self.new[at].1)
     }
 
     /// Goes through all of them: asked only where a key may be known.
@@ -51,7 +62,12 @@ impl Staged {
     }
 
     pub(super) fn put(&mut self, next: Next) {
-        self.places.insert(next.entry.sequence, self.states.len());
+        let place = (next.entry.sequence, self.states.len());
+        if next.is_new {
+            self.new.push(place);
+        } else {
+            self.changed.insert(place.0, place.1);
+        }
         self.states.push(next);
     }
 
@@ -74,7 +90,8 @@ impl Staged {
 
     pub(super) fn clear(&mut self) {
         self.states.clear();
-        self.places.clear();
+        self.changed.clear();
+        self.new.clear();
     }
 }
 

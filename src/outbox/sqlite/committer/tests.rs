@@ -3,7 +3,7 @@ use std::path::Path;
 use super::*;
 use crate::{
     outbox::{
-        LeaseBudget, LeasedCapture, Quota,
+        EventSet, LeaseBudget, LeasedCapture, Quota,
         conformance::{LIMITS, lane, new_capture, settlement},
         sqlite::{entry::key_of, open, reader, schema, writer::Writer},
     },
@@ -176,4 +176,44 @@ fn what_was_settled_during_a_flush_hides_nothing_that_waits() {
     }]);
     outbox.write();
     outbox.leases_while_captures_leave(&ids[1_200..]);
+}
+
+#[test]
+fn a_group_finds_the_newest_state_of_what_it_has_accepted_and_of_nothing_else() {
+    let directory = tempfile::tempdir().expect("a directory");
+    let mut committer = Threadless::open(directory.path(), 100).committer;
+    let mut accept = |number: i64| {
+        let capture = new_capture("acme", &number.to_string(), 0);
+        let key = key_of(&capture.integration_id, &capture.capture_id);
+        let incoming = Incoming {
+            key,
+            capture,
+            subject: None,
+        };
+        let accepted = committer.submit(incoming);
+        assert!(matches!(accepted, Ok(Submitted::Accepted(_))));
+    };
+    for number in 1..=40 {
+        accept(number);
+    }
+    let staged = &mut committer.staged;
+    let found =
+        |staged: &Staged, sequence| Some(staged.get(sequence)?.entry.record.capture_id.clone());
+    for sequence in 1..=40 {
+        assert_eq!(found(staged, sequence), Some(sequence.to_string()));
+    }
+    assert!(found(staged, 0).is_none() && found(staged, 41).is_none());
+
+    let settled = Arc::clone(&staged.get(7).expect("found").entry);
+    staged.put(staged::Next {
+        entry: settled,
+        payloads: None,
+        before: [None, None],
+        announce: EventSet::BOTH,
+        is_new: false,
+    });
+    assert!(!staged.get(7).expect("found").is_new);
+    assert!(staged.get(8).expect("found").is_new);
+    staged.clear();
+    assert!(found(staged, 7).is_none() && found(staged, 8).is_none());
 }
