@@ -13,7 +13,7 @@ use async_nats::jetstream::{
 use super::error::JetStreamError;
 
 /// Counts up with every change of what lies in the streams.
-const FORMAT: &str = "2";
+const FORMAT: &str = "3";
 const FORMAT_KEY: &str = "segment-relay-format";
 const PARTITIONS_KEY: &str = "segment-relay-partitions";
 /// How long a deleted key of the bucket leaves a mark, for those who watch.

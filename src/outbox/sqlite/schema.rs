@@ -9,7 +9,7 @@ use super::OpenError;
 /// "SegR" in ASCII: marks the file as the relay's.
 const APPLICATION_ID: i64 = 0x5365_6752;
 /// Counts up with every change of the layout.
-const FORMAT_VERSION: i64 = 4;
+const FORMAT_VERSION: i64 = 5;
 /// Memory for the writer's pages, in KiB: what one flush touches.
 const WRITER_CACHE_KIB: i64 = 12 * 1024;
 /// The log is cut back to this size after a checkpoint, in bytes.
