@@ -11,7 +11,6 @@ mod deadline;
 mod dispatch;
 mod error;
 mod gate;
-mod group;
 mod integrations;
 mod peer;
 mod pieces;

@@ -18,6 +18,7 @@ use crate::{
     outbox::{Outbox, OutboxError},
     permission::Scope,
     proto,
+    text::first_chars,
     time::UnixMillis,
     violation::Violation,
 };
@@ -118,7 +119,7 @@ impl Registry {
     /// [`RegistryError::NotFound`].
     pub fn find(&self, id: &str) -> Result<Arc<Integration>, RegistryError> {
         let found = self.named(id);
-        found.ok_or_else(|| RegistryError::NotFound(id.chars().take(64).collect()))
+        found.ok_or_else(|| RegistryError::NotFound(first_chars(id, 64).to_owned()))
     }
 
     fn named(&self, id: &str) -> Option<Arc<Integration>> {

@@ -21,6 +21,13 @@ pub fn check_line(found: &mut Violations, field: &str, text: &str, max_chars: us
     }
 }
 
+/// A text, or so many of its characters as it begins with.
+#[must_use]
+pub fn first_chars(text: &str, most: usize) -> &str {
+    let end = text.char_indices().nth(most);
+    &text[..end.map_or(text.len(), |(end, _)| end)]
+}
+
 /// Whether a text holds a control character.
 fn has_control(text: &str) -> bool {
     // Most texts are plain ASCII, which needs no decoding.
@@ -130,6 +137,13 @@ mod tests {
             }
         }
         assert!(!has_control(""));
+    }
+
+    #[test]
+    fn a_text_is_cut_between_characters() {
+        for (most, kept) in [(0, ""), (1, "ä"), (2, "äb"), (3, "äb€"), (4, "äb€")] {
+            assert_eq!(first_chars("äb€", most), kept, "{most}");
+        }
     }
 
     #[test]

@@ -2,6 +2,8 @@
 
 use std::{fmt, sync::Arc};
 
+use crate::text::first_chars;
+
 /// How many faults are kept and printed; the others are counted.
 pub const MAX_FAULTS: usize = 100;
 
@@ -182,11 +184,11 @@ pub(super) fn escaped(text: &str) -> String {
 /// only adds a unit.
 pub(super) fn nearest<'k>(name: &str, known: impl Iterator<Item = &'k str>) -> Option<&'k str> {
     // Bounded, since the distance takes the product of both lengths.
-    let name: String = name.chars().take(MAX_QUOTED_CHARS).collect();
+    let name = first_chars(name, MAX_QUOTED_CHARS);
     let close_enough = (name.chars().count() / 3).max(1);
-    let distance = |known: &str| match known.strip_prefix(&name) {
+    let distance = |known: &str| match known.strip_prefix(name) {
         Some(rest) if rest.starts_with('_') => 0,
-        _ => strsim::damerau_levenshtein(&name, known),
+        _ => strsim::damerau_levenshtein(name, known),
     };
     known
         .map(|known| (distance(known), known))

@@ -19,6 +19,7 @@ use crate::{
     permission::Caller,
     proto::CaptureResult,
     status::CaptureRecord,
+    text::first_chars,
     time::UnixMillis,
     trace::{TraceLink, step},
 };
@@ -178,9 +179,7 @@ pub(super) fn capture_result(id: &str, answer: &Accepted) -> CaptureResult {
 
 /// The id that a refused capture is answered with, of bounded length.
 pub(super) fn echo_id(capture: &Capture<'_>) -> String {
-    let id = mapping::capture_id(capture);
-    let end = id.char_indices().nth(MAX_CAPTURE_ID_CHARS);
-    id[..end.map_or(id.len(), |(end, _)| end)].to_owned()
+    first_chars(&mapping::capture_id(capture), MAX_CAPTURE_ID_CHARS).to_owned()
 }
 
 pub(super) fn required<T>(capture: Option<T>) -> Result<T, RelayError> {

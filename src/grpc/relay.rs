@@ -31,6 +31,7 @@ use crate::{
         server::segment_relay_server::SegmentRelay,
     },
     status::CaptureRecord,
+    text::first_chars,
     time::UnixMillis,
     trace::{TraceLink, step},
 };
@@ -155,7 +156,7 @@ impl SegmentRelay for Relay {
             .await
             .map_err(RelayError::from)?;
         let record = found.ok_or_else(|| {
-            RelayError::CaptureNotFound(id.chars().take(MAX_CAPTURE_ID_CHARS).collect())
+            RelayError::CaptureNotFound(first_chars(&id, MAX_CAPTURE_ID_CHARS).to_owned())
         })?;
         Ok(Response::new(GetCaptureResponse {
             result: Some(convert::capture_result(&record, false)),

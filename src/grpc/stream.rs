@@ -2,6 +2,8 @@
 //! together in one group, their results sent as they become durable. What is between the
 //! two is bounded, and so is what waits to be sent: a client that does not read is not read.
 
+mod group;
+
 use std::{future::poll_fn, pin::pin, sync::Arc, task::Poll};
 
 use futures_util::{StreamExt, poll, stream::FuturesUnordered};
@@ -11,17 +13,14 @@ use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::sync::PollSemaphore;
 use tonic::{Status, Streaming};
 
-use super::{
-    RelayError, Services,
-    gate::Place,
-    group::{Group, MAX_GROUP},
-    usage::units,
-};
+use super::{RelayError, Services, gate::Place, usage::units};
 use crate::{
     permission::Caller,
     proto::{CaptureStreamResponse, raw::CaptureStreamRequest},
     trace::TraceLink,
 };
+
+use group::{Group, MAX_GROUP};
 
 /// Results that wait to be sent.
 const RESULTS: usize = 2 * MAX_GROUP;
@@ -80,21 +79,19 @@ impl Intake {
         while self.reading || self.next.is_some() || !groups.is_empty() {
             tokio::select! {
                 Some(answers) = groups.next(), if !groups.is_empty() => {
-                    let answers: Vec<_> = answers;
-                    in_flight -= answers.len();
+                    in_flight -= Vec::len(&answers);
                     if !send(&results, answers).await {
                         return;
                     }
                 }
                 () = &mut draining, if self.reading => self.end(RelayError::Draining.into()),
                 held = room_for(&mut self.room, self.next.as_ref()), if self.next.is_some() => {
-                    let mut group = self.gather(held, max_in_flight - in_flight).await;
-                    if !send(&results, group.take_refused()).await {
+                    let group = self.gather(held, max_in_flight - in_flight).await;
+                    in_flight += group.len();
+                    let (refused, answers) = group.submit(&self.services).await;
+                    groups.extend(answers);
+                    if !send(&results, refused).await {
                         return;
-                    }
-                    if !group.is_empty() {
-                        in_flight += group.len();
-                        groups.push(group.submit(&self.services).await);
                     }
                 }
                 request = self.requests.message(),

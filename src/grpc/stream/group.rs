@@ -7,18 +7,19 @@ use tokio::sync::OwnedSemaphorePermit;
 use tonic::{Code, Status};
 use tracing::Span;
 
-use super::{
-    RelayError, Services,
-    accept::{Accepted, accepted, capture_result, describe, echo_id, malformed, tally},
-    spans,
-};
 use crate::{
     capture::Capture,
+    grpc::{
+        RelayError, Services,
+        accept::{Accepted, accepted, capture_result, describe, echo_id, malformed, tally},
+        spans,
+    },
     integration::{Integration, IntegrationId},
     metrics::Metrics,
     outbox::{NewCapture, OutboxError, Submitted},
     permission::Caller,
     proto::{CaptureStreamResponse, raw::CaptureStreamRequest},
+    text::first_chars,
     trace::{TraceLink, step},
 };
 
@@ -64,7 +65,7 @@ impl Group {
         let capture_id = capture.as_ref().map(echo_id).unwrap_or_default();
         let integration = services.integration(caller, &request.integration_id);
         let member = Member {
-            correlation_id: shortened(&request.correlation_id),
+            correlation_id: first_chars(&request.correlation_id, MAX_CORRELATION_CHARS).to_owned(),
             capture_id,
             integration_id: integration.as_ref().ok().map(|found| found.id().clone()),
             span: span.clone(),
@@ -97,26 +98,26 @@ impl Group {
         self.members.len()
     }
 
-    pub(super) fn is_empty(&self) -> bool {
-        self.members.is_empty()
-    }
-
-    /// The answers to those that were refused: they don't wait for the others.
-    pub(super) fn take_refused(&mut self) -> Vec<CaptureStreamResponse> {
-        std::mem::take(&mut self.refused)
-    }
-
-    /// Hands the captures to the outbox. What comes back ends when they are durable or
-    /// refused, with one answer for each.
+    /// Hands the captures to the outbox. Comes back with the answers to those that were
+    /// refused, and with a future of the others' answers, one for each, where there are others.
+    ///
+    /// There is no other way to the refusals: a client that does not read them must not keep
+    /// the room of captures that were not handed over.
     pub(super) async fn submit(
         self,
         services: &Services,
-    ) -> impl Future<Output = Vec<CaptureStreamResponse>> + use<> {
+    ) -> (
+        Vec<CaptureStreamResponse>,
+        Option<impl Future<Output = Vec<CaptureStreamResponse>> + use<>>,
+    ) {
+        if self.members.is_empty() {
+            return (self.refused, None);
+        }
         let enqueued = steps(&self.members, "enqueue");
         let submitted = services.outbox.submit(self.captures).await;
         drop(enqueued);
         let metrics = services.metrics.clone();
-        async move {
+        let answers = async move {
             let committed = steps(&self.members, "group commit");
             let submitted = match submitted {
                 Ok(receipt) => receipt.wait().await,
@@ -124,7 +125,8 @@ impl Group {
             };
             drop(committed);
             answers(self.members, submitted, &metrics)
-        }
+        };
+        (self.refused, Some(answers))
     }
 }
 
@@ -166,12 +168,6 @@ impl Member {
             result: Some(capture_result(&self.capture_id, &answer)),
         }
     }
-}
-
-/// As much of a correlation id as is sent back.
-fn shortened(id: &str) -> String {
-    let end = id.char_indices().nth(MAX_CORRELATION_CHARS);
-    id[..end.map_or(id.len(), |(end, _)| end)].to_owned()
 }
 
 fn prepare(
