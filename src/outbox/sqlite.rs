@@ -20,7 +20,8 @@
 //! `capture` holds one row for each capture, with its status, for as long as its id
 //! is remembered; `queue` one row with both payloads for as long as an event waits;
 //! `dead_letter` the payloads of events that were given up; `lane` counts what waits.
-//! `recent_key` and `capture_key` find a capture by its id: new ones stand in the first.
+//! `capture_key` finds a capture by its id; new ones are found in memory (`recent`), for which
+//! `id_run` keeps them.
 //!
 //! # Files
 //! `relay.db` with its `-wal` and `-shm`, `relay.journal-0` to `-2`, and
@@ -41,6 +42,7 @@ mod open;
 mod overlay;
 mod priority;
 mod reader;
+mod recent;
 mod row;
 mod schema;
 mod selection;

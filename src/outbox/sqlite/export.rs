@@ -9,7 +9,7 @@ use super::{
     entry::{key_of, stored_key},
     keys, open,
     row::{crc32, region_of},
-    writer::ids,
+    writer::Ids,
 };
 use crate::{
     event::EventType,
@@ -33,6 +33,7 @@ const UNBOUNDED: Limits = Limits {
 /// An embedded outbox that nobody else has open.
 pub(in crate::outbox) struct Export {
     connection: Connection,
+    ids: Ids,
     sealing: Arc<Sealing>,
     index_key: zeroize::Zeroizing<[u8; 32]>,
     _lock: File,
@@ -108,13 +109,14 @@ impl Export {
         };
         // What stands in the journal alone is put into the database.
         let recovered = open::recovered(&options, vault)?;
-        let connection = recovered.writer.into_connection();
+        let (connection, ids) = recovered.writer.into_parts();
         let index_key = keys::index_key(&connection, vault).map_err(|source| OpenError::Keys {
             path: directory.to_owned(),
             source,
         })?;
         Ok(Self {
             connection,
+            ids,
             sealing: recovered.sealing,
             index_key,
             _lock: recovered.lock,
@@ -257,7 +259,7 @@ impl Export {
                     named.query_row(params![sequence], |row| Ok((row.get(0)?, row.get(1)?)))?;
                 if let Some(integration) = IntegrationId::new(&integration) {
                     let key = stored_key(key_of(&integration, &capture));
-                    ids::remove(&transaction, (key, *sequence))?;
+                    self.ids.remove(&transaction, (key, *sequence))?;
                 }
             }
         }
@@ -278,6 +280,9 @@ impl Export {
              WHERE waiting_events > 0",
             [],
         )?;
-        Ok(transaction.commit()?)
+        self.ids.store(&transaction)?;
+        transaction.commit()?;
+        self.ids.committed();
+        Ok(())
     }
 }

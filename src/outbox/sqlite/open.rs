@@ -57,9 +57,8 @@ pub(super) fn recovered(
     let applied = write
         .query_row("SELECT applied FROM journal", [], |row| row.get(0))
         .map_err(failed)?;
-    let lookup = Lookup::open(&database).map_err(failed)?;
-
     let (signals, shared) = (Arc::new(Signals::default()), Arc::new(Shared::default()));
+    let lookup = Lookup::open(&database, Arc::clone(&shared.recent)).map_err(failed)?;
     let mut writer = Writer::new(
         write,
         options,

@@ -17,6 +17,7 @@ use super::{
     entry::{Entry, Key, Origin, bytes, events},
     filter::Filter,
     fresh::Fresh,
+    recent::Recent,
     tally::{Reserved, Tally},
 };
 use crate::{
@@ -292,6 +293,8 @@ pub(super) struct Shared {
     urgent: AtomicBool,
     /// Which ids may be known; nothing while that is found out.
     filter: Mutex<Option<Arc<Filter>>>,
+    /// Keys of the database that are not in its index yet.
+    pub(super) recent: Arc<Recent>,
 }
 
 impl Shared {

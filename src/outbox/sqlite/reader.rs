@@ -8,7 +8,7 @@ use tokio::sync::{mpsc, oneshot};
 
 use super::{
     entry::{Origin, key_of, stored_key},
-    lookup::FIND_SQL,
+    lookup,
     overlay::{Filler, Shared, earlier},
     row::{crc32, record_of, region_number, unavailable},
     selection,
@@ -330,19 +330,12 @@ fn find(
     if let Some(entry) = shared.lock().find(key) {
         return Ok(Some(CaptureRecord::clone(&entry.record)));
     }
-    let status = connection
-        .prepare_cached(FIND_SQL)
-        .and_then(|mut statement| {
-            statement
-                .query_row(
-                    params![stored_key(key), integration_id.as_str(), capture_id],
-                    |row| row.get::<_, Vec<u8>>(2),
-                )
-                .optional()
-        })
-        .map_err(unavailable)?;
-    status
-        .map(|status| record_of(integration_id, capture_id, &status))
+    // Before the database: what leaves memory meanwhile is there by then.
+    let recent = shared.recent.find(stored_key(key)).sequences;
+    let found = lookup::find(connection, &recent, key, &integration_id, &capture_id);
+    found
+        .map_err(unavailable)?
+        .map(|(_, status)| record_of(integration_id, capture_id, &status))
         .transpose()
 }
 

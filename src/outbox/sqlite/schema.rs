@@ -9,7 +9,7 @@ use super::OpenError;
 /// "SegR" in ASCII: marks the file as the relay's.
 const APPLICATION_ID: i64 = 0x5365_6752;
 /// Counts up with every change of the layout.
-const FORMAT_VERSION: i64 = 5;
+const FORMAT_VERSION: i64 = 6;
 /// Memory for the writer's pages, in KiB: what one flush touches.
 const WRITER_CACHE_KIB: i64 = 12 * 1024;
 /// The log is cut back to this size after a checkpoint, in bytes.
@@ -76,11 +76,21 @@ CREATE TABLE capture_key (           -- finds a capture by its id
   PRIMARY KEY (key, sequence)
 ) STRICT, WITHOUT ROWID;
 
-CREATE TABLE recent_key (            -- the same of new captures: writer/ids.rs
+CREATE TABLE id_run (                -- new keys, which are in memory too: writer/ids.rs
+  id INTEGER PRIMARY KEY,
+  lap INTEGER NOT NULL,              -- id_turn when they came
   key INTEGER NOT NULL,
   sequence INTEGER NOT NULL,
-  PRIMARY KEY (key, sequence)
-) STRICT, WITHOUT ROWID;
+  places BLOB NOT NULL               -- key and sequence of each
+) STRICT;
+
+CREATE TABLE id_turn (               -- one row: all keys up to this one are in capture_key
+  lap INTEGER NOT NULL,
+  key INTEGER NOT NULL,
+  sequence INTEGER NOT NULL
+) STRICT;
+INSERT INTO id_turn (lap, key, sequence)
+VALUES (0, -9223372036854775808, -9223372036854775808);
 
 CREATE TABLE journal (               -- one row
   applied INTEGER NOT NULL           -- number of the last record that stands here too

@@ -5,7 +5,7 @@ mod command;
 mod counters;
 mod erase;
 mod flush;
-pub(super) mod ids;
+mod ids;
 mod log;
 mod rekey;
 mod replay;
@@ -32,7 +32,7 @@ use crate::{
 
 pub(super) use command::{Done, FlushJob, WriteCommand};
 use counters::Counters;
-use ids::Ids;
+pub(super) use ids::Ids;
 use rekey::Rekey;
 use rests::Rests;
 
@@ -74,6 +74,8 @@ pub(super) struct Writer {
     shared: Arc<Shared>,
     /// SQLite's log.
     log: PathBuf,
+    /// A transaction has failed, and what memory knows of it is void.
+    void: bool,
 }
 
 impl Writer {
@@ -86,7 +88,7 @@ impl Writer {
     ) -> rusqlite::Result<Self> {
         shared.set_rekeying(prepared.rekey);
         let counters = Counters::load(&connection, options.limits)?;
-        let ids = Ids::load(&connection)?;
+        let ids = Ids::load(&connection, Arc::clone(&shared.recent))?;
         Ok(Self {
             connection,
             counters,
@@ -102,6 +104,7 @@ impl Writer {
             signals,
             shared,
             log: options.directory.join("relay.db-wal"),
+            void: false,
         })
     }
 
@@ -129,9 +132,9 @@ impl Writer {
         Ok((self.counters.tally().clone(), next))
     }
 
-    /// The database, for somebody who goes on without this thread.
-    pub(super) fn into_connection(self) -> Connection {
-        self.connection
+    /// The database and its index of ids, for somebody who goes on without this thread.
+    pub(super) fn into_parts(self) -> (Connection, Ids) {
+        (self.connection, self.ids)
     }
 
     /// Works until it is closed.
@@ -168,7 +171,10 @@ impl Writer {
             for command in commands {
                 command.refuse(error);
             }
-            self.reload();
+            self.void = true;
+            if let Err(error) = self.reload() {
+                tracing::error!(%error, "the outbox cannot be read");
+            }
         }
         if result.is_ok() && news.empty_log {
             log::cut(&self.connection);
@@ -228,6 +234,9 @@ impl Writer {
         owed: &mut Vec<Owed>,
         news: &mut News,
     ) -> Result<(), OutboxError> {
+        if self.void {
+            self.reload().map_err(unavailable)?;
+        }
         let transaction = self
             .connection
             .transaction_with_behavior(TransactionBehavior::Immediate)
@@ -248,20 +257,21 @@ impl Writer {
             work.apply(command, owed)?;
         }
         work.counters.store(&transaction).map_err(unavailable)?;
-        transaction.commit().map_err(unavailable)
+        work.ids.store(&transaction).map_err(unavailable)?;
+        transaction.commit().map_err(unavailable)?;
+        self.ids.committed();
+        Ok(())
     }
 
-    /// What memory knew of the failed transaction is void: asks the database.
-    fn reload(&mut self) {
+    /// Asks the database what memory should know.
+    fn reload(&mut self) -> rusqlite::Result<()> {
         if !matches!(self.rekey, Rekey::Done) {
             self.rekey = Rekey::Queue { after: 0 };
         }
-        let loaded = Counters::load(&self.connection, self.counters.limits())
-            .and_then(|counters| Ok((counters, Ids::load(&self.connection)?)));
-        match loaded {
-            Ok(loaded) => (self.counters, self.ids) = loaded,
-            Err(error) => tracing::error!(%error, "the outbox cannot be read"),
-        }
+        self.counters = Counters::load(&self.connection, self.counters.limits())?;
+        self.ids = Ids::load(&self.connection, Arc::clone(&self.shared.recent))?;
+        self.void = false;
+        Ok(())
     }
 
     fn tell(&self, news: News) {

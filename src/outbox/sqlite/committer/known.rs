@@ -17,11 +17,15 @@ use crate::outbox::sqlite::{
     entry::{Key, stored_key},
     filter::Filter,
     overlay::Shared,
-    priority, schema,
+    priority,
+    recent::Recent,
+    schema,
 };
 
 /// Ids that are read at once, so that no snapshot keeps SQLite's log long.
 const PIECE: usize = 20_000;
+/// The same of those in memory, for which the writer waits.
+const PIECE_IN_MEMORY: usize = 1_000;
 /// Memory for pages while they are read, in KiB: each is read once.
 const CACHE_KIB: i64 = 1_024;
 /// Wait after the database could not be read.
@@ -124,16 +128,13 @@ impl Known {
             filter.add(stored_key(key));
         }
         let stop = Arc::new(AtomicBool::new(false));
-        let (database, into, stopped) = (
-            self.database.clone(),
-            Arc::clone(&filter),
-            Arc::clone(&stop),
-        );
+        let (database, recent) = (self.database.clone(), Arc::clone(&self.shared.recent));
+        let (into, stopped) = (Arc::clone(&filter), Arc::clone(&stop));
         let thread = thread::Builder::new()
             .name("outbox-ids".to_owned())
             .spawn(move || {
                 priority::lower();
-                read_all(&database, &into, &stopped)
+                read_all(&database, &recent, &into, &stopped)
             });
         match thread {
             Ok(thread) => {
@@ -161,25 +162,42 @@ impl Known {
     }
 }
 
-/// Notes all ids of the database; returns how many.
-fn read_all(database: &Path, filter: &Filter, stop: &AtomicBool) -> rusqlite::Result<u64> {
+/// Notes all ids of the database; returns how many they are.
+fn read_all(
+    database: &Path,
+    recent: &Recent,
+    filter: &Filter,
+    stop: &AtomicBool,
+) -> rusqlite::Result<u64> {
     let connection = schema::open_for_reading(database, CACHE_KIB)?;
-    // In this order: an id that moves from one to the other meanwhile is seen there.
-    let recent = read_index(&connection, "recent_key", filter, stop)?;
-    Ok(recent + read_index(&connection, "capture_key", filter, stop)?)
+    // In this order: an id that leaves memory meanwhile is seen in the index.
+    Ok(read_recent(recent, filter) + read_index(&connection, filter, stop)?)
+}
+
+fn read_recent(recent: &Recent, filter: &Filter) -> u64 {
+    let (mut after, mut found) = ((i64::MIN, i64::MIN), 0);
+    loop {
+        let places = recent.behind(after, PIECE_IN_MEMORY);
+        let Some(last) = places.last() else {
+            return found;
+        };
+        after = *last;
+        found += places.len() as u64;
+        for (key, _) in places {
+            filter.add(key);
+        }
+    }
 }
 
 fn read_index(
     connection: &Connection,
-    table: &str,
     filter: &Filter,
     stop: &AtomicBool,
 ) -> rusqlite::Result<u64> {
-    let sql = format!(
-        "SELECT key, sequence FROM {table} WHERE (key, sequence) > (?1, ?2)
-         ORDER BY key, sequence LIMIT ?3"
-    );
-    let mut statement = connection.prepare(&sql)?;
+    const SQL: &str = "
+        SELECT key, sequence FROM capture_key WHERE (key, sequence) > (?1, ?2)
+        ORDER BY key, sequence LIMIT ?3";
+    let mut statement = connection.prepare(SQL)?;
     let (mut after, mut found) = ((i64::MIN, i64::MIN), 0);
     while !stop.load(Ordering::Relaxed) {
         let mut rows = statement.query(params![after.0, after.1, PIECE])?;

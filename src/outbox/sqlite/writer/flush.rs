@@ -63,7 +63,7 @@ impl Work<'_> {
             }
             rests.row();
         }
-        self.ids.add(self.transaction, keys, &mut rests)?;
+        self.ids.add(self.transaction, &keys, &mut rests)?;
         self.transaction
             .prepare_cached(APPLIED)?
             .execute(params![through])?;

@@ -1,232 +1,295 @@
 //! The index of ids. Its keys are hashes, so new ones belong everywhere in it: put there
-//! at once, those of one flush would touch most of its pages. They stand in a small index
-//! first, and leave it for the large one in the order of their keys, as many as come in.
-//! So a flush touches the small index and one stretch of the large one. The larger the small one
-//! is, the shorter is the stretch: together they are least where both have as many pages.
+//! at once, those of one flush would touch most of its pages. They stand in memory first
+//! (`recent`), and in a run of the flush that brought them, in which nobody looks for
+//! anything: it is for the next start. They leave for the index in the order of their keys, as
+//! many as come in, so that a flush touches one stretch of it. A run goes once all its keys
+//! have left.
 
-use rusqlite::{Connection, OptionalExtension, Transaction, params};
+mod turn;
+
+use std::{collections::BTreeSet, sync::Arc};
+
+use foldhash::HashSet;
+use rusqlite::{Connection, Transaction, params};
 
 use super::Rests;
+use crate::outbox::sqlite::recent::{Place, Recent};
+use turn::{FIRST, Turn};
 
-/// Keys in the small index, at the least and at the most; few in tests, so that they leave it.
-const RECENT: (u64, u64) = if cfg!(test) {
-    (16, 64)
-} else {
-    (16 * 1024, 256 * 1024)
-};
+/// Keys in memory, of 16 bytes and what a tree adds to them; few in tests, so that they leave.
+const ROOM: usize = if cfg!(test) { 32 } else { 512 * 1024 };
+/// When so many are too many, they leave together: while the round stands still, small
+/// flushes share a run.
+const STEP: usize = if cfg!(test) { 8 } else { 4 * 1024 };
+/// A run with room for more keys takes those of the next flush too: a page of the database.
+const RUN_KEYS: usize = if cfg!(test) { 8 } else { 512 };
+/// Keys that are looked up in memory at once.
+const PIECE: usize = if cfg!(test) { 5 } else { 256 };
+const PLACE_BYTES: usize = 16;
 
-/// So many keys are moved by one statement.
-const MOVED_AT_ONCE: u64 = if cfg!(test) { 5 } else { 256 };
-
-/// A place in both indices: key and sequence.
-type Place = (i64, i64);
-
-const FIRST: Place = (i64::MIN, i64::MIN);
-const LAST: Place = (i64::MAX, i64::MAX);
-
-/// What is known of the small index.
+/// What is known of a run.
 #[derive(Debug)]
-pub(super) struct Ids {
-    recent: u64,
-    /// Up to here keys have left in this round.
-    moved_to: Place,
+struct Run {
+    id: i64,
+    /// When its keys came.
+    turn: Turn,
+    keys: usize,
+    /// Sequences of its captures.
+    first: i64,
+    last: i64,
+}
+
+/// See the module's description.
+#[derive(Debug)]
+pub(in crate::outbox::sqlite) struct Ids {
+    recent: Arc<Recent>,
+    turn: Turn,
+    /// Oldest first.
+    runs: Vec<Run>,
+    /// Keys that the transaction under way puts into the index.
+    leaving: HashSet<Place>,
+    /// Keys in runs whose captures the transaction under way forgets.
+    forgotten: BTreeSet<Place>,
+    changed: bool,
 }
 
 impl Ids {
-    pub(super) fn load(connection: &Connection) -> rusqlite::Result<Self> {
-        let recent =
-            connection.query_row("SELECT count(*) FROM recent_key", [], |row| row.get(0))?;
+    /// Reads what has not left; `recent` stands for it from now on.
+    pub(in crate::outbox::sqlite) fn load(
+        connection: &Connection,
+        recent: Arc<Recent>,
+    ) -> rusqlite::Result<Self> {
+        const TURN: &str = "SELECT lap, key, sequence FROM id_turn";
+        const RUNS: &str = "SELECT id, lap, key, sequence, places FROM id_run ORDER BY id";
+        let turn = |row: &rusqlite::Row<'_>, from| {
+            Ok::<_, rusqlite::Error>(Turn {
+                lap: row.get(from)?,
+                place: (row.get(from + 1)?, row.get(from + 2)?),
+            })
+        };
+        let now = connection.query_row(TURN, [], |row| turn(row, 0))?;
+        let (mut places, mut runs) = (Vec::new(), Vec::new());
+        let mut statement = connection.prepare(RUNS)?;
+        let mut rows = statement.query([])?;
+        while let Some(row) = rows.next()? {
+            let (came, stored) = (turn(row, 1)?, decode(row.get_ref(4)?.as_blob()?));
+            runs.push(Run::of(row.get(0)?, came, &stored));
+            places.extend(stored.iter().filter(|place| !came.has_left(**place, now)));
+        }
+        recent.replace(places.into_iter().collect());
         Ok(Self {
             recent,
-            moved_to: FIRST,
+            turn: now,
+            runs,
+            leaving: HashSet::default(),
+            forgotten: BTreeSet::new(),
+            changed: false,
         })
     }
 
-    /// Adds new keys, in any order.
+    /// Adds new keys, in the order of their captures.
     pub(super) fn add(
         &mut self,
         transaction: &Transaction<'_>,
-        mut keys: Vec<Place>,
+        keys: &[Place],
         rests: &mut Rests<'_>,
     ) -> rusqlite::Result<()> {
-        const ADD: &str = "INSERT INTO recent_key (key, sequence) VALUES (?1, ?2)";
-        // In the order of the index each of its pages is touched once.
-        keys.sort_unstable();
-        let mut add = transaction.prepare_cached(ADD)?;
-        for (key, sequence) in &keys {
-            add.execute(params![key, sequence])?;
-            rests.row();
+        if keys.is_empty() {
+            return Ok(());
         }
-        let new = keys.len() as u64;
-        self.recent += new;
-        let room = room(new, ids(transaction)?, RECENT);
-        self.make_room(transaction, room, 2 * new, rests)
+        self.add_run(transaction, keys)?;
+        self.recent.add(keys, || rests.end_piece());
+        let in_memory = self.recent.len().saturating_sub(self.leaving.len());
+        let excess = in_memory.saturating_sub(ROOM);
+        if excess < STEP {
+            return Ok(());
+        }
+        // So that a large one is no work of one flush.
+        self.leave(transaction, excess.min(2 * keys.len().max(STEP)), rests)
     }
 
-    /// Moves what is more than `room` into the large index, but no more than `most` keys.
-    fn make_room(
+    fn add_run(&mut self, transaction: &Transaction<'_>, keys: &[Place]) -> rusqlite::Result<()> {
+        const NEW: &str = "INSERT INTO id_run (lap, key, sequence, places) VALUES (?1, ?2, ?3, ?4)";
+        let turn = self.turn;
+        let open = self.runs.last_mut();
+        let open = open.filter(|run| run.turn == turn && run.keys + keys.len() <= RUN_KEYS);
+        if let Some(run) = open {
+            let mut places = read_run(transaction, run.id)?;
+            places.extend(keys);
+            write_run(transaction, run.id, &places)?;
+            *run = Run::of(run.id, turn, &places);
+            return Ok(());
+        }
+        let (key, sequence) = turn.place;
+        let row = params![turn.lap, key, sequence, encode(keys)];
+        transaction.prepare_cached(NEW)?.execute(row)?;
+        let id = transaction.last_insert_rowid();
+        self.runs.push(Run::of(id, turn, keys));
+        Ok(())
+    }
+
+    /// Puts the next `most` keys of the round into the index. They stay in memory until that
+    /// is durable.
+    fn leave(
         &mut self,
         transaction: &Transaction<'_>,
-        room: u64,
-        most: u64,
+        most: usize,
         rests: &mut Rests<'_>,
     ) -> rusqlite::Result<()> {
-        const END: &str = "
-            SELECT key, sequence FROM recent_key WHERE (key, sequence) > (?1, ?2)
-            ORDER BY key, sequence LIMIT 1 OFFSET ?3";
-        const MOVE: &str = "
-            INSERT INTO capture_key (key, sequence) SELECT key, sequence FROM recent_key
-            WHERE (key, sequence) > (?1, ?2) AND (key, sequence) <= (?3, ?4)
-            ORDER BY key, sequence";
-        const LEAVE: &str = "
-            DELETE FROM recent_key
-            WHERE (key, sequence) > (?1, ?2) AND (key, sequence) <= (?3, ?4)";
-        let mut left = self.recent.saturating_sub(room).min(most);
+        const ADD: &str = "INSERT INTO capture_key (key, sequence) VALUES (?1, ?2)";
+        let mut add = transaction.prepare_cached(ADD)?;
+        let mut left = most;
         while left > 0 {
-            let from = self.moved_to;
-            let piece = left.min(MOVED_AT_ONCE);
-            let end = transaction
-                .prepare_cached(END)?
-                .query_row(params![from.0, from.1, piece - 1], |row| {
-                    Ok((row.get(0)?, row.get(1)?))
-                })
-                .optional()?;
-            let to = end.unwrap_or(LAST);
-            let range = params![from.0, from.1, to.0, to.1];
-            let moved = transaction.prepare_cached(MOVE)?.execute(range)? as u64;
-            transaction.prepare_cached(LEAVE)?.execute(range)?;
-            self.recent = self.recent.saturating_sub(moved);
-            self.moved_to = if end.is_some() { to } else { FIRST };
-            rests.end_piece();
-            if moved == 0 && from == FIRST {
-                // The count was wrong: there is nothing.
-                self.recent = 0;
-                break;
+            let from = self.turn.place;
+            let next = self.recent.behind(from, left.min(PIECE));
+            let Some(last) = next.last() else {
+                if from == FIRST {
+                    break;
+                }
+                self.turn = self.turn.next_lap();
+                continue;
+            };
+            self.turn.place = *last;
+            left -= next.len();
+            for place in next {
+                // One that comes round again has left before.
+                if self.leaving.insert(place) {
+                    add.execute(params![place.0, place.1])?;
+                    rests.row();
+                }
             }
-            left = left.saturating_sub(moved);
         }
+        self.changed = true;
         Ok(())
     }
 
     /// Removes the key of a capture that is forgotten.
-    pub(super) fn remove(
+    pub(in crate::outbox::sqlite) fn remove(
         &mut self,
         transaction: &Transaction<'_>,
-        (key, sequence): Place,
+        place: Place,
     ) -> rusqlite::Result<()> {
-        let removed = remove(transaction, (key, sequence))?;
-        self.recent = self.recent.saturating_sub(removed as u64);
+        const REMOVE: &str = "DELETE FROM capture_key WHERE key = ?1 AND sequence = ?2";
+        if !self.leaving.contains(&place) && self.recent.forget(place) {
+            self.forgotten.insert((place.1, place.0));
+            return Ok(());
+        }
+        let mut remove = transaction.prepare_cached(REMOVE)?;
+        remove.execute(params![place.0, place.1]).map(drop)
+    }
+
+    /// Writes down what the transaction has changed, at its end.
+    pub(in crate::outbox::sqlite) fn store(
+        &mut self,
+        transaction: &Transaction<'_>,
+    ) -> rusqlite::Result<()> {
+        const TURN: &str = "UPDATE id_turn SET lap = ?1, key = ?2, sequence = ?3";
+        if !self.forgotten.is_empty() {
+            self.shorten_runs(transaction)?;
+        }
+        if !std::mem::take(&mut self.changed) {
+            return Ok(());
+        }
+        let Turn {
+            lap,
+            place: (key, sequence),
+        } = self.turn;
+        let row = params![lap, key, sequence];
+        transaction.prepare_cached(TURN)?.execute(row)?;
+        let gone = self
+            .runs
+            .partition_point(|run| run.turn.have_all_left(self.turn));
+        for run in self.runs.drain(..gone) {
+            delete_run(transaction, run.id)?;
+        }
         Ok(())
     }
-}
 
-/// About how many ids there are: the captures that are remembered.
-fn ids(transaction: &Transaction<'_>) -> rusqlite::Result<u64> {
-    const SPAN: &str = "
-        SELECT coalesce((SELECT max(sequence) FROM capture) - (SELECT min(sequence) FROM capture), 0)";
-    transaction
-        .prepare_cached(SPAN)?
-        .query_row([], |row| row.get(0))
-}
-
-/// Keys for which the small index has room where so many come in at once, of so many in all.
-/// `new` of `room` keys are a stretch of that part of the large index: the sum of both is least
-/// at the square root.
-fn room(new: u64, all: u64, (least, most): (u64, u64)) -> u64 {
-    new.saturating_mul(all).isqrt().clamp(least, most)
-}
-
-/// Removes a key from both indices; returns how often it stood in the small one.
-pub(in crate::outbox::sqlite) fn remove(
-    transaction: &Transaction<'_>,
-    (key, sequence): Place,
-) -> rusqlite::Result<usize> {
-    const SETTLED: &str = "DELETE FROM capture_key WHERE key = ?1 AND sequence = ?2";
-    const RECENT: &str = "DELETE FROM recent_key WHERE key = ?1 AND sequence = ?2";
-    let place = params![key, sequence];
-    if transaction.prepare_cached(SETTLED)?.execute(place)? > 0 {
-        return Ok(0);
+    /// Takes the keys of forgotten captures out of the runs.
+    fn shorten_runs(&mut self, transaction: &Transaction<'_>) -> rusqlite::Result<()> {
+        let forgotten = std::mem::take(&mut self.forgotten);
+        let now = self.turn;
+        let mut error = None;
+        self.runs.retain_mut(|run| {
+            let range = (run.first, i64::MIN)..=(run.last, i64::MAX);
+            if error.is_some() || forgotten.range(range).next().is_none() {
+                return true;
+            }
+            let shorten = || -> rusqlite::Result<Vec<Place>> {
+                let mut places = read_run(transaction, run.id)?;
+                places.retain(|place| {
+                    !run.turn.has_left(*place, now) && !forgotten.contains(&(place.1, place.0))
+                });
+                if places.is_empty() {
+                    delete_run(transaction, run.id)?;
+                } else {
+                    write_run(transaction, run.id, &places)?;
+                }
+                Ok(places)
+            };
+            match shorten() {
+                Ok(places) => *run = Run::of(run.id, run.turn, &places),
+                Err(failed) => error = Some(failed),
+            }
+            run.keys > 0
+        });
+        error.map_or(Ok(()), Err)
     }
-    transaction.prepare_cached(RECENT)?.execute(place)
+
+    /// The transaction is durable: what left is found in the index.
+    pub(in crate::outbox::sqlite) fn committed(&mut self) {
+        let leaving: Vec<Place> = self.leaving.drain().collect();
+        self.recent.depart(&leaving);
+    }
+}
+
+impl Run {
+    fn of(id: i64, turn: Turn, places: &[Place]) -> Self {
+        let sequences = || places.iter().map(|place| place.1);
+        Self {
+            id,
+            turn,
+            keys: places.len(),
+            first: sequences().min().unwrap_or(i64::MAX),
+            last: sequences().max().unwrap_or(i64::MIN),
+        }
+    }
+}
+
+fn read_run(transaction: &Transaction<'_>, id: i64) -> rusqlite::Result<Vec<Place>> {
+    let mut read = transaction.prepare_cached("SELECT places FROM id_run WHERE id = ?1")?;
+    read.query_row(params![id], |row| Ok(decode(row.get_ref(0)?.as_blob()?)))
+}
+
+fn write_run(transaction: &Transaction<'_>, id: i64, places: &[Place]) -> rusqlite::Result<()> {
+    let mut write = transaction.prepare_cached("UPDATE id_run SET places = ?2 WHERE id = ?1")?;
+    write.execute(params![id, encode(places)]).map(drop)
+}
+
+fn delete_run(transaction: &Transaction<'_>, id: i64) -> rusqlite::Result<()> {
+    let mut delete = transaction.prepare_cached("DELETE FROM id_run WHERE id = ?1")?;
+    delete.execute(params![id]).map(drop)
+}
+
+/// Key and sequence of each, little-endian.
+fn encode(places: &[Place]) -> Vec<u8> {
+    let mut bytes = Vec::with_capacity(places.len() * PLACE_BYTES);
+    for (key, sequence) in places {
+        bytes.extend_from_slice(&key.to_le_bytes());
+        bytes.extend_from_slice(&sequence.to_le_bytes());
+    }
+    bytes
+}
+
+fn decode(bytes: &[u8]) -> Vec<Place> {
+    let (words, _) = bytes.as_chunks();
+    let (places, _) = words.as_chunks();
+    let number = |word| i64::from_le_bytes(word);
+    places
+        .iter()
+        .map(|[key, sequence]| (number(*key), number(*sequence)))
+        .collect()
 }
 
 #[cfg(test)]
-mod tests {
-    use std::collections::BTreeSet;
-
-    use super::*;
-    use crate::outbox::sqlite::{overlay::Shared, schema};
-
-    fn places(connection: &Connection, table: &str) -> BTreeSet<Place> {
-        let mut statement = connection
-            .prepare(&format!("SELECT key, sequence FROM {table}"))
-            .expect("a table");
-        let rows = statement.query_map([], |row| Ok((row.get(0)?, row.get(1)?)));
-        rows.expect("rows")
-            .collect::<Result<_, _>>()
-            .expect("places")
-    }
-
-    /// The row of a capture, as far as the index looks at it.
-    fn capture(connection: &Connection, sequence: i64) {
-        const SQL: &str = "INSERT INTO capture VALUES (?1, '', '', x'', 0, 0, x'')";
-        connection.execute(SQL, [sequence]).expect("inserted");
-    }
-
-    #[test]
-    fn a_flush_touches_the_fewest_pages_with_the_room_that_there_is() {
-        const KEYS_OF_A_PAGE: u64 = 512;
-        let bounds = (16 * 1024, 256 * 1024);
-        for (new, all) in [(8_000, 400_000), (8_000, 4_000_000), (2_000, 10_000_000)] {
-            let touched = |room: u64| (room + new * all / room) / KEYS_OF_A_PAGE;
-            let room = room(new, all, bounds);
-            for other in [room / 2, room * 2] {
-                assert!(touched(room) < touched(other), "{new} of {all}: {room}");
-            }
-        }
-        assert_eq!(room(1, 10, bounds), bounds.0);
-        assert_eq!(room(u64::MAX, u64::MAX, bounds), bounds.1);
-    }
-
-    #[test]
-    fn each_key_stands_in_one_index_and_the_small_one_stays_small() {
-        let directory = tempfile::tempdir().expect("a directory");
-        let database = directory.path().join("relay.db");
-        let mut connection =
-            schema::open_for_writing(directory.path(), &database).expect("a database");
-        let mut ids = Ids::load(&connection).expect("loaded");
-        let shared = Shared::default();
-        let mut all = BTreeSet::new();
-        capture(&connection, 0);
-        for round in 0..40_i64 {
-            // Each third key comes twice, with other captures.
-            let new: Vec<Place> = (0..17)
-                .map(|number| {
-                    let sequence = round * 17 + number;
-                    let key = (sequence - sequence % 3 % 2).wrapping_mul(0x5851_f42d_4c95_7f2d);
-                    (key, sequence)
-                })
-                .collect();
-            all.extend(new.iter().copied());
-            let transaction = connection.transaction().expect("begun");
-            capture(&transaction, round * 17 + 16);
-            let added = ids.add(&transaction, new, &mut Rests::new(&shared));
-            added.expect("added");
-            if round % 5 == 4 {
-                let gone = all.pop_first().expect("some");
-                ids.remove(&transaction, gone).expect("removed");
-            }
-            transaction.commit().expect("committed");
-
-            let recent = places(&connection, "recent_key");
-            let settled = places(&connection, "capture_key");
-            assert!(recent.is_disjoint(&settled));
-            assert_eq!(recent.len() as u64, ids.recent);
-            let largest = room(17, round.cast_unsigned() * 17 + 16, RECENT);
-            assert!(recent.len() as u64 <= largest, "{round}");
-            assert_eq!(&recent | &settled, all);
-        }
-        let counted = Ids::load(&connection).expect("loaded").recent;
-        assert_eq!(counted, ids.recent);
-    }
-}
+mod tests;
