@@ -16,15 +16,16 @@ use super::Rests;
 use crate::outbox::sqlite::recent::{Place, Recent};
 use turn::{FIRST, Turn};
 
-/// Keys in memory, of 16 bytes and what a tree adds to them; few in tests, so that they leave.
-const ROOM: usize = if cfg!(test) { 32 } else { 512 * 1024 };
+/// Keys in memory, of 16 bytes and what a tree adds to them; in tests so few that those of
+/// the reference model leave too.
+const ROOM: usize = if cfg!(test) { 6 } else { 512 * 1024 };
 /// When so many are too many, they leave together: while the round stands still, small
 /// flushes share a run.
-const STEP: usize = if cfg!(test) { 8 } else { 4 * 1024 };
+const STEP: usize = if cfg!(test) { 2 } else { 4 * 1024 };
 /// A run with room for more keys takes those of the next flush too: a page of the database.
-const RUN_KEYS: usize = if cfg!(test) { 8 } else { 512 };
+const RUN_KEYS: usize = if cfg!(test) { 3 } else { 512 };
 /// Keys that are looked up in memory at once.
-const PIECE: usize = if cfg!(test) { 5 } else { 256 };
+const PIECE: usize = if cfg!(test) { 2 } else { 256 };
 const PLACE_BYTES: usize = 16;
 
 /// What is known of a run.
