@@ -49,8 +49,9 @@ pub(in crate::outbox::sqlite) struct Ids {
     runs: Vec<Run>,
     /// Keys that the transaction under way puts into the index.
     leaving: HashSet<Place>,
-    /// Keys in runs whose captures the transaction under way forgets.
-    forgotten: BTreeSet<Place>,
+    /// Sequences and keys, in this order, of captures in runs that the transaction under way
+    /// forgets: a run is a stretch of sequences.
+    forgotten: BTreeSet<(i64, i64)>,
     changed: bool,
 }
 
