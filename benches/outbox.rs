@@ -48,6 +48,7 @@ fn capture(number: u64) -> NewCapture {
         digest: [7; 16],
         region: Region::NonEu,
         mapping_version: 1,
+        revision: 0,
         accept_time: UnixMillis::now(),
         user_id: Some(format!("{id:064x}")),
         room: None,

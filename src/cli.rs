@@ -45,7 +45,7 @@ enum Command {
     Check(check::CheckArgs),
     /// Prepare NATS JetStream as the outbox of several relays
     Nats(nats::NatsArgs),
-    /// Move the embedded outbox to NATS JetStream
+    /// Prepare the shared outbox on PostgreSQL, and move what is stored
     Outbox(outbox::OutboxArgs),
     /// Print the commented default configuration
     Config,

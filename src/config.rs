@@ -23,7 +23,7 @@ use std::{
     path::Path,
 };
 
-use crate::{proto, violation::Violation};
+use crate::{outbox::PostgresConnection, proto, violation::Violation};
 
 mod callers;
 mod document;
@@ -32,6 +32,7 @@ mod entry;
 mod fault;
 mod integrations;
 mod nats;
+mod postgres;
 mod reader;
 mod sections;
 mod security;
@@ -44,6 +45,7 @@ pub use callers::KnownCaller;
 pub use endpoint::{Endpoint, EndpointError};
 pub use fault::{Fault, Faults, MAX_FAULTS, Place};
 pub use nats::Nats;
+pub(crate) use postgres::hosts_in_clear;
 pub use sections::{Delivery, Endpoints, Outbox, OutboxKind, Segment, Server};
 pub use security::{JwksSource, Jwt, Limits, Notify, Secrets, Tls};
 pub use telemetry::{Log, LogFormat, Metrics, Otlp, OtlpProtocol, Traces};
@@ -90,6 +92,8 @@ pub struct Config {
     pub outbox: Outbox,
     /// The servers of the shared outbox.
     pub nats: Nats,
+    /// The databases of the shared outbox.
+    pub postgres: PostgresConnection,
     /// The collector of traces and metrics; `None` without.
     pub otlp: Option<Otlp>,
     /// What is traced.
@@ -123,6 +127,7 @@ impl fmt::Debug for Config {
             .field("delivery", &self.delivery)
             .field("outbox", &self.outbox)
             .field("nats", &self.nats)
+            .field("postgres", &self.postgres)
             .field("otlp", &self.otlp)
             .field("traces", &self.traces)
             .field("metrics", &self.metrics)
@@ -234,9 +239,17 @@ impl Config {
         let nats = Nats::take(&mut reader);
         if let (Some(outbox), Some(nats)) = (&outbox, &nats) {
             reader.check(
-                outbox.kind == OutboxKind::Embedded || !nats.servers.is_empty(),
+                outbox.kind != OutboxKind::JetStream || !nats.servers.is_empty(),
                 ["outbox.kind", "nats.servers"],
                 "kind = \"jetstream\" needs [nats] servers",
+            );
+        }
+        let postgres = postgres::take(&mut reader);
+        if let (Some(outbox), Some(postgres)) = (&outbox, &postgres) {
+            reader.check(
+                outbox.kind != OutboxKind::Postgres || !postgres.urls.is_empty(),
+                ["outbox.kind", "postgres.urls"],
+                "kind = \"postgres\" needs [postgres] urls",
             );
         }
         let otlp = Otlp::take(&mut reader);
@@ -258,6 +271,7 @@ impl Config {
                 delivery: delivery?,
                 outbox: outbox?,
                 nats: nats?,
+                postgres: postgres?,
                 otlp: otlp?,
                 traces: traces?,
                 metrics: metrics?,

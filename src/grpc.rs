@@ -18,11 +18,15 @@ mod privacy;
 mod relay;
 mod rpcs;
 mod spans;
+mod stale;
 mod stream;
 mod timer;
 mod unary;
 mod usage;
 mod watch;
+
+#[cfg(test)]
+mod tests;
 
 use std::sync::Arc;
 

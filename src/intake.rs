@@ -56,6 +56,7 @@ pub fn assemble(
         digest,
         region: mapped.region,
         mapping_version: integration.revision.mapping_version,
+        revision: integration.revision.number(),
         accept_time: received,
         user_id: mapped.subject.map(|subject| subject.user_id),
         content,

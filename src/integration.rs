@@ -11,6 +11,8 @@ mod update;
 
 use std::{borrow::Borrow, fmt, sync::Arc};
 
+use twox_hash::XxHash3_64;
+
 use crate::{
     proto::{self, DataRegion},
     region::{PerRegion, Region},
@@ -99,6 +101,20 @@ pub struct Revision {
     pub update_time: UnixMillis,
     /// Whether it comes from the configuration file.
     pub read_only: bool,
+}
+
+impl Revision {
+    /// A number in the place of the etag, for comparisons in bulk.
+    #[must_use]
+    pub fn number(&self) -> u64 {
+        revision_number(&self.etag)
+    }
+}
+
+/// [`Revision::number`] of an etag.
+#[must_use]
+pub fn revision_number(etag: &str) -> u64 {
+    XxHash3_64::oneshot(etag.as_bytes())
 }
 
 /// A valid integration.

@@ -9,6 +9,7 @@
 //! - A refused submission leaves nothing behind.
 //! - Whoever waits on [`Signals`] is woken after the change is durable.
 
+mod claim;
 #[cfg(test)]
 pub(crate) mod conformance;
 mod dead_letters;
@@ -17,10 +18,14 @@ mod jetstream;
 mod lease;
 #[cfg(test)]
 pub(crate) mod model;
+mod postgres;
 mod record;
 mod sealing;
+#[cfg(test)]
+pub(crate) mod shared_double;
 mod signals;
 mod sqlite;
+mod subject;
 mod transfer;
 
 use std::{fmt, future::Future, pin::Pin, sync::Arc};
@@ -38,6 +43,7 @@ use crate::{
     trace::TraceLink,
 };
 
+pub use claim::Claim;
 pub use dead_letters::{DeadLetter, DeadLetterCount, DeadLetterFilter, Selection};
 pub use event_set::EventSet;
 pub use jetstream::{
@@ -45,10 +51,15 @@ pub use jetstream::{
     NatsConnection, NatsHandle, NatsTls,
 };
 pub use lease::{LeaseBudget, LeasedCapture, SettledCapture, Settlement};
+pub use postgres::{
+    InitReport, PostgresConnection, PostgresError, PostgresOptions, PostgresOutbox, SchemaChange,
+    SynchronousCommit, init, move_integration, move_to_postgres,
+};
 #[doc(hidden)]
 pub use record::{check_stored_record, sample_records};
 pub use signals::{Change, Signals};
 pub use sqlite::{ExportError, KeyError, OpenError, SqliteOptions, SqliteOutbox};
+pub use subject::{Erasure, FoundSubject, SubjectQuery};
 pub use transfer::{MoveError, Moved, move_outbox};
 
 /// Lanes of one integration and region. Fixed, since an event has to stay in
@@ -97,6 +108,9 @@ pub struct NewCapture {
     pub region: Region,
     /// Version of the mappings that formed the events.
     pub mapping_version: u64,
+    /// [`Revision::number`](crate::integration::Revision::number) of the integration that
+    /// formed the events. A shared outbox refuses another one than it has stored.
+    pub revision: u64,
     /// When it arrived.
     pub accept_time: UnixMillis,
     /// Whose data it is: lower-case hex SHA-256 of the address, if there is one.
@@ -137,6 +151,8 @@ pub enum Submitted {
     Conflict,
     /// There is no room.
     Full(Quota),
+    /// Its events were formed with an integration that another relay has changed since.
+    Stale,
 }
 
 /// The bound that left no room.
@@ -184,6 +200,9 @@ pub enum OutboxError {
     /// The disk or the database failed. It may work again later.
     #[error("the outbox cannot be written or read now: {0}")]
     Unavailable(String),
+    /// The answer to a write was lost: it may have been applied.
+    #[error("the outbox did not answer in time; the write may have been applied: {0}")]
+    OutcomeUnknown(String),
     /// Another relay has changed the integration since this one read it.
     #[error("the integration {0} was changed by another relay in the meantime")]
     Changed(IntegrationId),
@@ -204,35 +223,6 @@ impl Receipt {
     pub async fn wait(self) -> Result<Vec<Submitted>, OutboxError> {
         self.0.await.unwrap_or(Err(OutboxError::Closed))
     }
-}
-
-/// Whose data is looked for.
-#[derive(Clone, Debug)]
-pub struct SubjectQuery {
-    /// The person's user ids: an address has one for each way to normalise it.
-    pub user_ids: Vec<String>,
-    /// Only in this integration.
-    pub integration_id: Option<IntegrationId>,
-}
-
-/// Where a person's data is.
-#[derive(Clone, Debug, Default)]
-pub struct FoundSubject {
-    /// The captures, by their place in the order of acceptance.
-    pub captures: Vec<i64>,
-    /// The lanes in which some of their events wait.
-    pub lanes: Vec<LaneKey>,
-}
-
-/// A piece of an erasure.
-#[derive(Clone, Debug)]
-pub struct Erasure {
-    /// Whose data it is.
-    pub subject: SubjectQuery,
-    /// Some of what was found, at most 1,000.
-    pub captures: Vec<i64>,
-    /// The receipt so far. Without an id it is a new one.
-    pub receipt: proto::ErasureReceipt,
 }
 
 /// An integration as it is stored: its specification with the write keys.
@@ -262,6 +252,11 @@ pub trait Outbox: Send + Sync + 'static {
         lane: &LaneKey,
         budget: LeaseBudget,
     ) -> BoxFuture<'_, Result<Vec<LeasedCapture>, OutboxError>>;
+
+    /// Whether the lease of a lane lasts for a request that begins now.
+    fn may_send(&self, _lane: &LaneKey) -> bool {
+        true
+    }
 
     /// Makes the outcome of an attempt durable. Captures that are no longer
     /// waiting are left as they are.
@@ -346,14 +341,45 @@ pub trait Outbox: Send + Sync + 'static {
         })
     }
 
-    /// Stores an integration, in place of one of the same id.
+    /// Stores an integration in place of the one with the etag `replaces`; `None`: there is
+    /// none of its id.
+    ///
+    /// # Errors
+    /// [`OutboxError::Changed`] where another relay may write and what is stored differs.
     fn put_integration(
         &self,
         integration: StoredIntegration,
+        replaces: Option<String>,
     ) -> BoxFuture<'_, Result<(), OutboxError>>;
 
-    /// Removes an integration.
-    fn delete_integration(&self, id: &IntegrationId) -> BoxFuture<'_, Result<(), OutboxError>>;
+    /// Removes the integration with the etag `replaces`.
+    ///
+    /// # Errors
+    /// As [`Outbox::put_integration`].
+    fn delete_integration(
+        &self,
+        id: &IntegrationId,
+        replaces: String,
+    ) -> BoxFuture<'_, Result<(), OutboxError>>;
+
+    /// Compares a relay's configuration file with the last one that was stored, and stores
+    /// it where it is not older: `version` is the operator's number, `digest` a fingerprint
+    /// of all its integrations with their write keys, which the outbox blinds.
+    ///
+    /// In one transaction: no version is stored, or a lower one, or the same one with the
+    /// same digest: both are stored, `Apply`. The same version with another digest:
+    /// `Conflict`. A higher version: `Older`. The last two change nothing.
+    ///
+    /// After an `Apply`, and until it claims again, this relay stores and removes
+    /// integrations with `read_only` set. An outbox may refuse such a change with
+    /// [`OutboxError::Changed`] once another relay has claimed a higher version.
+    fn claim_configuration(
+        &self,
+        _version: u64,
+        _digest: [u8; 16],
+    ) -> BoxFuture<'_, Result<Claim, OutboxError>> {
+        Box::pin(async { Ok(Claim::Apply) })
+    }
 
     /// Counts up when somebody else may have changed an integration; `None` where
     /// nobody else can.

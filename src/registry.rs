@@ -1,12 +1,18 @@
 //! The integrations that the relay knows: in memory for every capture, in the
 //! outbox for the next start.
 
+mod change;
 mod start;
+#[cfg(test)]
+mod tests;
 
 use std::{
-    collections::{BTreeMap, BTreeSet},
+    collections::{BTreeMap, BTreeSet, HashMap},
     ops::Bound,
-    sync::{Arc, PoisonError, RwLock},
+    sync::{
+        Arc, PoisonError, RwLock,
+        atomic::{AtomicU64, Ordering},
+    },
     time::Duration,
 };
 
@@ -14,19 +20,23 @@ use tokio::sync::Mutex;
 use tokio_util::sync::CancellationToken;
 
 use crate::{
-    integration::{Integration, IntegrationId, Revision, apply_update},
-    outbox::{Outbox, OutboxError},
+    integration::{Integration, IntegrationId, Revision},
+    outbox::{LaneKey, Outbox, OutboxError, SHARDS},
     permission::Scope,
     proto,
+    region::Region,
     text::first_chars,
     time::UnixMillis,
     violation::Violation,
 };
 
-pub use start::Told;
+pub use change::Updated;
+pub use start::{Configured, LoadError, Told};
 
-/// How far a replica of the shared outbox may be behind.
-const REPLICA_LAG: Duration = Duration::from_millis(300);
+/// Wait after the integrations could not be read.
+const REFRESH_RETRY: Duration = Duration::from_secs(1);
+/// Integrations whose last read is remembered.
+const MAX_READS: usize = 1_000;
 
 /// Why a change of integrations was refused.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -68,31 +78,48 @@ impl From<OutboxError> for RegistryError {
     }
 }
 
-/// An integration before and after an update.
-pub struct Updated {
-    /// As it was.
-    pub before: Arc<Integration>,
-    /// As it is.
-    pub now: Arc<Integration>,
-}
+type Known = BTreeMap<IntegrationId, Arc<Integration>>;
 
 /// The integrations that the relay knows.
 pub struct Registry {
     outbox: Arc<dyn Outbox>,
-    known: RwLock<BTreeMap<IntegrationId, Arc<Integration>>>,
-    /// One change at a time.
-    changing: Mutex<()>,
+    /// Whether other relays may change them.
+    shared: bool,
+    known: RwLock<Known>,
+    /// One change or read of the outbox at a time.
+    changing: Mutex<Reads>,
+    /// Reads of one integration that have begun.
+    reads_begun: AtomicU64,
 }
 
+/// The number of the last read of each integration, and how it ended.
+#[derive(Default)]
+struct Reads(HashMap<IntegrationId, (u64, Result<(), RegistryError>)>);
+
 impl Registry {
+    fn new(outbox: Arc<dyn Outbox>, known: Known) -> Self {
+        Self {
+            shared: outbox.integration_changes().is_some(),
+            outbox,
+            known: RwLock::new(known),
+            changing: Mutex::default(),
+            reads_begun: AtomicU64::new(0),
+        }
+    }
+
+    /// Whether other relays may change integrations.
+    #[must_use]
+    pub fn is_shared(&self) -> bool {
+        self.shared
+    }
+
     /// One integration.
     #[must_use]
     pub fn get(&self, id: &IntegrationId) -> Option<Arc<Integration>> {
         self.named(id.as_str())
     }
 
-    /// One integration as the outbox has it at this moment: another relay may have made
-    /// or changed it a moment ago, and what it has accepted may be here already.
+    /// One integration as the outbox has it now: another relay may have changed it.
     ///
     /// # Errors
     /// The outbox failed, or what is stored breaks rules.
@@ -100,26 +127,68 @@ impl Registry {
         &self,
         id: &IntegrationId,
     ) -> Result<Option<Arc<Integration>>, RegistryError> {
-        if self.outbox.integration_changes().is_none() {
+        if !self.shared {
             return Ok(self.get(id));
         }
-        let _changing = self.changing.lock().await;
-        let stored = self.outbox.integration(id).await?;
-        let found = stored.as_ref().map(restore).transpose()?.map(Arc::new);
-        self.change(|known| match &found {
+        let begun = self.reads_begun.load(Ordering::SeqCst);
+        let mut reads = self.changing.lock().await;
+        // A read that began after this call tells as much as another one would.
+        match reads.0.get(id) {
+            Some((number, ended)) if *number > begun => ended.clone().map(|()| self.get(id)),
+            _ => self.read(id, &mut reads).await,
+        }
+    }
+
+    /// One integration by what a caller sent. Where other relays may have made it, an unknown
+    /// one is looked up in the outbox.
+    ///
+    /// # Errors
+    /// [`RegistryError::NotFound`], or the outbox failed.
+    pub async fn find(&self, id: &str) -> Result<Arc<Integration>, RegistryError> {
+        match self.named(id) {
+            Some(found) => Ok(found),
+            None => self.find_stored(id).await,
+        }
+    }
+
+    /// One integration by what a caller sent, as the outbox has it now.
+    ///
+    /// # Errors
+    /// As [`Registry::find`].
+    pub async fn find_stored(&self, id: &str) -> Result<Arc<Integration>, RegistryError> {
+        let found = match IntegrationId::new(id) {
+            Some(id) => self.confirm(&id).await?,
+            None => None,
+        };
+        found.ok_or_else(|| not_found(id))
+    }
+
+    /// Reads one integration, for those that hold the lock.
+    async fn read(
+        &self,
+        id: &IntegrationId,
+        reads: &mut Reads,
+    ) -> Result<Option<Arc<Integration>>, RegistryError> {
+        let number = self.reads_begun.fetch_add(1, Ordering::SeqCst) + 1;
+        let stored = self.outbox.integration(id).await;
+        let found = stored.map_err(RegistryError::from).and_then(|stored| {
+            let found = stored.as_ref().map(restore_again).transpose()?;
+            Ok(found.map(Arc::new))
+        });
+        if reads.0.len() >= MAX_READS {
+            reads.0.clear();
+        }
+        let ended = found.as_ref().map(|_| ()).map_err(RegistryError::clone);
+        reads.0.insert(id.clone(), (number, ended));
+        let found = found?;
+        let before = self.change(|known| match &found {
             Some(found) => known.insert(id.clone(), Arc::clone(found)),
             None => known.remove(id),
         });
+        if etag(before.as_ref()) != etag(found.as_ref()) {
+            self.wake_lanes_of(id);
+        }
         Ok(found)
-    }
-
-    /// One integration by what a caller sent.
-    ///
-    /// # Errors
-    /// [`RegistryError::NotFound`].
-    pub fn find(&self, id: &str) -> Result<Arc<Integration>, RegistryError> {
-        let found = self.named(id);
-        found.ok_or_else(|| RegistryError::NotFound(first_chars(id, 64).to_owned()))
     }
 
     fn named(&self, id: &str) -> Option<Arc<Integration>> {
@@ -146,75 +215,6 @@ impl Registry {
             .collect()
     }
 
-    fn all(&self) -> Vec<Arc<Integration>> {
-        self.list(None, &Scope::All, usize::MAX)
-    }
-
-    /// Stores a new integration.
-    ///
-    /// # Errors
-    /// It breaks rules, there is one of its name, or events of a deleted one of
-    /// its name still wait to be dead-lettered.
-    pub async fn create(
-        &self,
-        spec: &proto::Integration,
-        now: UnixMillis,
-    ) -> Result<Arc<Integration>, RegistryError> {
-        let integration = make(spec, first_revision(now, false))?;
-        let _changing = self.changing.lock().await;
-        let id = integration.id().clone();
-        if self.get(&id).is_some() {
-            return Err(RegistryError::Exists(id));
-        }
-        let events = self.outbox.backlog(&id).await?.events;
-        if events > 0 {
-            return Err(RegistryError::EventsWaiting { id, events });
-        }
-        self.store(integration).await
-    }
-
-    /// Changes the fields that the mask names.
-    ///
-    /// # Errors
-    /// There is none of this name, it is read-only, the etag is stale, or the
-    /// result would break rules.
-    pub async fn update(
-        &self,
-        change: proto::Integration,
-        mask: &[String],
-        now: UnixMillis,
-    ) -> Result<Updated, RegistryError> {
-        let _changing = self.changing.lock().await;
-        let before = self.changeable(&change.integration_id, &change.etag)?;
-        let spec = apply_update(before.to_spec_with_secrets(), change, mask)
-            .map_err(RegistryError::Invalid)?;
-        let mut next = make(&spec, before.revision.clone())?;
-        next.revision = next_revision(&before, &next, now);
-        let next = self.store(next).await?;
-        self.wake_lanes_of(next.id()).await?;
-        Ok(Updated { before, now: next })
-    }
-
-    /// Deletes an integration; returns how many events of it waited.
-    ///
-    /// # Errors
-    /// There is none of this name, it is read-only, the etag is stale, or events
-    /// wait and `force` is not set.
-    pub async fn delete(&self, id: &str, etag: &str, force: bool) -> Result<u64, RegistryError> {
-        let _changing = self.changing.lock().await;
-        let gone = self.changeable(id, etag)?;
-        let id = gone.id().clone();
-        let events = self.outbox.backlog(&id).await?.events;
-        if events > 0 && !force {
-            return Err(RegistryError::EventsWaiting { id, events });
-        }
-        self.outbox.delete_integration(&id).await?;
-        self.change(|known| known.remove(&id));
-        // What waits is dead-lettered by its lanes.
-        self.wake_lanes_of(&id).await?;
-        Ok(events)
-    }
-
     /// Follows what other relays change, until `stop`. Ends at once where the outbox is
     /// this relay's alone.
     pub async fn follow(self: Arc<Self>, stop: CancellationToken) {
@@ -232,26 +232,29 @@ impl Registry {
                 return;
             }
             changes.borrow_and_update();
-            // Twice: the first read may come from a replica that is a moment behind.
-            for pause in [Duration::ZERO, REPLICA_LAG] {
-                tokio::time::sleep(pause).await;
-                if let Err(error) = self.reload().await {
-                    tracing::warn!(%error, "integrations that another relay changed cannot be read yet");
-                    changes.mark_changed();
-                }
+            if let Err(error) = self.refresh().await {
+                tracing::warn!(%error, "integrations of other relays cannot be read; trying again");
+                changes.mark_changed();
+                tokio::time::sleep(REFRESH_RETRY).await;
             }
         }
     }
 
-    /// Reads all integrations anew, and wakes the lanes of those that have changed.
-    async fn reload(&self) -> Result<(), RegistryError> {
+    /// Reads all integrations, and wakes the lanes of those that have changed. Does nothing
+    /// where only this relay changes them.
+    ///
+    /// # Errors
+    /// The outbox failed, or what is stored breaks rules.
+    pub async fn refresh(&self) -> Result<(), RegistryError> {
+        if !self.shared {
+            return Ok(());
+        }
         let _changing = self.changing.lock().await;
         let mut stored = BTreeMap::new();
         for spec in self.outbox.integrations().await? {
-            let integration = restore(&spec)?;
+            let integration = restore_again(&spec)?;
             stored.insert(integration.id().clone(), Arc::new(integration));
         }
-        let etag = |found: Option<&Arc<Integration>>| found.map(|one| one.revision.etag.clone());
         let changed: Vec<IntegrationId> = self.change(|known| {
             let ids: BTreeSet<_> = known.keys().chain(stored.keys()).cloned().collect();
             let differs = |id: &IntegrationId| etag(known.get(id)) != etag(stored.get(id));
@@ -259,52 +262,35 @@ impl Registry {
             *known = stored;
             changed
         });
-        if changed.is_empty() {
-            return Ok(());
+        if !changed.is_empty() {
+            tracing::info!(?changed, "integrations were changed by another relay");
         }
-        tracing::info!(?changed, "integrations were changed by another relay");
-        let waiting = self.outbox.waiting_lanes().await?.into_iter();
-        let own = waiting.filter(|lane| changed.contains(&lane.integration_id));
-        self.outbox.signals().wake_lanes(own);
+        changed.iter().for_each(|id| self.wake_lanes_of(id));
         Ok(())
     }
 
-    fn changeable(&self, id: &str, etag: &str) -> Result<Arc<Integration>, RegistryError> {
-        let found = self.find(id)?;
-        if found.revision.read_only {
-            return Err(RegistryError::ReadOnly(found.id().clone()));
-        }
-        if !etag.is_empty() && etag != found.revision.etag {
-            return Err(RegistryError::StaleEtag(found.id().clone()));
-        }
-        Ok(found)
+    fn wake_lanes_of(&self, id: &IntegrationId) {
+        let lanes = Region::ALL.into_iter().flat_map(|region| {
+            (0..SHARDS).map(move |shard| LaneKey {
+                integration_id: id.clone(),
+                region,
+                shard,
+            })
+        });
+        self.outbox.signals().wake_lanes(lanes);
     }
 
-    async fn store(&self, integration: Integration) -> Result<Arc<Integration>, RegistryError> {
-        self.outbox
-            .put_integration(integration.to_spec_with_secrets())
-            .await?;
-        let integration = Arc::new(integration);
-        let (id, kept) = (integration.id().clone(), Arc::clone(&integration));
-        self.change(|known| known.insert(id, kept));
-        Ok(integration)
-    }
-
-    async fn wake_lanes_of(&self, id: &IntegrationId) -> Result<(), RegistryError> {
-        let waiting = self.outbox.waiting_lanes().await?;
-        let own = waiting
-            .into_iter()
-            .filter(|lane| lane.integration_id == *id);
-        self.outbox.signals().wake_lanes(own);
-        Ok(())
-    }
-
-    fn change<T>(
-        &self,
-        change: impl FnOnce(&mut BTreeMap<IntegrationId, Arc<Integration>>) -> T,
-    ) -> T {
+    fn change<T>(&self, change: impl FnOnce(&mut Known) -> T) -> T {
         change(&mut self.known.write().unwrap_or_else(PoisonError::into_inner))
     }
+}
+
+fn not_found(id: &str) -> RegistryError {
+    RegistryError::NotFound(first_chars(id, 64).to_owned())
+}
+
+fn etag(found: Option<&Arc<Integration>>) -> Option<&str> {
+    found.map(|one| one.revision.etag.as_str())
 }
 
 fn make(spec: &proto::Integration, revision: Revision) -> Result<Integration, RegistryError> {
@@ -327,6 +313,14 @@ fn restore(stored: &proto::Integration) -> Result<Integration, RegistryError> {
             read_only: stored.read_only,
         },
     )
+}
+
+/// [`restore`] while calls are served: none of them is to blame for what is stored.
+fn restore_again(stored: &proto::Integration) -> Result<Integration, RegistryError> {
+    restore(stored).map_err(|error| {
+        let broken = format!("integration {}: {error}", stored.integration_id);
+        OutboxError::Unavailable(broken).into()
+    })
 }
 
 fn new_etag() -> String {

@@ -26,9 +26,9 @@ use crate::{
     grpc::{Access, RELAY_SERVICE, Services},
     metrics::{self, BacklogBoard, MetricsError},
     notify::{self, Notices, SenderOptions},
-    outbox::{JetStreamError, OpenError, OutboxError},
+    outbox::{JetStreamError, OpenError, OutboxError, PostgresError},
     proto,
-    registry::{Registry, RegistryError, Told},
+    registry::{Configured, LoadError, Registry, Told},
     segment::SetupError,
     telemetry::OtlpError,
     time::UnixMillis,
@@ -55,12 +55,15 @@ pub enum RunError {
     /// The shared outbox can't be opened.
     #[error(transparent)]
     JetStream(#[from] JetStreamError),
+    /// The shared outbox can't be opened.
+    #[error(transparent)]
+    Postgres(#[from] PostgresError),
     /// The outbox failed.
     #[error(transparent)]
     Outbox(#[from] OutboxError),
     /// The stored or configured integrations are not valid.
     #[error("integrations: {0}")]
-    Registry(#[from] RegistryError),
+    Registry(#[from] LoadError),
     /// The HTTP client can't be set up.
     #[error(transparent)]
     Segment(#[from] SetupError),
@@ -146,12 +149,12 @@ impl Relay {
             audit: &audit,
             notices: &notices,
         };
-        let registry = Registry::load(
-            Arc::clone(&outbox),
-            &config.integrations,
-            &told,
-            UnixMillis::now(),
-        );
+        let configured = Configured {
+            integrations: &config.integrations,
+            version: config.outbox.integrations_version,
+        };
+        let now = UnixMillis::now();
+        let registry = Registry::load(Arc::clone(&outbox), configured, &told, now);
         let registry = Arc::new(registry.await?);
         let draining = CancellationToken::new();
         let services = parts::services(

@@ -1,8 +1,8 @@
-//! `segment-relay outbox move`: from the embedded outbox to the shared one.
+//! `segment-relay outbox`: the schema of the shared outbox, and moves into and within it.
 
 use std::{
     io::{IsTerminal, Write},
-    path::PathBuf,
+    path::{Path, PathBuf},
     sync::Arc,
 };
 
@@ -11,8 +11,10 @@ use clap::{Args, Subcommand};
 use super::{Failure, spec_violations};
 use crate::{
     config::Config,
-    outbox::{NatsHandle, move_outbox},
-    server, telemetry,
+    integration::IntegrationId,
+    outbox::{self, MoveError, Moved, NatsHandle, PostgresError, PostgresOutbox, SchemaChange},
+    server::{self, RunError},
+    telemetry,
     vault::Vault,
 };
 
@@ -25,50 +27,147 @@ pub(super) struct OutboxArgs {
 
 #[derive(Subcommand, Debug)]
 enum OutboxCommand {
-    /// Move all that the embedded outbox in [outbox] path holds to the JetStream of [nats].
-    /// Stop its relay first, and start those on JetStream afterwards, so that each user's
-    /// events keep their order. A run that was interrupted is repeated. Exit code 1 where
-    /// something had to stay
-    Move(MoveArgs),
+    /// Make or migrate the schema in each database of [postgres]
+    Init(ConfigArgs),
+    /// Move an integration with all its captures to another database of [postgres]. The relays
+    /// keep running; meanwhile the integration takes no captures and its deliveries wait.
+    /// Repeat an interrupted run
+    MoveIntegration(MoveIntegrationArgs),
+    /// Move the embedded outbox in [outbox] path to the shared one: to the databases of
+    /// [postgres] where urls is set, otherwise to the JetStream of [nats]. Stop its relay first,
+    /// and start those on the shared outbox afterwards, so that each user's events keep their
+    /// order. Repeat an interrupted run. Exit code 1 where something had to stay
+    Move(ConfigArgs),
 }
 
 #[derive(Args, Debug)]
-struct MoveArgs {
+struct ConfigArgs {
     /// TOML file
     #[arg(long, value_name = "FILE")]
     config: Option<PathBuf>,
 }
 
+#[derive(Args, Debug)]
+struct MoveIntegrationArgs {
+    /// The integration
+    #[arg(value_name = "ID")]
+    integration_id: String,
+
+    /// The database that it moves to, by its place in [postgres] urls; 0 is the first
+    #[arg(long, value_name = "NUMBER")]
+    to: usize,
+
+    #[command(flatten)]
+    config: ConfigArgs,
+}
+
+impl From<PostgresError> for Failure {
+    fn from(error: PostgresError) -> Self {
+        Self::Run(RunError::Postgres(error))
+    }
+}
+
+impl From<MoveError> for Failure {
+    fn from(error: MoveError) -> Self {
+        Self::Other(error.to_string())
+    }
+}
+
 /// Returns the exit code.
 pub(super) async fn run(args: &OutboxArgs) -> Result<u8, Failure> {
-    let OutboxCommand::Move(args) = &args.command;
-    let config = Config::read(args.config.as_deref(), &spec_violations)?;
-    if config.nats.servers.is_empty() {
+    match &args.command {
+        OutboxCommand::Init(args) => init(args).await,
+        OutboxCommand::MoveIntegration(args) => move_integration(args).await,
+        OutboxCommand::Move(args) => move_to_shared(args).await,
+    }
+}
+
+/// Reads the configuration; the databases have to be named.
+fn with_databases(path: Option<&Path>) -> Result<Config, Failure> {
+    let config = Config::read(path, &spec_violations)?;
+    if config.postgres.urls.is_empty() {
         return Err(Failure::Usage(
-            "[nats] servers is empty: name them in the file or in SEGMENT_RELAY__NATS__SERVERS"
+            "[postgres] urls is empty: name the databases in the file or in \
+             SEGMENT_RELAY__POSTGRES__URLS"
+                .to_owned(),
+        ));
+    }
+    Ok(config)
+}
+
+async fn init(args: &ConfigArgs) -> Result<u8, Failure> {
+    let config = with_databases(args.config.as_deref())?;
+    let exists = PostgresOutbox::store_exists(&config.postgres).await?;
+    let vault = Arc::new(Vault::load(&config.secrets, exists)?);
+    let mut out = std::io::stdout();
+    for report in outbox::init(&config.postgres, &vault).await? {
+        let change = match report.change {
+            SchemaChange::Made => "made".to_owned(),
+            SchemaChange::Migrated { from, to } => format!("migrated from {from} to {to}"),
+            SchemaChange::UpToDate => "up to date".to_owned(),
+        };
+        writeln!(out, "{}: {change}", report.database)?;
+    }
+    Ok(0)
+}
+
+async fn move_integration(args: &MoveIntegrationArgs) -> Result<u8, Failure> {
+    let name = &args.integration_id;
+    let id = IntegrationId::new(name)
+        .ok_or_else(|| Failure::Usage(format!("{name:?} is not an integration_id")))?;
+    let config = with_databases(args.config.config.as_deref())?;
+    let databases = config.postgres.urls.len();
+    if args.to >= databases {
+        return Err(Failure::Usage(format!(
+            "--to {}: [postgres] urls names {databases} database(s), counted from 0",
+            args.to
+        )));
+    }
+    let telemetry = telemetry::start(&config)?;
+    let vault = Arc::new(Vault::load(&config.secrets, true)?);
+    let progress = Progress::new("rows");
+    let shown = |done, total| progress.show(done, total);
+    let moved = outbox::move_integration(&config.postgres, &vault, &id, args.to, shown).await;
+    progress.end();
+    telemetry.flush().await;
+    writeln!(
+        std::io::stdout(),
+        "moved {name} with {} captures to database {}",
+        moved?,
+        args.to
+    )?;
+    Ok(0)
+}
+
+async fn move_to_shared(args: &ConfigArgs) -> Result<u8, Failure> {
+    let config = Config::read(args.config.as_deref(), &spec_violations)?;
+    let to_postgres = !config.postgres.urls.is_empty();
+    if !to_postgres && config.nats.servers.is_empty() {
+        return Err(Failure::Usage(
+            "neither [postgres] urls nor [nats] servers is set: name the databases in the file or \
+             in SEGMENT_RELAY__POSTGRES__URLS"
                 .to_owned(),
         ));
     }
     let telemetry = telemetry::start(&config)?;
     let vault = Arc::new(Vault::load(&config.secrets, true)?);
-    let handle = NatsHandle::connect(
-        &server::connection(&config.nats),
-        server::layout(&config.nats),
-    )
-    .await?;
-    let shows = std::io::stderr().is_terminal();
-    let progress = |done: u64, total: u64| {
-        if shows {
-            let _ = write!(std::io::stderr(), "\r{done} of {total} captures");
-        }
-    };
     let (path, remember) = (&config.outbox.path, config.outbox.idempotency);
-    let moved = move_outbox(path, handle, &vault, remember, progress).await;
-    if shows {
-        let _ = writeln!(std::io::stderr());
-    }
+    let progress = Progress::new("captures");
+    let shown = |done, total| progress.show(done, total);
+    let moved = if to_postgres {
+        outbox::move_to_postgres(path, &config.postgres, &vault, remember, shown).await
+    } else {
+        let connection = server::connection(&config.nats);
+        let handle = NatsHandle::connect(&connection, server::layout(&config.nats)).await?;
+        outbox::move_outbox(path, handle, &vault, remember, shown).await
+    };
+    progress.end();
     telemetry.flush().await;
-    let moved = moved.map_err(|error| Failure::Other(error.to_string()))?;
+    report(&moved?, path)
+}
+
+/// Prints what was moved, and returns the exit code.
+fn report(moved: &Moved, path: &Path) -> Result<u8, Failure> {
     let mut out = std::io::stdout();
     writeln!(
         out,
@@ -89,4 +188,29 @@ pub(super) async fn run(args: &OutboxArgs) -> Result<u8, Failure> {
         writeln!(out, "{} is empty now and can be removed", path.display())?;
     }
     Ok(u8::from(!moved.conflicts.is_empty()))
+}
+
+/// A count on standard error, where that is a terminal.
+struct Progress {
+    unit: &'static str,
+    is_shown: bool,
+}
+
+impl Progress {
+    fn new(unit: &'static str) -> Self {
+        let is_shown = std::io::stderr().is_terminal();
+        Self { unit, is_shown }
+    }
+
+    fn show(&self, done: u64, total: u64) {
+        if self.is_shown {
+            let _ = write!(std::io::stderr(), "\r{done} of {total} {}", self.unit);
+        }
+    }
+
+    fn end(&self) {
+        if self.is_shown {
+            let _ = writeln!(std::io::stderr());
+        }
+    }
 }

@@ -51,6 +51,7 @@ pub(super) async fn run(args: &ServeArgs) -> Result<(), Failure> {
     let outbox = match config.outbox.kind {
         OutboxKind::Embedded => config.outbox.path.display().to_string(),
         OutboxKind::JetStream => format!("JetStream, {}", config.nats.prefix),
+        OutboxKind::Postgres => format!("PostgreSQL, databases: {}", config.postgres.urls.len()),
     };
     let filter = config.log.filter.clone();
     let relay = Relay::open(config).await?;

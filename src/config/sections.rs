@@ -6,7 +6,9 @@ use std::{net::SocketAddr, path::PathBuf, time::Duration};
 use super::{
     endpoint::Endpoint,
     reader::Reader,
-    value::{address, boolean, endpoint, hours, millis, number, one_of, optional_path, path},
+    value::{
+        address, automatic, boolean, endpoint, hours, millis, number, one_of, optional_path, path,
+    },
 };
 
 const SECOND_MS: u64 = 1000;
@@ -234,6 +236,8 @@ pub enum OutboxKind {
     Embedded,
     /// NATS JetStream, shared by several relays.
     JetStream,
+    /// PostgreSQL, shared by several relays.
+    Postgres,
 }
 
 /// `[outbox]`: where and how much is stored.
@@ -258,6 +262,9 @@ pub struct Outbox {
     pub idempotency: Duration,
     /// Whether the payloads of events are stored encrypted.
     pub encryption: bool,
+    /// Which of several relays' files has the current integrations, 0 to
+    /// 1,000,000,000,000: the one with the highest number.
+    pub integrations_version: u64,
 }
 
 impl Outbox {
@@ -267,9 +274,12 @@ impl Outbox {
         const KINDS: &[(&str, OutboxKind)] = &[
             ("embedded", OutboxKind::Embedded),
             ("jetstream", OutboxKind::JetStream),
+            ("postgres", OutboxKind::Postgres),
         ];
+        let kind = from.take("outbox.kind", one_of(KINDS))?;
+        let encryption: Option<bool> = from.take("outbox.encryption", automatic)?;
         let outbox = Self {
-            kind: from.take("outbox.kind", one_of(KINDS))?,
+            kind,
             path: from.take("outbox.path", path)?,
             max_events: from.take("outbox.max_events", number("events", 2..=EVENTS))?,
             max_bytes: from.take("outbox.max_bytes", number("bytes", MIB..=BYTES))?,
@@ -282,7 +292,11 @@ impl Outbox {
             group_commit_max: from
                 .take("outbox.group_commit_max", number("captures", 1..=65_536))?,
             idempotency: from.take("outbox.idempotency_hours", hours(1..=YEAR_HOURS))?,
-            encryption: from.take("outbox.encryption", boolean)?,
+            encryption: encryption.unwrap_or(kind == OutboxKind::Postgres),
+            integrations_version: from.take(
+                "outbox.integrations_version",
+                number("changes", 0..=1_000_000_000_000),
+            )?,
         };
         Some(outbox)
     }

@@ -7,6 +7,7 @@ use super::*;
 mod defaults;
 mod integrations;
 mod nats;
+mod postgres;
 mod security;
 mod telemetry;
 

@@ -154,6 +154,15 @@ pub(super) fn boolean(raw: Raw<'_>) -> Parsed<bool> {
     .ok_or_else(|| Expected::new("true or false"))
 }
 
+/// A truth value, or `auto`.
+pub(super) fn automatic(raw: Raw<'_>) -> Parsed<Option<bool>> {
+    if raw.text().is_some_and(|text| text == "auto") {
+        return Ok(None);
+    }
+    let flag = boolean(raw).map_err(|_| Expected::new("auto, true or false"))?;
+    Ok(Some(flag))
+}
+
 /// Any text.
 pub(super) fn text(raw: Raw<'_>) -> Parsed<String> {
     raw.text()

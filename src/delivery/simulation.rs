@@ -148,6 +148,7 @@ impl Simulation {
                 digest: [0; 16],
                 region,
                 mapping_version: 1,
+                revision: 0,
                 accept_time: self.now(),
                 user_id: None,
                 room: None,

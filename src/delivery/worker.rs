@@ -272,6 +272,10 @@ impl Worker {
         self.parts
             .rates
             .take(id, region, count, UnixMillis::now())?;
+        // A pause may have outlasted the lease: then the lane is leased anew.
+        if !self.parts.outbox.may_send(&self.key) {
+            return Err(Duration::ZERO);
+        }
         self.parts.conditions.recall(&self.key, &leased);
         // Shared with what is leased, and not copied before they are sent.
         let events: Vec<Bytes> = leased

@@ -43,23 +43,13 @@ impl Services {
     }
 
     /// The integration of a request, if it is the caller's.
-    pub(super) fn integration(
+    pub(super) async fn integration(
         &self,
         caller: &Caller,
         id: &str,
     ) -> Result<Arc<Integration>, RelayError> {
-        if id.is_empty() {
-            return Err(RelayError::invalid(
-                "integration_id",
-                "REQUIRED",
-                "name the integration",
-            ));
-        }
-        // First, so that nobody learns which integrations others have.
-        if !caller.may_touch(id) {
-            return Err(RelayError::OutOfScope);
-        }
-        Ok(self.registry.find(id)?)
+        check_access(caller, id)?;
+        Ok(self.registry.find(id).await?)
     }
 
     /// Validates a capture and builds its events.
@@ -110,6 +100,19 @@ impl Services {
     }
 }
 
+/// Whether a caller may touch the integration of a request. First: no caller learns
+/// which integrations others have.
+pub(super) fn check_access(caller: &Caller, id: &str) -> Result<(), RelayError> {
+    if id.is_empty() {
+        let rule = "name the integration";
+        return Err(RelayError::invalid("integration_id", "REQUIRED", rule));
+    }
+    if !caller.may_touch(id) {
+        return Err(RelayError::OutOfScope);
+    }
+    Ok(())
+}
+
 /// Says on the call's span what it is about.
 pub(super) fn describe(integration: &IntegrationId, capture_id: &str) {
     Span::current()
@@ -130,6 +133,7 @@ pub(super) fn accepted(submitted: Submitted) -> Accepted {
         Submitted::Duplicate(record) => Ok((record, true)),
         Submitted::Conflict => Err(RelayError::CaptureIdReused),
         Submitted::Full(quota) => Err(RelayError::Full(quota)),
+        Submitted::Stale => Err(RelayError::IntegrationChanging),
     }
 }
 
@@ -184,6 +188,11 @@ pub(super) fn echo_id(capture: &Capture<'_>) -> String {
 
 pub(super) fn required<T>(capture: Option<T>) -> Result<T, RelayError> {
     capture.ok_or_else(|| RelayError::invalid("capture", "REQUIRED", "give the capture"))
+}
+
+/// A capture that is read from its request once more.
+pub(super) fn again<T>(capture: Result<T, Malformed>) -> Result<T, RelayError> {
+    capture.map_err(|error| RelayError::invalid("capture", "MALFORMED", error.to_string()))
 }
 
 /// The status that tonic gives to bytes that are no message.

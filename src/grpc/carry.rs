@@ -25,7 +25,7 @@ impl Services {
         let task = self.gate.streams.spawn(task.in_current_span());
         task.await.unwrap_or_else(|_| {
             let broke = "a change broke off".to_owned();
-            Err(OutboxError::Unavailable(broke).into())
+            Err(OutboxError::OutcomeUnknown(broke).into())
         })
     }
 }

@@ -8,7 +8,7 @@ use super::{RelayError, Services, convert};
 use crate::{
     audit::Entry,
     integration::IntegrationId,
-    outbox::{DeadLetter, DeadLetterCount, DeadLetterFilter, Selection},
+    outbox::{DeadLetter, DeadLetterCount, DeadLetterFilter, OutboxError, Selection},
     permission::Caller,
     proto::{
         self, DeliveryReason, DiscardDeadLettersRequest, DiscardDeadLettersResponse,
@@ -83,7 +83,8 @@ impl DeadLetterService for DeadLetters {
                 let mut replayed = 0;
                 let ended = this.replay_all(&selection, now, &mut replayed).await;
                 this.note(&caller, "dead_letters.replayed", replayed, &ended);
-                ended.map(|()| replayed)
+                ended.map_err(|error| partly(error, "replayed", replayed))?;
+                Ok(replayed)
             };
             self.0.carry_out(permit, replay).await?
         };
@@ -110,7 +111,8 @@ impl DeadLetterService for DeadLetters {
             let mut discarded = 0;
             let ended = this.discard_all(&selection, &mut discarded).await;
             this.note(&caller, "dead_letters.discarded", discarded, &ended);
-            ended.map(|()| discarded)
+            ended.map_err(|error| partly(error, "discarded", discarded))?;
+            Ok(discarded)
         };
         let event_count = self.0.carry_out(permit, discard).await?;
         Ok(Response::new(DiscardDeadLettersResponse { event_count }))
@@ -122,6 +124,9 @@ impl DeadLetters {
     fn note(&self, caller: &Caller, action: &str, events: u64, ended: &Result<(), RelayError>) {
         let broke_off = match ended {
             Ok(()) => "",
+            Err(RelayError::Outbox(OutboxError::OutcomeUnknown(_))) => {
+                ", then it broke off; perhaps some more"
+            }
             Err(_) if events == 0 => return,
             Err(_) => ", then it broke off",
         };
@@ -173,6 +178,18 @@ impl DeadLetters {
                 discarded => *total += discarded,
             }
         }
+    }
+}
+
+/// Says how far a change came that the outbox broke off.
+fn partly(error: RelayError, action: &'static str, events: u64) -> RelayError {
+    match error {
+        RelayError::Outbox(cause) if events > 0 => RelayError::PartlyDone {
+            events,
+            action,
+            cause,
+        },
+        error => error,
     }
 }
 

@@ -43,6 +43,17 @@ pub enum RelayError {
     Draining,
     /// The store failed.
     Outbox(OutboxError),
+    /// It failed in the middle of a long change.
+    PartlyDone {
+        /// Events that were changed.
+        events: u64,
+        /// What was done with them.
+        action: &'static str,
+        /// Why it ended.
+        cause: OutboxError,
+    },
+    /// Other relays keep changing the integration, or it moves to another database.
+    IntegrationChanging,
     /// The integrations' store refused.
     Registry(RegistryError),
     /// Nobody knows who calls.
@@ -105,7 +116,10 @@ impl RelayError {
             Self::CaptureIdReused => Code::AlreadyExists,
             Self::CaptureNotFound(_) => Code::NotFound,
             Self::Full(_) | Self::Busy(_) | Self::Throttled(_) => Code::ResourceExhausted,
-            Self::Draining | Self::Outbox(_) => Code::Unavailable,
+            Self::Draining
+            | Self::Outbox(_)
+            | Self::PartlyDone { .. }
+            | Self::IntegrationChanging => Code::Unavailable,
             Self::DeadlineExceeded => Code::DeadlineExceeded,
             Self::Unauthenticated(AuthError::NoKeys) => Code::Unavailable,
             Self::Unauthenticated(_) => Code::Unauthenticated,
@@ -137,7 +151,11 @@ impl RelayError {
             Self::Full(_) => "INTEGRATION_BACKLOG_FULL",
             Self::Busy(_) => "TOO_MANY_CALLS",
             Self::Draining => "DRAINING",
-            Self::Outbox(_) => "OUTBOX_UNAVAILABLE",
+            Self::Outbox(cause) | Self::PartlyDone { cause, .. } => match cause {
+                OutboxError::OutcomeUnknown(_) => "OUTCOME_UNKNOWN",
+                _ => "OUTBOX_UNAVAILABLE",
+            },
+            Self::IntegrationChanging => "INTEGRATION_CHANGING",
             Self::DeadlineExceeded => "DEADLINE_EXCEEDED",
             Self::Unauthenticated(error) => error.reason(),
             Self::PermissionMissing(_) => "PERMISSION_MISSING",
@@ -197,9 +215,29 @@ impl RelayError {
             ),
             Self::Busy(what) => format!("too many {what} at once; try again later"),
             Self::Draining => "the relay is shutting down; try again elsewhere".to_owned(),
+            Self::Outbox(OutboxError::OutcomeUnknown(_)) => {
+                "the outbox did not answer in time; the request may have been applied: repeat \
+                it, captures with the same capture_id"
+                    .to_owned()
+            }
+            Self::IntegrationChanging => {
+                "the integration is being changed; nothing was stored, try again".to_owned()
+            }
             Self::Outbox(_) => {
                 "the relay cannot store or read captures now; nothing was stored, try again later"
                     .to_owned()
+            }
+            Self::PartlyDone {
+                events,
+                action,
+                cause,
+            } => {
+                let unknown = matches!(cause, OutboxError::OutcomeUnknown(_));
+                let more = if unknown { ", and perhaps more" } else { "" };
+                format!(
+                    "{events} events were {action}{more}, then the outbox failed; repeat the call \
+                     for the rest"
+                )
             }
             Self::Registry(error) => error.to_string(),
             Self::Unauthenticated(error) => error.to_string(),
@@ -256,7 +294,11 @@ impl RelayError {
                 details.set_retry_info(Some(throttle.wait));
                 details.add_quota_failure_violation(throttle.subject, throttle.what);
             }
-            Self::Draining | Self::Outbox(_) | Self::Unauthenticated(AuthError::NoKeys) => {
+            Self::Draining
+            | Self::Outbox(_)
+            | Self::PartlyDone { .. }
+            | Self::IntegrationChanging
+            | Self::Unauthenticated(AuthError::NoKeys) => {
                 details.set_retry_info(Some(RETRY_DELAY));
             }
             _ => {}
@@ -284,7 +326,7 @@ impl RelayError {
 
 impl From<RelayError> for Status {
     fn from(error: RelayError) -> Self {
-        if let RelayError::Outbox(cause) = &error {
+        if let RelayError::Outbox(cause) | RelayError::PartlyDone { cause, .. } = &error {
             tracing::warn!(%cause, "a call failed");
         }
         error.to_status()

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use serde_json::Value;
 use tonic::{Request, Response, Status};
 
-use super::{RelayError, Services};
+use super::{RelayError, Services, accept::check_access};
 use crate::{
     audit::Entry,
     event::{self, EventType, message_id},
@@ -59,9 +59,10 @@ impl IntegrationService for Integrations {
         request: Request<GetIntegrationRequest>,
     ) -> Result<Response<GetIntegrationResponse>, Status> {
         let (caller, _permit) = self.0.enter(&request)?;
-        let found = self
-            .0
-            .integration(&caller, &request.into_inner().integration_id)?;
+        let id = request.into_inner().integration_id;
+        check_access(&caller, &id)?;
+        let registry = &self.0.registry;
+        let found = registry.find_stored(&id).await.map_err(RelayError::from)?;
         let mut public = found.to_public();
         public.health = Some(self.health(&found).await.map_err(RelayError::from)?);
         Ok(Response::new(GetIntegrationResponse {
@@ -83,6 +84,7 @@ impl IntegrationService for Integrations {
                 RelayError::invalid("page_token", "INVALID_FORMAT", rule)
             })?),
         };
+        self.0.registry.refresh().await.map_err(RelayError::from)?;
         let scope = &caller.scope;
         let mut page = self.0.registry.list(after.as_ref(), scope, size + 1);
         let more = page.len() > size;
@@ -104,12 +106,12 @@ impl IntegrationService for Integrations {
         let (caller, permit) = self.0.enter(&request)?;
         let request = request.into_inner();
         let change = required(request.integration)?;
-        self.0.integration(&caller, &change.integration_id)?;
+        check_access(&caller, &change.integration_id)?;
         let mask = request.update_mask.unwrap_or_default().paths;
         let this = self.clone();
         let change = async move {
             let registry = &this.0.registry;
-            let updated = registry.update(change, &mask, UnixMillis::now()).await?;
+            let updated = registry.update(&change, &mask, UnixMillis::now()).await?;
             let changed = changed_fields(&updated.before, &updated.now);
             let facts = [("changed", changed.join(" ").into())];
             this.tell(&caller, Happening::Updated, &updated.now, &facts)
@@ -127,7 +129,7 @@ impl IntegrationService for Integrations {
     ) -> Result<Response<DeleteIntegrationResponse>, Status> {
         let (caller, permit) = self.0.enter(&request)?;
         let request = request.into_inner();
-        let found = self.0.integration(&caller, &request.integration_id)?;
+        let found = self.0.integration(&caller, &request.integration_id).await?;
         let this = self.clone();
         let change = async move {
             let (id, etag) = (&request.integration_id, &request.etag);
@@ -149,9 +151,10 @@ impl IntegrationService for Integrations {
         request: Request<TestIntegrationRequest>,
     ) -> Result<Response<TestIntegrationResponse>, Status> {
         let (caller, permit) = self.0.enter(&request)?;
-        let integration = self
-            .0
-            .integration(&caller, &request.into_inner().integration_id)?;
+        let id = request.into_inner().integration_id;
+        check_access(&caller, &id)?;
+        let found = self.0.registry.find_stored(&id).await;
+        let integration = found.map_err(RelayError::from)?;
         let this = self.clone();
         let test = async move {
             let tests = integration

@@ -10,14 +10,15 @@ use tracing::{Instrument, Span};
 use super::{
     RelayError, Services,
     accept::{
-        Accepted, accepted, capture_result, describe, echo_id, malformed, pass, required, tally,
+        Accepted, accepted, again, capture_result, check_access, describe, echo_id, malformed,
+        pass, required, tally,
     },
     convert,
     pieces::in_pieces,
     stream, watch,
 };
 use crate::{
-    capture::Capture,
+    capture::{self, Capture},
     event::{self, EventType, message_id},
     intake,
     integration::Integration,
@@ -55,9 +56,9 @@ impl SegmentRelay for Relay {
         let request = request.into_inner();
         let capture = request.capture().map_err(malformed)?;
         let wait_for = wait_for(request.wait_for)?;
-        let integration = self.0.integration(&caller, &request.integration_id)?;
+        let integration = self.0.integration(&caller, &request.integration_id).await?;
         self.0.usage.capture(&caller, integration.id(), 1)?;
-        let answer = self.accept(&integration, capture).await;
+        let answer = self.accept(&integration, &request, capture).await;
         tally(&self.0.metrics, integration.id(), std::iter::once(&answer));
         let (mut record, duplicate) = answer?;
         if wait_for == WaitFor::Delivered {
@@ -80,13 +81,17 @@ impl SegmentRelay for Relay {
             let rule = format!("1 to {MAX_BATCH} captures; split a larger batch");
             return Err(RelayError::invalid("captures", "OUT_OF_RANGE", rule).into());
         }
-        let integration = self.0.integration(&caller, &request.integration_id)?;
+        let integration = self.0.integration(&caller, &request.integration_id).await?;
         let count = captures.len();
         Span::current()
             .record("segment_relay.integration_id", integration.id().as_str())
             .record("segment_relay.captures", count);
         self.0.usage.capture(&caller, integration.id(), count)?;
         let mut answers = self.accept_batch(&integration, captures).await?;
+        if answers.iter().any(|(_, answer)| self.0.maps_again(answer)) {
+            self.accept_again(&integration, &request, &mut answers)
+                .await;
+        }
         let outcomes = answers.iter().map(|(_, answer)| answer);
         tally(&self.0.metrics, integration.id(), outcomes);
         if wait_for == WaitFor::Delivered {
@@ -123,7 +128,10 @@ impl SegmentRelay for Relay {
     ) -> Result<Response<PreviewCaptureResponse>, Status> {
         let (caller, _permit) = self.0.enter(&request)?;
         let request = request.into_inner();
-        let integration = self.0.integration(&caller, &request.integration_id)?;
+        let id = &request.integration_id;
+        check_access(&caller, id)?;
+        let found = self.0.registry.find_stored(id).await;
+        let integration = found.map_err(RelayError::from)?;
         let capture = required(request.capture)?;
         match preview(&integration, &capture) {
             Ok(events) => Ok(Response::new(PreviewCaptureResponse {
@@ -144,7 +152,7 @@ impl SegmentRelay for Relay {
     ) -> Result<Response<GetCaptureResponse>, Status> {
         let (caller, _permit) = self.0.enter(&request)?;
         let request = request.into_inner();
-        let integration = self.0.integration(&caller, &request.integration_id)?;
+        let integration = self.0.integration(&caller, &request.integration_id).await?;
         let id = request.capture_id;
         if id.is_empty() {
             return Err(RelayError::invalid("capture_id", "REQUIRED", "name the capture").into());
@@ -172,21 +180,53 @@ impl SegmentRelay for Relay {
     ) -> Result<Response<Self::WatchDeliveriesStream>, Status> {
         let caller = Arc::clone(&pass(&request)?.caller);
         let permit = self.0.gate.enter_watcher()?;
-        let filter = watch::Filter::new(&self.0, &caller, request.get_ref())?;
+        let filter = watch::Filter::new(&self.0, &caller, request.get_ref()).await?;
         Ok(Response::new(watch::serve(&self.0, filter, permit)))
     }
 }
 
 impl Relay {
     /// Validates and stores one capture.
-    async fn accept(&self, integration: &Integration, capture: Option<Capture<'_>>) -> Accepted {
-        let new = self.0.prepare(integration, capture)?;
-        describe(integration.id(), &new.capture_id);
-        let submitted = self.0.enqueue(vec![new]).await?;
-        submitted
-            .into_iter()
-            .next()
-            .map_or(Err(RelayError::Draining), accepted)
+    async fn accept(
+        &self,
+        integration: &Integration,
+        request: &CaptureRequest,
+        capture: Option<Capture<'_>>,
+    ) -> Accepted {
+        let mut answer = match self.0.prepare(integration, capture) {
+            Ok(new) => {
+                describe(integration.id(), &new.capture_id);
+                let submitted = self.0.enqueue(vec![new]).await?;
+                let submitted = submitted.into_iter().next();
+                submitted.map_or(Err(RelayError::Draining), accepted)
+            }
+            Err(error) => Err(error),
+        };
+        if self.0.maps_again(&answer) {
+            let owner = |_| Some(integration.id().clone());
+            let map = |_, current: &Integration| self.0.prepare(current, again(request.capture())?);
+            let stale = vec![&mut answer];
+            Box::pin(self.0.submit_again(stale, owner, map)).await;
+        }
+        answer
+    }
+
+    /// Maps captures of a batch again.
+    async fn accept_again(
+        &self,
+        integration: &Integration,
+        request: &CaptureBatchRequest,
+        answers: &mut [(String, Accepted)],
+    ) {
+        let trace = TraceLink::current();
+        let map = |place: usize, current: &Integration| {
+            let capture = again(capture::decode([&*request.captures[place]]))?;
+            let new = intake::prepare(current, capture, UnixMillis::now())?;
+            Ok(NewCapture { trace, ..new })
+        };
+        let owner = |_| Some(integration.id().clone());
+        let answers = answers.iter_mut().map(|(_, answer)| answer).collect();
+        Box::pin(self.0.submit_again(answers, owner, map)).await;
     }
 
     /// Each capture of a batch with its id; those that can't be taken fail alone.

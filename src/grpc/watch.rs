@@ -26,14 +26,14 @@ pub(super) struct Filter {
 }
 
 impl Filter {
-    pub(super) fn new(
+    pub(super) async fn new(
         services: &Services,
         caller: &Caller,
         request: &WatchDeliveriesRequest,
     ) -> Result<Self, RelayError> {
         let integration_id = match request.integration_id.as_str() {
             "" => None,
-            id => Some(services.integration(caller, id)?.id().clone()),
+            id => Some(services.integration(caller, id).await?.id().clone()),
         };
         let known = |field: &str, index: usize| {
             let rule = "not a known value, and not UNSPECIFIED";

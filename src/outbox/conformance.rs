@@ -105,6 +105,7 @@ pub(crate) fn new_capture(name: &str, capture_id: &str, content: u8) -> NewCaptu
         digest: [content; 16],
         region: Region::NonEu,
         mapping_version: 1,
+        revision: 0,
         accept_time: NOW,
         user_id: Some(user_of(capture_id)),
         room: None,
@@ -365,22 +366,25 @@ pub(crate) async fn integrations_are_kept(rig: &impl Rig) {
     };
     let outbox = rig.open().await;
     outbox
-        .put_integration(spec("b", "one"))
+        .put_integration(spec("b", "one"), None)
         .await
         .expect("stored");
     outbox
-        .put_integration(spec("a", "two"))
+        .put_integration(spec("a", "two"), None)
         .await
         .expect("stored");
     outbox
-        .put_integration(spec("b", "three"))
+        .put_integration(spec("b", "three"), Some(String::new()))
         .await
         .expect("stored");
     outbox.close().await;
     let outbox = rig.open().await;
     let expected = vec![spec("a", "two"), spec("b", "three")];
     assert_eq!(outbox.integrations().await, Ok(expected));
-    outbox.delete_integration(&id("a")).await.expect("deleted");
+    outbox
+        .delete_integration(&id("a"), String::new())
+        .await
+        .expect("deleted");
     assert_eq!(outbox.integrations().await, Ok(vec![spec("b", "three")]));
     outbox.close().await;
 }

@@ -100,6 +100,39 @@ pub(super) fn encode_into(record: &CaptureRecord, bytes: &mut Vec<u8>) {
     }
 }
 
+/// Encodes the status of one event.
+pub(super) fn encode_status(event: &EventStatus) -> Vec<u8> {
+    let mut bytes = Vec::with_capacity(24);
+    encode_event(event, &mut bytes);
+    bytes
+}
+
+/// Decodes the status of one event.
+///
+/// # Errors
+/// What is wrong with the bytes.
+pub(super) fn decode_status(bytes: &[u8]) -> Result<EventStatus, String> {
+    decode_event(StoredEvent::decode(bytes).map_err(|error| error.to_string())?)
+}
+
+/// Encodes attempts.
+pub(super) fn encode_attempts(attempts: &[Attempt]) -> Vec<u8> {
+    let mut bytes = Vec::with_capacity(24 * attempts.len());
+    for attempt in attempts {
+        write::nested(6, &mut bytes, |bytes| encode_attempt(attempt, bytes));
+    }
+    bytes
+}
+
+/// Decodes attempts.
+///
+/// # Errors
+/// What is wrong with the bytes.
+pub(super) fn decode_attempts(bytes: &[u8]) -> Result<Vec<Attempt>, String> {
+    let stored = StoredCapture::decode(bytes).map_err(|error| error.to_string())?;
+    Ok(stored.attempts.into_iter().map(decode_attempt).collect())
+}
+
 /// Decodes a record.
 ///
 /// # Errors
@@ -317,6 +350,12 @@ mod tests {
             // As the message itself would be written.
             let message = StoredCapture::decode(bytes.as_slice()).expect("a message");
             prop_assert_eq!(&message.encode_to_vec(), &bytes);
+            let status = encode_status(&record.identify);
+            prop_assert_eq!(decode_status(&status), Ok(record.identify.clone()));
+            // The state stands where SQL looks for it.
+            prop_assert_eq!(i32::from(status[1]), record.identify.state.to_proto() as i32);
+            let attempts = encode_attempts(&record.attempts);
+            prop_assert_eq!(decode_attempts(&attempts), Ok(record.attempts.clone()));
             prop_assert_eq!(decode(id, "c".into(), &bytes), Ok(record));
         }
 

@@ -61,8 +61,7 @@ impl Sealing {
 
     /// A capture as it is stored.
     pub(super) fn capture(&self, mut capture: NewCapture) -> Result<SealedCapture, OutboxError> {
-        let digest = self.blinder.blind(DIGEST, &capture.digest);
-        capture.digest.copy_from_slice(&digest[..16]);
+        capture.digest = self.digest(&capture.digest);
         let subject = capture.user_id.take().map(|id| self.subject(&id));
         if self.payloads
             && let super::Content::Send { events, .. } = &mut capture.content
@@ -76,6 +75,13 @@ impl Sealing {
             events.track = seal(EventType::Track, &events.track)?;
         }
         Ok(SealedCapture { capture, subject })
+    }
+
+    /// A fingerprint, blinded.
+    pub(super) fn digest(&self, digest: &[u8; 16]) -> [u8; 16] {
+        let mut half = [0; 16];
+        half.copy_from_slice(&self.blinder.blind(DIGEST, digest)[..16]);
+        half
     }
 
     /// The number under which a person's captures are found.

@@ -92,6 +92,11 @@ impl Signals {
         !lock(&self.waiting).is_empty()
     }
 
+    /// The captures for which callers wait.
+    pub(super) fn expected(&self) -> Vec<CaptureKey> {
+        lock(&self.waiting).keys().cloned().collect()
+    }
+
     /// Tells the watchers. Never waits for a slow one.
     pub(super) fn publish(&self, change: Change) {
         // An error says that nobody watches.

@@ -5,7 +5,7 @@
 use std::{path::Path, sync::Arc, time::Duration};
 
 use super::{
-    JetStreamError, NatsHandle, OutboxError,
+    JetStreamError, NatsHandle, OutboxError, PostgresError,
     jetstream::Import,
     sqlite::{ExportError, export::Export},
 };
@@ -20,6 +20,9 @@ pub enum MoveError {
     /// The embedded outbox can't be read.
     #[error(transparent)]
     Export(#[from] ExportError),
+    /// The shared outbox can't be used.
+    #[error(transparent)]
+    Postgres(#[from] PostgresError),
     /// The shared outbox can't be used.
     #[error(transparent)]
     JetStream(#[from] JetStreamError),

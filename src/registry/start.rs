@@ -1,12 +1,10 @@
 //! The start: what is stored is read, and the configuration file's integrations are put in their
 //! place.
 
-use std::{
-    collections::BTreeMap,
-    sync::{Arc, RwLock},
-};
+use std::{collections::BTreeMap, sync::Arc};
 
-use tokio::sync::Mutex;
+use prost::Message;
+use sha2::{Digest, Sha256};
 
 use super::{Registry, RegistryError, first_revision, make, next_revision, restore};
 use crate::{
@@ -14,7 +12,8 @@ use crate::{
     integration::{Integration, IntegrationId, changed_fields},
     notice::{Happening, Notice},
     notify::Notices,
-    outbox::Outbox,
+    outbox::{Claim, Outbox, OutboxError},
+    permission::Scope,
     proto,
     time::UnixMillis,
 };
@@ -22,63 +21,157 @@ use crate::{
 /// Tries to put an integration of the file in its place while other relays do, too.
 const CONFIGURE_TRIES: u32 = 10;
 
+/// The integrations of the configuration file.
+#[derive(Clone, Copy)]
+pub struct Configured<'a> {
+    /// In the order of the file, with their write keys.
+    pub integrations: &'a [proto::Integration],
+    /// `[outbox] integrations_version`.
+    pub version: u64,
+}
+
+/// Why the integrations cannot be loaded.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum LoadError {
+    /// One breaks rules, or the outbox failed.
+    #[error(transparent)]
+    Registry(#[from] RegistryError),
+    /// Another relay has brought other integrations under the same version.
+    #[error(
+        "those of the configuration file differ from what another relay has stored under the \
+         same [outbox] integrations_version = {0}; raise it to replace them on all relays, or \
+         start with the same file"
+    )]
+    Conflict(u64),
+}
+
+impl From<OutboxError> for LoadError {
+    fn from(error: OutboxError) -> Self {
+        Self::Registry(error.into())
+    }
+}
+
+/// What is to be done with an integration of the file.
+#[derive(Clone, Copy)]
+enum Step<'a> {
+    /// The file has it.
+    Store(&'a proto::Integration),
+    /// It has gone from the file.
+    LetGo(&'a IntegrationId),
+}
+
 impl Registry {
     /// Reads what is stored and puts the integrations of the configuration file
-    /// in their place. One that has gone from the file goes here too, unless
-    /// events wait for it: then it stays, to be deleted by hand.
+    /// in their place, unless another relay has brought a newer file. One that has gone
+    /// from the file goes here too, unless events wait for it: then it stays, to be deleted
+    /// by hand.
     ///
     /// # Errors
-    /// The outbox failed, or an integration of the file breaks rules.
+    /// The outbox failed, an integration of the file breaks rules, or another relay's file
+    /// differs under the same version.
     pub async fn load(
         outbox: Arc<dyn Outbox>,
-        configured: &[proto::Integration],
+        configured: Configured<'_>,
         told: &Told<'_>,
         now: UnixMillis,
-    ) -> Result<Self, RegistryError> {
+    ) -> Result<Self, LoadError> {
+        for spec in configured.integrations {
+            make(spec, first_revision(now, true))?;
+        }
         let mut known = BTreeMap::new();
         for stored in outbox.integrations().await? {
             let integration = restore(&stored)?;
             known.insert(integration.id().clone(), Arc::new(integration));
         }
-        let registry = Self {
-            outbox,
-            known: RwLock::new(known),
-            changing: Mutex::new(()),
-        };
-        for id in registry
-            .all()
-            .iter()
-            .filter(|one| one.revision.read_only)
-            .map(|one| one.id())
+        let registry = Self::new(outbox, known);
+        if configured.version == 0
+            && configured.integrations.is_empty()
+            && registry.of_files().is_empty()
         {
-            if !configured
-                .iter()
-                .any(|spec| spec.integration_id == id.as_str())
-            {
-                registry.let_go(id, told, now).await?;
-            }
+            return Ok(registry);
         }
-        for spec in configured {
-            registry.configure_beside_others(spec, told, now).await?;
+        if registry.claim(configured).await? {
+            // Another relay may have finished its changes between the read and the claim.
+            registry.refresh().await?;
+            registry.put_in_place(configured, told, now).await?;
         }
         Ok(registry)
     }
 
-    /// Relays that start together put the same integrations in place: whoever comes second
-    /// looks again, and mostly finds nothing left to do.
-    async fn configure_beside_others(
+    /// Whether the file's integrations are the ones to store.
+    async fn claim(&self, configured: Configured<'_>) -> Result<bool, LoadError> {
+        let version = configured.version;
+        let digest = digest(configured.integrations);
+        match self.outbox.claim_configuration(version, digest).await? {
+            Claim::Apply => Ok(true),
+            Claim::Conflict => Err(LoadError::Conflict(version)),
+            Claim::Older { stored } => {
+                tracing::warn!(
+                    version,
+                    stored,
+                    "the integrations of the configuration file are not applied: another relay \
+                     has stored a newer [outbox] integrations_version"
+                );
+                Ok(false)
+            }
+        }
+    }
+
+    async fn put_in_place(
         &self,
-        spec: &proto::Integration,
+        configured: Configured<'_>,
         told: &Told<'_>,
         now: UnixMillis,
-    ) -> Result<(), RegistryError> {
-        for _ in 1..CONFIGURE_TRIES {
-            match self.configure(spec, told, now).await {
-                Err(RegistryError::StaleEtag(id)) => self.confirm(&id).await?,
-                done => return done,
-            };
+    ) -> Result<(), LoadError> {
+        let specs = configured.integrations;
+        let stored = self.of_files();
+        let gone = stored.iter().filter(|id| {
+            let named = |spec: &proto::Integration| spec.integration_id == id.as_str();
+            !specs.iter().any(named)
+        });
+        let steps = gone.map(Step::LetGo).chain(specs.iter().map(Step::Store));
+        for step in steps {
+            if !self.apply(step, configured, told, now).await? {
+                break;
+            }
         }
-        self.configure(spec, told, now).await
+        Ok(())
+    }
+
+    /// The stored integrations that come from a file.
+    fn of_files(&self) -> Vec<IntegrationId> {
+        let all = self.list(None, &Scope::All, usize::MAX);
+        let own = all.iter().filter(|one| one.revision.read_only);
+        own.map(|one| one.id().clone()).collect()
+    }
+
+    /// Relays that start together put the same integrations in place: the second one looks
+    /// again, and mostly finds nothing left to do. Returns false where another relay has
+    /// brought a newer file meanwhile.
+    async fn apply(
+        &self,
+        step: Step<'_>,
+        configured: Configured<'_>,
+        told: &Told<'_>,
+        now: UnixMillis,
+    ) -> Result<bool, LoadError> {
+        for tries_left in (0..CONFIGURE_TRIES).rev() {
+            let done = match step {
+                Step::Store(spec) => self.configure(spec, told, now).await,
+                Step::LetGo(id) => self.let_go(id, told, now).await,
+            };
+            match done {
+                Err(RegistryError::StaleEtag(id)) if tries_left > 0 => {
+                    if !self.claim(configured).await? {
+                        self.refresh().await?;
+                        return Ok(false);
+                    }
+                    self.confirm(&id).await?;
+                }
+                done => return Ok(done.map(|()| true)?),
+            }
+        }
+        Ok(true)
     }
 
     async fn let_go(
@@ -87,9 +180,13 @@ impl Registry {
         told: &Told<'_>,
         now: UnixMillis,
     ) -> Result<(), RegistryError> {
+        let Some(gone) = self.get(id).filter(|one| one.revision.read_only) else {
+            return Ok(());
+        };
         let waiting = self.outbox.backlog(id).await?.events;
         if waiting == 0 {
-            self.outbox.delete_integration(id).await?;
+            let etag = gone.revision.etag.clone();
+            self.outbox.delete_integration(id, etag).await?;
             self.change(|known| known.remove(id));
             told.of(Happening::Deleted, id, "", now).await;
             return Ok(());
@@ -98,11 +195,9 @@ impl Registry {
             integration = %id, waiting,
             "gone from the configuration file, but events wait: kept until it is deleted"
         );
-        if let Some(kept) = self.get(id) {
-            let mut kept = Integration::clone(&kept);
-            kept.revision.read_only = false;
-            self.store(kept).await?;
-        }
+        let mut kept = Integration::clone(&gone);
+        kept.revision.read_only = false;
+        self.store(kept, Some(&gone)).await?;
         Ok(())
     }
 
@@ -114,8 +209,8 @@ impl Registry {
     ) -> Result<(), RegistryError> {
         let before = IntegrationId::new(&spec.integration_id).and_then(|id| self.get(&id));
         let mut next = make(spec, first_revision(now, true))?;
-        let (happening, changed) = if let Some(before) = before {
-            next.revision = next_revision(&before, &next, now);
+        let (happening, changed) = if let Some(before) = &before {
+            next.revision = next_revision(before, &next, now);
             next.revision.read_only = true;
             let mut same = next.clone();
             same.revision = before.revision.clone();
@@ -124,15 +219,31 @@ impl Registry {
             {
                 return Ok(());
             }
-            let changed = changed_fields(&before, &next).join(" ");
+            let changed = changed_fields(before, &next).join(" ");
             (Happening::Updated, changed)
         } else {
             (Happening::Created, String::new())
         };
-        let stored = self.store(next).await?;
+        let stored = self.store(next, before.as_deref()).await?;
         told.of(happening, stored.id(), &changed, now).await;
         Ok(())
     }
+}
+
+/// Fingerprint of the integrations of a file, in whatever order it names them and their
+/// regions. It covers what the file says and not what follows from it, so that it is the
+/// same in another version of the relay.
+fn digest(configured: &[proto::Integration]) -> [u8; 16] {
+    let mut specs: Vec<_> = configured.to_vec();
+    specs.sort_unstable_by(|one, other| one.integration_id.cmp(&other.integration_id));
+    let mut hash = Sha256::new();
+    for spec in &mut specs {
+        spec.credentials.sort_unstable_by_key(|key| key.data_region);
+        hash.update(spec.encode_length_delimited_to_vec());
+    }
+    let mut digest = [0; 16];
+    digest.copy_from_slice(&hash.finalize()[..16]);
+    digest
 }
 
 /// Who is told of the changes that the configuration file brings.

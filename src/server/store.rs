@@ -4,11 +4,11 @@ use std::{path::PathBuf, sync::Arc, time::Duration};
 
 use super::{RunError, parts};
 use crate::{
-    config::{Config, Nats, OutboxKind},
+    config::{self, Config, Nats, OutboxKind},
     metrics::Metrics,
     outbox::{
         JetStreamOptions, JetStreamOutbox, Layout, NatsAuth, NatsConnection, NatsHandle, NatsTls,
-        Outbox, OutboxError, SqliteOutbox,
+        Outbox, OutboxError, PostgresOptions, PostgresOutbox, SqliteOutbox,
     },
     vault::Vault,
 };
@@ -45,6 +45,9 @@ impl Store {
                 directory: None,
             });
         }
+        if config.outbox.kind == OutboxKind::Postgres {
+            return Self::open_postgres(config, metrics).await;
+        }
         let exists = config.outbox.path.join("relay.db").exists();
         let vault = Arc::new(Vault::load(&config.secrets, exists)?);
         let options = parts::outbox_options(&config.outbox, metrics);
@@ -53,6 +56,31 @@ impl Store {
             outbox: Arc::clone(&outbox) as Arc<dyn Outbox>,
             embedded: Some(outbox),
             directory: Some(config.outbox.path.clone()),
+        })
+    }
+
+    async fn open_postgres(config: &Config, metrics: &Metrics) -> Result<Self, RunError> {
+        let connection = &config.postgres;
+        for host in config::hosts_in_clear(connection) {
+            tracing::warn!(
+                host,
+                "connections to PostgreSQL may be in clear: set sslmode=require in [postgres] urls"
+            );
+        }
+        let exists = PostgresOutbox::store_exists(connection).await?;
+        let vault = Arc::new(Vault::load(&config.secrets, exists)?);
+        let options = PostgresOptions {
+            limits: parts::limits(&config.outbox),
+            remember: config.outbox.idempotency,
+            encrypt_payloads: config.outbox.encryption,
+            request_timeout: config.segment.request_timeout,
+            group_commit_max: config.outbox.group_commit_max,
+            metrics: metrics.clone(),
+        };
+        Ok(Self {
+            outbox: Arc::new(PostgresOutbox::open(connection, options, &vault).await?),
+            embedded: None,
+            directory: None,
         })
     }
 

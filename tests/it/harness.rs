@@ -7,7 +7,10 @@ use std::{
     time::Duration,
 };
 
-use crate::nats_server::Server;
+use crate::{
+    nats_server::Server,
+    postgres_server::{self, Database},
+};
 use segment_relay::{
     config::{Config, Outside},
     outbox::{Layout, NatsAuth, NatsConnection, NatsHandle},
@@ -43,7 +46,7 @@ pub(crate) struct World {
     metrics: SocketAddr,
     shutdown: CancellationToken,
     relay: JoinHandle<Result<(), RunError>>,
-    nats: Option<Server>,
+    shared: Shared,
     sandbox_shutdown: CancellationToken,
 }
 
@@ -90,13 +93,13 @@ impl World {
             "[delivery]\nretry_base_ms = 10\nretry_max_ms = 50\n"
         };
         let settings = format!("{short_waits}{endpoints}{settings}");
-        let nats = shared_outbox().await;
+        let shared = Shared::start(&directory).await;
         let Started {
             address,
             metrics,
             shutdown,
             relay,
-        } = run_relay(&settings, &directory, nats.as_ref()).await;
+        } = run_relay(&settings, &directory, &shared).await;
         Self {
             sandbox,
             address,
@@ -108,7 +111,7 @@ impl World {
             directory,
             shutdown,
             relay,
-            nats,
+            shared,
             sandbox_shutdown,
         }
     }
@@ -116,7 +119,7 @@ impl World {
     /// Drains the relay and starts another on the same outbox.
     pub(crate) async fn restart(&mut self) {
         self.drain().await;
-        let started = run_relay(&self.settings, &self.directory, self.nats.as_ref()).await;
+        let started = run_relay(&self.settings, &self.directory, &self.shared).await;
         self.address = started.address;
         self.metrics = started.metrics;
         self.shutdown = started.shutdown;
@@ -156,7 +159,17 @@ impl World {
 
     /// The directory of all that the relay stores, its key apart: here, or with its server.
     pub(crate) fn outbox(&self) -> &Path {
-        self.nats.as_ref().map_or(&self.store, Server::directory)
+        match &self.shared {
+            Shared::None => &self.store,
+            Shared::Nats(server) => server.directory(),
+            Shared::Postgres(database) => database.directory(),
+        }
+    }
+
+    /// Whether the store is this relay's alone. A shared one leaves dead rows and WAL on the
+    /// disk after an erasure, and refuses captures without room after they are mapped.
+    pub(crate) fn is_embedded(&self) -> bool {
+        matches!(self.shared, Shared::None)
     }
 
     pub(crate) fn relay(&self) -> SegmentRelayClient<Channel> {
@@ -247,15 +260,55 @@ impl World {
     }
 }
 
-/// A server for the shared outbox, where `SEGMENT_RELAY_TEST_OUTBOX` says jetstream: so
-/// all tests of a relay can run on either.
-async fn shared_outbox() -> Option<Server> {
-    if std::env::var_os("SEGMENT_RELAY_TEST_OUTBOX").is_none_or(|kind| kind != "jetstream") {
-        return None;
+/// Where the relay's outbox is shared: `SEGMENT_RELAY_TEST_OUTBOX` says jetstream or postgres,
+/// so that all tests of a relay run on each.
+enum Shared {
+    None,
+    Nats(Server),
+    Postgres(Database),
+}
+
+impl Shared {
+    async fn start(directory: &TempDir) -> Self {
+        let kind = std::env::var("SEGMENT_RELAY_TEST_OUTBOX").unwrap_or_default();
+        match kind.as_str() {
+            "jetstream" => {
+                let server = Server::start().expect("nats-server");
+                init_streams(&[server.url()], 1).await;
+                Self::Nats(server)
+            }
+            "postgres" => {
+                let database = postgres_server::database().expect("PostgreSQL");
+                let made = std::process::Command::new(env!("CARGO_BIN_EXE_segment-relay"))
+                    .args(["outbox", "init"])
+                    .env("SEGMENT_RELAY__POSTGRES__URLS", database.url())
+                    .env(
+                        "SEGMENT_RELAY__SECRETS__KEY_FILE",
+                        directory.path().join("key"),
+                    )
+                    .output();
+                let made = made.expect("runs");
+                assert!(made.status.success(), "{made:?}");
+                Self::Postgres(database)
+            }
+            _ => Self::None,
+        }
     }
-    let server = Server::start().expect("nats-server");
-    init_streams(&[server.url()], 1).await;
-    Some(server)
+
+    /// The variables that lead a relay to it.
+    fn settings(&self) -> Vec<(String, String)> {
+        match self {
+            Self::None => Vec::new(),
+            Self::Nats(server) => nats_settings(server).into(),
+            Self::Postgres(database) => vec![
+                (
+                    "SEGMENT_RELAY__OUTBOX__KIND".to_owned(),
+                    "postgres".to_owned(),
+                ),
+                ("SEGMENT_RELAY__POSTGRES__URLS".to_owned(), database.url()),
+            ],
+        }
+    }
 }
 
 /// The variables that lead a relay to a server.
@@ -310,7 +363,7 @@ struct Started {
     relay: JoinHandle<Result<(), RunError>>,
 }
 
-async fn run_relay(settings: &str, directory: &TempDir, nats: Option<&Server>) -> Started {
+async fn run_relay(settings: &str, directory: &TempDir, shared: &Shared) -> Started {
     let outside = Outside {
         validate: &|_| Vec::new(),
         read_key_file: &|_| Err(std::io::ErrorKind::NotFound.into()),
@@ -329,7 +382,7 @@ async fn run_relay(settings: &str, directory: &TempDir, nats: Option<&Server>) -
         .into_iter()
         .map(|(name, value)| (name.to_owned(), value.to_owned()))
         .collect();
-    environment.extend(nats.into_iter().flat_map(nats_settings));
+    environment.extend(shared.settings());
     let config = Config::load(Some(("test.toml", settings)), environment, &outside);
     let config = config.unwrap_or_else(|faults| panic!("{faults}"));
     let relay = Relay::open(config).await.expect("opens");

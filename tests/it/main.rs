@@ -32,6 +32,9 @@ mod limits;
 mod log;
 mod nats_server;
 mod notify;
+mod postgres_command;
+#[allow(dead_code, reason = "shared with the crate's own tests")]
+mod postgres_server;
 mod privacy;
 mod process;
 mod receiver;

@@ -109,6 +109,7 @@ fn the_default_file_names_every_setting_of_delivery_outbox_and_log() {
             group_commit_max: 512,
             idempotency: seconds(168 * 3600),
             encryption: false,
+            integrations_version: 0,
         }
     );
     assert_eq!(

@@ -66,6 +66,30 @@ fn every_error_has_the_code_and_the_details_of_the_contract() {
             "OUTBOX_UNAVAILABLE",
         ),
         (
+            OutboxError::OutcomeUnknown("timed out".into()).into(),
+            Code::Unavailable,
+            "OUTCOME_UNKNOWN",
+        ),
+        (
+            RegistryError::from(OutboxError::OutcomeUnknown("timed out".into())).into(),
+            Code::Unavailable,
+            "OUTCOME_UNKNOWN",
+        ),
+        (
+            RelayError::PartlyDone {
+                events: 500,
+                action: "replayed",
+                cause: OutboxError::OutcomeUnknown("timed out".into()),
+            },
+            Code::Unavailable,
+            "OUTCOME_UNKNOWN",
+        ),
+        (
+            RelayError::IntegrationChanging,
+            Code::Unavailable,
+            "INTEGRATION_CHANGING",
+        ),
+        (
             RelayError::DeadlineExceeded,
             Code::DeadlineExceeded,
             "DEADLINE_EXCEEDED",
@@ -87,6 +111,33 @@ fn every_error_has_the_code_and_the_details_of_the_contract() {
             details.quota_failure().is_some(),
             code == Code::ResourceExhausted
         );
+    }
+}
+
+#[test]
+fn messages_say_what_was_done() {
+    let unknown = || OutboxError::OutcomeUnknown("timed out".into());
+    let partly = |cause| RelayError::PartlyDone {
+        events: 500,
+        action: "discarded",
+        cause,
+    };
+    for (error, text) in [
+        (unknown().into(), "may have been applied"),
+        (RelayError::IntegrationChanging, "nothing was stored"),
+        (OutboxError::Closed.into(), "nothing was stored"),
+        (
+            partly(OutboxError::Closed),
+            "500 events were discarded, then",
+        ),
+        (
+            partly(unknown()),
+            "500 events were discarded, and perhaps more",
+        ),
+    ] {
+        let message = error.message();
+        assert!(message.contains(text), "{message}");
+        assert_eq!(error.to_capture_error().message, message);
     }
 }
 

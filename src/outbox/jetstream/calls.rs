@@ -278,6 +278,7 @@ impl Outbox for JetStreamOutbox {
     fn put_integration(
         &self,
         integration: StoredIntegration,
+        _replaces: Option<String>,
     ) -> BoxFuture<'_, Result<(), OutboxError>> {
         open!(
             self.0,
@@ -285,7 +286,11 @@ impl Outbox for JetStreamOutbox {
         )
     }
 
-    fn delete_integration(&self, id: &IntegrationId) -> BoxFuture<'_, Result<(), OutboxError>> {
+    fn delete_integration(
+        &self,
+        id: &IntegrationId,
+        _replaces: String,
+    ) -> BoxFuture<'_, Result<(), OutboxError>> {
         let id = id.clone();
         open!(self.0, self.0.state.delete_integration(&id))
     }

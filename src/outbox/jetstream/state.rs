@@ -27,6 +27,7 @@ use crate::{
 };
 
 /// Notices that wait, at the most.
+const REPLICA_LAG: Duration = Duration::from_millis(300);
 const MAX_NOTICES: usize = 1_000;
 /// How long a deleted key leaves a mark.
 const MARK_TTL: Duration = Duration::from_secs(24 * 3600);
@@ -338,7 +339,7 @@ pub(super) async fn follow(shared: Arc<Shared>) {
         let watch = shared.state.store.watch("integration.*").await;
         if let Ok(mut watch) = watch {
             // What changed before the watch began is read once.
-            shared.state.changes.send_modify(|count| *count += 1);
+            tell_of_changes(&shared);
             loop {
                 let next = tokio::select! {
                     () = shared.closing.cancelled() => return,
@@ -349,7 +350,7 @@ pub(super) async fn follow(shared: Arc<Shared>) {
                     let id = entry.key.trim_start_matches("integration.");
                     shared.state.revisions().remove(id);
                 }
-                shared.state.changes.send_modify(|count| *count += 1);
+                tell_of_changes(&shared);
             }
         }
         tokio::select! {
@@ -357,4 +358,18 @@ pub(super) async fn follow(shared: Arc<Shared>) {
             () = tokio::time::sleep(Duration::from_millis(200)) => {}
         }
     }
+}
+
+/// Counts twice: what is read at once may come from a replica that is a moment behind.
+fn tell_of_changes(shared: &Arc<Shared>) {
+    shared.state.changes.send_modify(|count| *count += 1);
+    let later = Arc::clone(shared);
+    shared.tasks.spawn(async move {
+        tokio::select! {
+            () = later.closing.cancelled() => {}
+            () = tokio::time::sleep(REPLICA_LAG) => {
+                later.state.changes.send_modify(|count| *count += 1);
+            }
+        }
+    });
 }

@@ -22,7 +22,7 @@ use crate::{
     proto::{
         Credential, DataRegion, DeliveryReason, ErasureReceipt, Integration, UnmappedAttributes,
     },
-    registry::{Registry, Told},
+    registry::{Configured, Registry, Told},
     status::Outcome,
     vault::Vault,
 };
@@ -228,7 +228,11 @@ async fn relays_that_start_at_once_put_the_same_integrations_in_place() {
     for unmapped in [UnmappedAttributes::Forward, UnmappedAttributes::Drop] {
         let wanted = configured(unmapped);
         let load = |outbox: &Arc<dyn Outbox>| {
-            Registry::load(Arc::clone(outbox), &wanted, &told, conformance::NOW)
+            let configured = Configured {
+                integrations: &wanted,
+                version: 0,
+            };
+            Registry::load(Arc::clone(outbox), configured, &told, conformance::NOW)
         };
         let (own, others) = tokio::join!(load(&one), load(&other));
         let (own, others) = (own.expect("loads"), others.expect("loads"));
@@ -241,9 +245,12 @@ async fn relays_that_start_at_once_put_the_same_integrations_in_place() {
     }
     // Whoever changes what it has read before another did is told so.
     let stored = one.integrations().await.expect("read").remove(0);
-    other.put_integration(stored.clone()).await.expect("stored");
+    other
+        .put_integration(stored.clone(), None)
+        .await
+        .expect("stored");
     assert_eq!(
-        one.put_integration(stored).await,
+        one.put_integration(stored, None).await,
         Err(OutboxError::Changed(conformance::id("acme-0")))
     );
 }

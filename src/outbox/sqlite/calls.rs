@@ -226,6 +226,7 @@ impl Outbox for SqliteOutbox {
     fn put_integration(
         &self,
         integration: StoredIntegration,
+        _replaces: Option<String>,
     ) -> BoxFuture<'_, Result<(), OutboxError>> {
         Box::pin(async move {
             let sealed = self.sealing.integration(&integration)?;
@@ -235,7 +236,11 @@ impl Outbox for SqliteOutbox {
         })
     }
 
-    fn delete_integration(&self, id: &IntegrationId) -> BoxFuture<'_, Result<(), OutboxError>> {
+    fn delete_integration(
+        &self,
+        id: &IntegrationId,
+        _replaces: String,
+    ) -> BoxFuture<'_, Result<(), OutboxError>> {
         let id = id.clone();
         Box::pin(self.write(move |reply| WriteCommand::DeleteIntegration { id, reply }))
     }

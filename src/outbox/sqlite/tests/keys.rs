@@ -91,7 +91,7 @@ async fn write_keys_are_never_on_the_disk_and_payloads_only_where_that_is_wanted
             ..options(path)
         };
         let outbox = SqliteOutbox::open(&options, &vault()).expect("opens");
-        outbox.put_integration(spec()).await.expect("stored");
+        outbox.put_integration(spec(), None).await.expect("stored");
         submit(&outbox, vec![planted("p-1"), planted("p-2")]).await;
         // One becomes a dead letter.
         let leased = lease(&outbox, "acme", 2).await;
@@ -167,7 +167,7 @@ async fn a_new_key_takes_over_piece_by_piece_and_the_old_one_can_go() {
     let (old, new) = (new_key().expect("a key"), new_key().expect("a key"));
     let (old, new) = (old.expose_secret(), new.expose_secret());
     let outbox = SqliteOutbox::open(&encrypted(path), &keys(&[old])).expect("opens");
-    outbox.put_integration(spec()).await.expect("stored");
+    outbox.put_integration(spec(), None).await.expect("stored");
     submit(&outbox, vec![planted("p-1"), planted("p-2")]).await;
     let leased = lease(&outbox, "acme", 2).await;
     settle(&outbox, leased, |_, _| Outcome::DeadLetter {

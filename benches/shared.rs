@@ -1,9 +1,9 @@
-//! How many captures relays take and deliver over JetStream, beside one with the embedded
-//! outbox: real processes on loopback, which share the machine with the load and the endpoint.
+//! How many captures relays take and deliver over a shared outbox, beside one with the embedded
+//! outbox: real processes on loopback that share the machine with the load and the endpoint.
 //!
-//! `cargo bench --bench jetstream -- 100000` sends so many captures in each of the
-//! settings, in batches of 100; words after it choose settings by their names. It needs
-//! nats-server as the tests do.
+//! `cargo bench --bench shared -- 100000` sends 100,000 captures in each setting, in batches of
+//! 100; words after it choose settings by their names. It needs PostgreSQL and nats-server as
+//! the tests do.
 
 #![allow(
     clippy::unwrap_used,
@@ -16,6 +16,10 @@
 #[allow(dead_code, reason = "shared with the tests")]
 #[path = "../tests/it/nats_server.rs"]
 mod nats_server;
+
+#[allow(dead_code, reason = "shared with the tests")]
+#[path = "../tests/it/postgres_server.rs"]
+mod postgres_server;
 
 use std::{
     io::{BufRead, BufReader},
@@ -32,6 +36,7 @@ use http_body_util::{BodyExt, Full};
 use hyper::{Request, Response, body::Incoming, service::service_fn};
 use hyper_util::rt::TokioIo;
 use nats_server::Server;
+use postgres_server::OwnServer;
 use segment_relay::{
     outbox::{Layout, NatsAuth, NatsConnection, NatsHandle},
     proto::{
@@ -48,6 +53,23 @@ const BATCH: usize = 100;
 const CALLS: usize = 16;
 const INTEGRATIONS: usize = 4;
 const TIMEOUT: Duration = Duration::from_secs(300);
+
+/// The servers of a setting.
+#[derive(Default)]
+struct Servers {
+    nats: Vec<Server>,
+    /// The primary, then its standby.
+    postgres: Vec<OwnServer>,
+}
+
+impl Servers {
+    fn ids(&self) -> Vec<u32> {
+        let postgres = self.postgres.iter().flat_map(OwnServer::processes);
+        let postgres = postgres.filter_map(|pid| u32::try_from(pid.as_raw_nonzero().get()).ok());
+        let nats = self.nats.iter().filter_map(Server::id);
+        nats.chain(postgres).collect()
+    }
+}
 
 struct Relay(Child);
 
@@ -87,7 +109,7 @@ async fn endpoint(arrived: Arc<AtomicU64>) -> String {
     url
 }
 
-async fn start(directory: &Path, endpoint: &str, servers: &[Server]) -> (Relay, Channel) {
+async fn start(directory: &Path, endpoint: &str, servers: &Servers) -> (Relay, Channel) {
     let mut command = Command::new(env!("CARGO_BIN_EXE_segment-relay"));
     command
         .arg("serve")
@@ -114,12 +136,18 @@ async fn start(directory: &Path, endpoint: &str, servers: &[Server]) -> (Relay, 
         .env("SEGMENT_RELAY__LOG__FILTER", "error")
         .stdin(Stdio::null())
         .stdout(Stdio::piped());
-    if !servers.is_empty() {
-        let urls: Vec<String> = servers.iter().map(Server::url).collect();
+    if let Some(primary) = servers.postgres.first() {
+        command
+            .env("SEGMENT_RELAY__OUTBOX__KIND", "postgres")
+            .env("SEGMENT_RELAY__POSTGRES__URLS", primary.url());
+    }
+    let nats = &servers.nats;
+    if !nats.is_empty() {
+        let urls: Vec<String> = nats.iter().map(Server::url).collect();
         command
             .env("SEGMENT_RELAY__OUTBOX__KIND", "jetstream")
             .env("SEGMENT_RELAY__NATS__SERVERS", urls.join(","))
-            .env("SEGMENT_RELAY__NATS__REPLICAS", servers.len().to_string());
+            .env("SEGMENT_RELAY__NATS__REPLICAS", nats.len().to_string());
     }
     let mut child = command.spawn().unwrap();
     let out = child.stdout.take().unwrap();
@@ -191,10 +219,6 @@ fn relay_ids(relays: &[Relay]) -> impl Iterator<Item = u32> {
     relays.iter().map(|relay| relay.0.id())
 }
 
-fn server_ids(servers: &[Server]) -> impl Iterator<Item = u32> {
-    servers.iter().filter_map(Server::id)
-}
-
 /// CPU seconds of processes so far, by the clock ticks of `/proc`: 100 a second on Linux.
 fn cpu(processes: impl Iterator<Item = u32>) -> f64 {
     let ticks = |id: u32| -> f64 {
@@ -203,12 +227,46 @@ fn cpu(processes: impl Iterator<Item = u32>) -> f64 {
         let fields: Vec<f64> = fields
             .split_whitespace()
             .skip(11)
-            .take(2)
+            // Its own, and that of its children that have ended.
+            .take(4)
             .map(|one| one.parse().unwrap())
             .collect();
         fields.iter().sum()
     };
     processes.map(ticks).sum::<f64>() / 100.0
+}
+
+fn nats(count: usize) -> Servers {
+    let nats = match count {
+        1 => vec![Server::start().unwrap()],
+        count => Server::cluster(count).unwrap(),
+    };
+    Servers {
+        nats,
+        ..Servers::default()
+    }
+}
+
+/// A primary, with a synchronous standby or without, and the schema.
+async fn postgres(standby: bool, directory: &Path) -> Servers {
+    const SETTINGS: [(&str, &str); 2] = [("shared_buffers", "1GB"), ("max_wal_size", "4GB")];
+    let primary = postgres_server::Server::start_own(&SETTINGS).unwrap();
+    let made = Command::new(env!("CARGO_BIN_EXE_segment-relay"))
+        .args(["outbox", "init"])
+        .env("SEGMENT_RELAY__POSTGRES__URLS", primary.url())
+        .env("SEGMENT_RELAY__SECRETS__KEY_FILE", directory.join("key"))
+        .stdout(Stdio::null())
+        .status();
+    assert!(made.unwrap().success());
+    let mut postgres = vec![primary];
+    if standby {
+        postgres.push(postgres[0].standby(&SETTINGS));
+        postgres[0].require_standby();
+    }
+    Servers {
+        postgres,
+        ..Servers::default()
+    }
 }
 
 async fn send(channels: &[Channel], captures: usize, next: &Arc<AtomicUsize>) {
@@ -239,21 +297,26 @@ async fn send(channels: &[Channel], captures: usize, next: &Arc<AtomicUsize>) {
     }
 }
 
-async fn measure(name: &str, captures: usize, servers: usize, relays: usize) {
-    let servers = match servers {
-        0 => Vec::new(),
-        1 => vec![Server::start().unwrap()],
-        count => Server::cluster(count).unwrap(),
-    };
-    if !servers.is_empty() {
-        init(&servers).await;
+async fn measure(name: &str, captures: usize, servers: Servers, relays: usize) {
+    let directory = tempfile::tempdir().unwrap();
+    measure_in(directory.path(), name, captures, servers, relays).await;
+}
+
+async fn measure_in(
+    directory: &Path,
+    name: &str,
+    captures: usize,
+    servers: Servers,
+    relays: usize,
+) {
+    if !servers.nats.is_empty() {
+        init(&servers.nats).await;
     }
     let arrived = Arc::new(AtomicU64::new(0));
     let url = endpoint(Arc::clone(&arrived)).await;
-    let directory = tempfile::tempdir().unwrap();
     let (mut processes, mut channels) = (Vec::new(), Vec::new());
     for _ in 0..relays {
-        let (process, channel) = start(directory.path(), &url, &servers).await;
+        let (process, channel) = start(directory, &url, &servers).await;
         processes.push(process);
         channels.push(channel);
     }
@@ -266,7 +329,7 @@ async fn measure(name: &str, captures: usize, servers: usize, relays: usize) {
     }
     tokio::time::sleep(Duration::from_secs(2)).await;
     let next = Arc::new(AtomicUsize::new(0));
-    let before = (cpu(relay_ids(&processes)), cpu(server_ids(&servers)));
+    let before = (cpu(relay_ids(&processes)), cpu(servers.ids().into_iter()));
     let begun = Instant::now();
     send(&channels, captures, &next).await;
     let accepted = begun.elapsed();
@@ -284,7 +347,7 @@ async fn measure(name: &str, captures: usize, servers: usize, relays: usize) {
         rate(accepted),
         rate(delivered),
         each(cpu(relay_ids(&processes)), before.0),
-        each(cpu(server_ids(&servers)), before.1),
+        each(cpu(servers.ids().into_iter()), before.1),
     );
 }
 
@@ -300,16 +363,34 @@ async fn main() {
     let wanted = |name: &str| words.is_empty() || words.iter().any(|word| name.contains(word));
     let embedded = "embedded, one relay";
     if wanted(embedded) {
-        measure(embedded, captures, 0, 1).await;
+        measure(embedded, captures, Servers::default(), 1).await;
+    }
+    if postgres_server::database().is_some() {
+        for (standby, word) in [
+            (false, "PostgreSQL"),
+            (true, "PostgreSQL, synchronous standby"),
+        ] {
+            for relays in [1, 3] {
+                let name = format!("{word}, {relays} relays");
+                if wanted(&name) {
+                    let directory = tempfile::tempdir().unwrap();
+                    let servers = postgres(standby, directory.path()).await;
+                    measure_in(directory.path(), &name, captures, servers, relays).await;
+                }
+            }
+        }
     }
     if nats_server::program().is_none() {
         return;
     }
-    for (servers, word) in [(1, "one server"), (3, "three servers, three replicas")] {
+    for (servers, word) in [
+        (1, "JetStream, one server"),
+        (3, "JetStream, three servers"),
+    ] {
         for relays in 1..=3 {
             let name = format!("{word}, {relays} relays");
             if wanted(&name) {
-                measure(&name, captures, servers, relays).await;
+                measure(&name, captures, nats(servers), relays).await;
             }
         }
     }

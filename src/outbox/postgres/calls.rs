@@ -1,0 +1,272 @@
+//! The calls of the outbox: each goes to the database of its integration, or to all.
+
+use std::sync::{Arc, atomic::Ordering};
+
+use tokio::sync::watch;
+
+use super::{PostgresOutbox, error::damaged};
+use crate::{
+    integration::IntegrationId,
+    notice::Notice,
+    outbox::{
+        Backlog, BoxFuture, Claim, DeadLetter, DeadLetterCount, DeadLetterFilter, Erasure,
+        FoundSubject, LaneKey, LeaseBudget, LeasedCapture, NewCapture, Outbox, OutboxError, Quota,
+        Receipt, Selection, Settlement, Signals, StoredIntegration, SubjectQuery,
+    },
+    proto::ErasureReceipt,
+    status::CaptureRecord,
+    time::UnixMillis,
+};
+
+impl Outbox for PostgresOutbox {
+    fn submit(&self, captures: Vec<NewCapture>) -> BoxFuture<'_, Result<Receipt, OutboxError>> {
+        Box::pin(self.submit(captures))
+    }
+
+    fn lease(
+        &self,
+        lane: &LaneKey,
+        budget: LeaseBudget,
+    ) -> BoxFuture<'_, Result<Vec<LeasedCapture>, OutboxError>> {
+        let lane = lane.clone();
+        Box::pin(async move { self.home(&lane.integration_id)?.lease(&lane, budget).await })
+    }
+
+    fn may_send(&self, lane: &LaneKey) -> bool {
+        self.home(&lane.integration_id)
+            .is_ok_and(|home| home.may_send(lane))
+    }
+
+    fn settle(&self, settlement: Arc<Settlement>) -> BoxFuture<'_, Result<(), OutboxError>> {
+        Box::pin(async move {
+            let home = self.home(&settlement.lane.integration_id)?;
+            home.settle(&settlement).await
+        })
+    }
+
+    fn find(
+        &self,
+        integration_id: &IntegrationId,
+        capture_id: &str,
+    ) -> BoxFuture<'_, Result<Option<CaptureRecord>, OutboxError>> {
+        let (id, capture_id) = (integration_id.clone(), capture_id.to_owned());
+        Box::pin(async move { self.home(&id)?.find(&id, &capture_id).await })
+    }
+
+    fn waiting_lanes(&self) -> BoxFuture<'_, Result<Vec<LaneKey>, OutboxError>> {
+        Box::pin(async move {
+            self.check_open()?;
+            let mut lanes = Vec::new();
+            for database in self.present() {
+                lanes.extend(database.waiting_lanes().await?);
+            }
+            lanes.sort_unstable();
+            Ok(lanes)
+        })
+    }
+
+    fn backlog(
+        &self,
+        integration_id: &IntegrationId,
+    ) -> BoxFuture<'_, Result<Backlog, OutboxError>> {
+        let id = integration_id.clone();
+        Box::pin(async move { self.home(&id)?.backlog(&id).await })
+    }
+
+    fn dead_letters(
+        &self,
+        filter: DeadLetterFilter,
+        after: i64,
+        limit: usize,
+    ) -> BoxFuture<'_, Result<Vec<DeadLetter>, OutboxError>> {
+        Box::pin(async move {
+            let filter = &filter;
+            let found = self
+                .each(|database| async move { database.dead_letters(filter, after, limit).await })
+                .await?;
+            let mut letters: Vec<DeadLetter> = found.into_iter().flatten().collect();
+            letters.sort_unstable_by_key(|letter| letter.id);
+            letters.truncate(limit);
+            Ok(letters)
+        })
+    }
+
+    fn count_dead_letters(
+        &self,
+        selection: Selection,
+        older_than: UnixMillis,
+    ) -> BoxFuture<'_, Result<DeadLetterCount, OutboxError>> {
+        Box::pin(async move {
+            let selection = &selection;
+            let counts = self
+                .each(|one| async move { one.count_dead_letters(selection, older_than).await })
+                .await?;
+            let mut sum = DeadLetterCount::default();
+            for count in counts {
+                sum.events += count.events;
+                sum.bytes += count.bytes;
+                sum.older += count.older;
+            }
+            Ok(sum)
+        })
+    }
+
+    fn replay(
+        &self,
+        selection: Selection,
+        now: UnixMillis,
+    ) -> BoxFuture<'_, Result<Result<u64, Quota>, OutboxError>> {
+        Box::pin(async move {
+            self.check_open()?;
+            let mut full = None;
+            for database in self.databases.iter() {
+                match database.replay(&selection, now).await? {
+                    Ok(0) => {}
+                    Ok(replayed) => return Ok(Ok(replayed)),
+                    Err(quota) => full = Some(quota),
+                }
+            }
+            Ok(full.map_or(Ok(0), Err))
+        })
+    }
+
+    fn discard(&self, selection: Selection) -> BoxFuture<'_, Result<u64, OutboxError>> {
+        Box::pin(async move {
+            self.check_open()?;
+            for database in self.databases.iter() {
+                let discarded = database.discard(&selection).await?;
+                if discarded > 0 {
+                    return Ok(discarded);
+                }
+            }
+            Ok(0)
+        })
+    }
+
+    fn find_subject(
+        &self,
+        subject: SubjectQuery,
+    ) -> BoxFuture<'_, Result<FoundSubject, OutboxError>> {
+        Box::pin(async move {
+            let subject = &subject;
+            let found = self
+                .each(|database| async move { database.find_subject(subject).await })
+                .await?;
+            let mut all = FoundSubject::default();
+            for one in found {
+                all.captures.extend(one.captures);
+                all.lanes.extend(one.lanes);
+            }
+            Ok(all)
+        })
+    }
+
+    fn erase(&self, erasure: Erasure) -> BoxFuture<'_, Result<ErasureReceipt, OutboxError>> {
+        Box::pin(self.erase(erasure))
+    }
+
+    fn erasure_receipts(
+        &self,
+        before: Option<i64>,
+        limit: usize,
+    ) -> BoxFuture<'_, Result<Vec<ErasureReceipt>, OutboxError>> {
+        Box::pin(self.receipts(before, limit))
+    }
+
+    fn integrations(&self) -> BoxFuture<'_, Result<Vec<StoredIntegration>, OutboxError>> {
+        Box::pin(self.integrations())
+    }
+
+    fn integration(
+        &self,
+        id: &IntegrationId,
+    ) -> BoxFuture<'_, Result<Option<StoredIntegration>, OutboxError>> {
+        let id = id.clone();
+        Box::pin(async move { self.integration(&id).await })
+    }
+
+    fn put_integration(
+        &self,
+        integration: StoredIntegration,
+        replaces: Option<String>,
+    ) -> BoxFuture<'_, Result<(), OutboxError>> {
+        Box::pin(async move {
+            let id = IntegrationId::new(&integration.integration_id);
+            let id = id.ok_or_else(|| damaged("integration"))?;
+            self.replace_integration(&id, Some(integration), replaces)
+                .await
+        })
+    }
+
+    fn delete_integration(
+        &self,
+        id: &IntegrationId,
+        replaces: String,
+    ) -> BoxFuture<'_, Result<(), OutboxError>> {
+        let id = id.clone();
+        Box::pin(async move { self.replace_integration(&id, None, Some(replaces)).await })
+    }
+
+    fn claim_configuration(
+        &self,
+        version: u64,
+        digest: [u8; 16],
+    ) -> BoxFuture<'_, Result<Claim, OutboxError>> {
+        Box::pin(async move {
+            self.check_open()?;
+            let version = i64::try_from(version).unwrap_or(i64::MAX);
+            for database in self.present() {
+                match database.claim(version, &digest).await? {
+                    Claim::Apply => {}
+                    refused => return Ok(refused),
+                }
+            }
+            self.claimed.store(version, Ordering::Release);
+            Ok(Claim::Apply)
+        })
+    }
+
+    fn integration_changes(&self) -> Option<watch::Receiver<u64>> {
+        Some(self.context.changes.subscribe())
+    }
+
+    fn put_notice(&self, notice: Notice) -> BoxFuture<'_, Result<(), OutboxError>> {
+        Box::pin(async move {
+            self.check_open()?;
+            let mut present = self.present();
+            let database = present.next().ok_or_else(|| self.databases[0].away())?;
+            database.put_notice(&notice).await
+        })
+    }
+
+    fn notices(&self, limit: usize) -> BoxFuture<'_, Result<Vec<Notice>, OutboxError>> {
+        Box::pin(async move {
+            self.check_open()?;
+            let mut notices = Vec::new();
+            for database in self.present() {
+                notices.extend(database.notices(limit).await?);
+            }
+            notices.truncate(limit);
+            Ok(notices)
+        })
+    }
+
+    fn delete_notice(&self, id: &str) -> BoxFuture<'_, Result<(), OutboxError>> {
+        let id = id.to_owned();
+        Box::pin(async move {
+            self.check_open()?;
+            for database in self.present() {
+                database.delete_notice(&id).await?;
+            }
+            Ok(())
+        })
+    }
+
+    fn signals(&self) -> &Signals {
+        &self.context.signals
+    }
+
+    fn close(&self) -> BoxFuture<'_, ()> {
+        Box::pin(self.close())
+    }
+}
