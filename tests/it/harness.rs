@@ -270,14 +270,14 @@ enum Shared {
 
 impl Shared {
     async fn start(directory: &TempDir) -> Self {
-        let kind = std::env::var("SEGMENT_RELAY_TEST_OUTBOX").unwrap_or_default();
-        match kind.as_str() {
-            "jetstream" => {
+        let kind = std::env::var_os("SEGMENT_RELAY_TEST_OUTBOX");
+        match kind.as_ref().and_then(|kind| kind.to_str()) {
+            Some("jetstream") => {
                 let server = Server::start().expect("nats-server");
                 init_streams(&[server.url()], 1).await;
                 Self::Nats(server)
             }
-            "postgres" => {
+            Some("postgres") => {
                 let database = postgres_server::database().expect("PostgreSQL");
                 let made = std::process::Command::new(env!("CARGO_BIN_EXE_segment-relay"))
                     .args(["outbox", "init"])
