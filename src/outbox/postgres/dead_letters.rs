@@ -13,14 +13,13 @@ use super::{
     database::{Database, Session},
     error::Effect,
     row::{RECORD_COLUMNS, event_number, event_of, record_of},
-    settle::Changed,
+    settle::{Changed, statuses},
 };
 use crate::{
     event::EventType,
     integration::IntegrationId,
     outbox::{
         DeadLetter, DeadLetterCount, DeadLetterFilter, EventSet, OutboxError, Quota, Selection,
-        record::encode_status,
     },
     time::UnixMillis,
 };
@@ -211,11 +210,8 @@ impl Database {
         }
         let changes = replayed_records(session, &rows, now)?;
         let seqs: Vec<i64> = changes.iter().map(|(seq, ..)| *seq).collect();
-        let status = |event| -> Vec<Vec<u8>> {
-            let records = changes.iter().map(|(_, record, _)| record);
-            records.map(|one| encode_status(one.event(event))).collect()
-        };
-        let (identify, track) = (status(EventType::Identify), status(EventType::Track));
+        let identify = statuses(&changes, EventType::Identify);
+        let track = statuses(&changes, EventType::Track);
         let (keys, events, bytes) = columns(&loads);
         let work = async {
             connection

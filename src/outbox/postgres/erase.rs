@@ -13,9 +13,11 @@ use super::{
     dead_letters::LOCK_LANES,
     error::Effect,
     row::{RECORD_COLUMNS, record_of},
+    settle::statuses,
 };
 use crate::{
-    outbox::{Erasure, FoundSubject, LaneKey, OutboxError, SubjectQuery, record::encode_status},
+    event::EventType,
+    outbox::{Erasure, FoundSubject, LaneKey, OutboxError, SubjectQuery},
     proto::ErasureReceipt,
     status::CaptureRecord,
     time::UnixMillis,
@@ -218,16 +220,9 @@ impl Database {
         lanes: &[i64],
     ) -> Result<(), OutboxError> {
         const GO_ON: &str = "UPDATE lanes SET blocked_until = NULL WHERE lane = ANY ($1)";
-        let records = erased.changes.iter();
-        let seqs: Vec<i64> = records.clone().map(|(seq, ..)| *seq).collect();
-        let status = |event| -> Vec<Vec<u8>> {
-            let records = records.clone();
-            records
-                .map(|(_, record, _)| encode_status(record.event(event)))
-                .collect()
-        };
-        let identify = status(crate::event::EventType::Identify);
-        let track = status(crate::event::EventType::Track);
+        let seqs: Vec<i64> = erased.changes.iter().map(|(seq, ..)| *seq).collect();
+        let identify = statuses(&erased.changes, EventType::Identify);
+        let track = statuses(&erased.changes, EventType::Track);
         let (keys, events, bytes) = columns(&erased.loads);
         let work = async {
             connection

@@ -66,8 +66,7 @@ pub async fn move_integration(
         let connector = Connector::new(connection, place)?;
         let found = in_database(place, connector.get().await)?;
         check(&found, place, connection).await?;
-        let sql = "SELECT state FROM integrations WHERE integration_id = $1";
-        let state = found.optional(Effect::None, sql, &[&id.as_str()]).await;
+        let state = found.optional(Effect::None, STATE, &[&id.as_str()]).await;
         let state: Option<String> = in_database(place, state)?.map(|row| row.get(0));
         connections.push((found, state));
     }
@@ -79,15 +78,14 @@ pub async fn move_integration(
         )));
     }
     let mut places = 0..connections.len();
-    let from = places
-        .find(|place| matches!(state_at(*place), Some("active" | "leaving")))
-        .filter(|place| *place != to);
+    let from =
+        places.find(|place| *place != to && matches!(state_at(*place), Some("active" | "leaving")));
     let target = &connections[to].0;
     let Some(from) = from else {
-        if !matches!(state_at(to), Some("active" | "arriving")) {
+        if state_at(to).is_none() {
             return Err(PostgresError::Move(format!("there is no integration {id}")));
         }
-        // Here already, or all but open: an earlier run was interrupted.
+        // Here already, or all but open: an earlier run, to here or from here, was interrupted.
         in_database(to, open(target, id).await)?;
         return Ok(0);
     };
@@ -99,11 +97,18 @@ pub async fn move_integration(
     Ok(captures)
 }
 
+/// The state of an integration in a database; none where there is but an empty row of its name.
+const STATE: &str = "
+    SELECT state FROM integrations i WHERE integration_id = $1
+        AND (state = 'arriving' OR spec IS NOT NULL
+            OR EXISTS (SELECT 1 FROM captures c WHERE c.integration = i.key))";
+
 /// Lets the integration take captures and leases there.
 async fn open(target: &Connection, id: &IntegrationId) -> Result<(), OutboxError> {
     const SQL: &str = "
         WITH counted AS (UPDATE integration_changes SET count = count + 1)
-        UPDATE integrations SET state = 'active' WHERE integration_id = $1 AND state = 'arriving'";
+        UPDATE integrations SET state = 'active'
+        WHERE integration_id = $1 AND state IN ('arriving', 'leaving')";
     target
         .count(Effect::Commit, SQL, &[&id.as_str()])
         .await
@@ -272,10 +277,14 @@ impl Move<'_> {
         let row = self.source.row(Effect::None, SPEC, &[&name]).await?;
         let (revision, etag, spec): (i64, Option<String>, Option<Vec<u8>>) =
             (row.get(0), row.get(1), row.get(2));
+        // Before the row that takes its name: a statement of its own.
+        const EMPTY: &str = "DELETE FROM integrations WHERE integration_id = $1 AND key <> $2";
+        let parameters: [&(dyn ToSql + Sync); 2] = [&name, &key];
+        self.target
+            .count(Effect::Commit, EMPTY, &parameters)
+            .await?;
         const ROW: &str = "
-            WITH other AS (
-                DELETE FROM integrations WHERE integration_id = $1 AND key <> $2
-            ), lanes AS (
+            WITH lanes AS (
                 INSERT INTO lanes (lane) SELECT $2::int8 * 8 + n FROM generate_series(0, 7) AS n
                 ON CONFLICT (lane) DO NOTHING
             )

@@ -157,6 +157,14 @@ impl Database {
 /// One change of a capture: its sequence, its record from now on, the changed events.
 pub(super) type Changed = (i64, Arc<crate::status::CaptureRecord>, EventSet);
 
+/// The statuses of one event of changed captures, as they are stored.
+pub(super) fn statuses(changes: &[Changed], event: EventType) -> Vec<Vec<u8>> {
+    let records = changes.iter().map(|(_, record, _)| record);
+    records
+        .map(|record| encode_status(record.event(event)))
+        .collect()
+}
+
 /// Locks the lane: the next statement sees what was settled, erased and replayed before.
 const FREE: &str = "
     UPDATE lanes SET busy = false WHERE lane = $1 AND holder = $2 AND fence = $3";
