@@ -5,39 +5,32 @@
 //! 3. Insert into `queue`, count, `COMMIT`. Then the callers are answered.
 //! 4. What was not inserted is a duplicate, a conflict, or mapped with an old integration.
 
-mod items;
-
 use std::{
-    collections::{HashMap, HashSet},
+    collections::{BTreeSet, HashMap},
     sync::Arc,
     time::Instant,
 };
 
-use futures_util::future::{join3, join4};
-
+use sha2::{Digest, Sha256};
 use tokio::sync::{mpsc, oneshot};
+use tokio_postgres::Row;
 use uuid::Uuid;
 
 use super::{
-    READ,
-    connect::Connection,
-    counts::Load,
-    database::{Database, Session, lane_number},
-    error::Effect,
-    row::{RECORD_COLUMNS, record_of},
+    counts::{COUNT, Load, Loads, SLOT},
+    database::{Call, Database, lane_key, lane_number},
+    row::{RECORD_COLUMNS, RECORDS, record_of},
+    sql::{Arguments, Part, arguments, columns},
 };
 use crate::{
     integration::IntegrationId,
     outbox::{
-        Content, EventSet, LaneKey, NewCapture, OutboxError, Submitted, record::encode_status,
+        Content, EventSet, NewCapture, OutboxError, Quota, Submitted, record::encode_status,
         sealing::SealedCapture,
     },
-    status::EventStatus,
+    status::{CaptureRecord, EventStatus, State},
     vault::unsealed_len,
 };
-
-pub(super) use items::{COUNT, OTHER_SLOT, columns, id_of};
-use items::{ENQUEUE, Fate, GUARD, INSERT, Item, SLOT, SUMS, answers, first_state, new_record};
 
 /// Submissions that wait for a committer; a full queue makes callers wait.
 const QUEUE: usize = 4_096;
@@ -52,9 +45,7 @@ pub(super) struct Submission {
     pub(super) reply: oneshot::Sender<Result<Vec<Submitted>, OutboxError>>,
 }
 
-pub(super) type Channel = (mpsc::Sender<Submission>, mpsc::Receiver<Submission>);
-
-pub(super) fn channel() -> Channel {
+pub(super) fn channel() -> (mpsc::Sender<Submission>, mpsc::Receiver<Submission>) {
     mpsc::channel(QUEUE)
 }
 
@@ -66,89 +57,136 @@ pub(super) fn committer_of(id: &IntegrationId) -> usize {
 /// Commits groups until the outbox closes.
 pub(super) async fn run(database: Arc<Database>, mut arriving: mpsc::Receiver<Submission>) {
     let context = Arc::clone(&database.context);
-    loop {
-        let first = tokio::select! {
-            () = context.closing.cancelled() => return,
-            first = arriving.recv() => first,
-        };
-        let Some(first) = first else { return };
-        let mut count = first.captures.len();
-        let mut group = vec![first];
-        while count < context.options.group_commit_max {
-            let Ok(next) = arriving.try_recv() else { break };
-            count += next.captures.len();
-            group.push(next);
+    while let Some(Some(first)) = context.closing.run_until_cancelled(arriving.recv()).await {
+        let (mut captures, mut callers) = (Vec::new(), Vec::new());
+        let mut next = Some(first);
+        while let Some(submission) = next {
+            callers.push((submission.captures.len(), submission.reply));
+            captures.extend(submission.captures);
+            let has_room = captures.len() < context.options.group_commit_max;
+            next = has_room.then(|| arriving.try_recv().ok()).flatten();
         }
-        let begun = Instant::now();
-        let (mut captures, mut callers) = (Vec::with_capacity(count), Vec::new());
-        for Submission {
-            captures: own,
-            reply,
-        } in group
-        {
-            callers.push((own.len(), reply));
-            captures.extend(own);
-        }
+        let (count, begun) = (captures.len() as u64, Instant::now());
         let stored = database.accept(captures).await;
         let metrics = &context.options.metrics;
-        metrics.commit(count as u64, begun.elapsed(), stored.is_ok());
-        answer(callers, stored);
+        metrics.commit(count, begun.elapsed(), stored.is_ok());
+        let mut stored = stored.map(Vec::into_iter);
+        for (count, reply) in callers {
+            let own = match &mut stored {
+                Ok(all) => Ok(all.by_ref().take(count).collect()),
+                Err(error) => Err(error.clone()),
+            };
+            // An error says that the caller has gone.
+            let _ = reply.send(own);
+        }
     }
 }
 
-type Caller = (usize, oneshot::Sender<Result<Vec<Submitted>, OutboxError>>);
+/// A capture on its way into the tables.
+struct Item {
+    capture: NewCapture,
+    subject: Option<i64>,
+    integration: i64,
+    lane: i64,
+    id: Uuid,
+    load: Load,
+    fate: Fate,
+}
 
-fn answer(callers: Vec<Caller>, stored: Result<Vec<Submitted>, OutboxError>) {
-    let mut stored = stored.map(Vec::into_iter);
-    for (count, reply) in callers {
-        let own = match &mut stored {
-            Ok(all) => Ok(all.by_ref().take(count).collect()),
-            Err(error) => Err(error.clone()),
-        };
-        // An error says that the caller has gone.
-        let _ = reply.send(own);
+enum Fate {
+    /// To be inserted.
+    New,
+    /// Inserted as this sequence.
+    Stored(i64, Arc<CaptureRecord>),
+    /// There is no room, unless it is stored already.
+    Full(Quota),
+    /// The same id as an earlier item of the group.
+    Repeats(usize),
+    Known(Submitted),
+}
+
+impl Item {
+    fn is_new(&self) -> bool {
+        matches!(self.fate, Fate::New)
     }
+
+    fn state(&self) -> State {
+        match &self.capture.content {
+            Content::Send { .. } => State::Queued,
+            Content::Skip { reason } => State::Skipped { reason: *reason },
+        }
+    }
+
+    fn record(&self) -> CaptureRecord {
+        let capture = &self.capture;
+        CaptureRecord {
+            integration_id: capture.integration_id.clone(),
+            capture_id: capture.capture_id.clone(),
+            region: capture.region,
+            mapping_version: capture.mapping_version,
+            accept_time: capture.accept_time,
+            queue_time: capture.accept_time,
+            identify: EventStatus::new(self.state()),
+            track: EventStatus::new(self.state()),
+            attempts: Vec::new(),
+            trace: capture.trace,
+        }
+    }
+}
+
+/// The key of a capture id.
+pub(super) fn key_of_id(capture_id: &str) -> Uuid {
+    let mut half = [0; 16];
+    half.copy_from_slice(&Sha256::digest(capture_id)[..16]);
+    Uuid::from_bytes(half)
 }
 
 impl Database {
     /// Stores captures; one answer each, in their order.
     async fn accept(&self, captures: Vec<SealedCapture>) -> Result<Vec<Submitted>, OutboxError> {
-        let session = self.session()?;
-        let connection = self.connection().await?;
-        let mut items = self.items(&session, &connection, captures).await?;
+        let call = self.call().await?;
+        let mut items = call.items(captures).await?;
         let mut tries = 0;
-        while !self.store(&session, &connection, &mut items).await? {
+        while !call.store(&mut items).await? {
             tries += 1;
             if tries == TRIES {
-                return Err(OutboxError::Unavailable(
-                    "other relays fill the backlog".to_owned(),
-                ));
+                let text = "other relays fill the backlog".to_owned();
+                return Err(OutboxError::Unavailable(text));
             }
         }
-        self.resolve(&connection, &mut items).await?;
-        self.announce_accepted(&session, &items);
-        Ok(answers(items))
+        call.resolve(&mut items).await?;
+        call.announce(&items);
+        Ok(answers(&items))
     }
 
-    async fn items(
-        &self,
-        session: &Session,
-        connection: &Connection,
-        captures: Vec<SealedCapture>,
-    ) -> Result<Vec<Item>, OutboxError> {
-        let ids: HashSet<&IntegrationId> = captures
-            .iter()
-            .map(|sealed| &sealed.capture.integration_id)
-            .collect();
-        let ids: Vec<_> = ids.into_iter().collect();
-        self.keys(session, connection, &ids).await?;
+    /// Marks new items for which there is no room. Returns whether there are any.
+    fn refuse_beyond_bounds(&self, items: &mut [Item]) -> bool {
+        let counts = self.counts();
+        let (mut room, mut refused) = (counts.room(), false);
+        for item in items
+            .iter_mut()
+            .filter(|it| it.is_new() && it.load.events > 0)
+        {
+            if let Err(quota) = room.take(item.integration, item.load) {
+                item.fate = Fate::Full(quota);
+                refused = true;
+            }
+        }
+        refused
+    }
+}
+
+impl Call<'_> {
+    async fn items(&self, captures: Vec<SealedCapture>) -> Result<Vec<Item>, OutboxError> {
+        let ids = captures.iter().map(|sealed| &sealed.capture.integration_id);
+        let ids: BTreeSet<&IntegrationId> = ids.collect();
+        self.make_keys(&Vec::from_iter(ids)).await?;
         let mut first: HashMap<(i64, Uuid), usize> = HashMap::with_capacity(captures.len());
         let mut items = Vec::with_capacity(captures.len());
-        for SealedCapture { capture, subject } in captures {
-            let integration = session.key(&capture.integration_id);
-            let integration = integration.ok_or_else(|| self.away())?;
-            let id = id_of(&capture.capture_id);
-            let place = items.len();
+        for (place, SealedCapture { capture, subject }) in captures.into_iter().enumerate() {
+            let integration = self.session.key(&capture.integration_id);
+            let integration = integration.ok_or_else(|| self.database.away())?;
+            let id = key_of_id(&capture.capture_id);
             let earlier = *first.entry((integration, id)).or_insert(place);
             let (shard, load) = match &capture.content {
                 Content::Skip { .. } => (0, Load::default()),
@@ -158,18 +196,19 @@ impl Database {
                     (*shard, Load { events: 2, bytes })
                 }
             };
+            let lane = lane_number(integration, capture.region, shard);
+            let fate = match earlier < place {
+                true => Fate::Repeats(earlier),
+                false => Fate::New,
+            };
             items.push(Item {
-                lane: lane_number(integration, capture.region, shard),
-                fate: if earlier < place {
-                    Fate::Repeats(earlier)
-                } else {
-                    Fate::New
-                },
                 capture,
                 subject,
                 integration,
+                lane,
                 id,
                 load,
+                fate,
             });
         }
         Ok(items)
@@ -177,274 +216,140 @@ impl Database {
 
     /// One transaction. Returns whether it was committed, or has to be tried again without
     /// the items that found no room.
-    async fn store(
-        &self,
-        session: &Session,
-        connection: &Connection,
-        items: &mut [Item],
-    ) -> Result<bool, OutboxError> {
-        self.refuse_beyond_bounds(items);
-        let new: Vec<usize> = (0..items.len())
-            .filter(|place| matches!(items[*place].fate, Fate::New))
-            .collect();
+    async fn store(&self, items: &mut [Item]) -> Result<bool, OutboxError> {
+        let database = self.database;
+        database.refuse_beyond_bounds(items);
+        let new: Vec<&Item> = items.iter().filter(|item| item.is_new()).collect();
         if new.is_empty() {
             return Ok(true);
         }
-        let inserted = self.insert(connection, items, &new).await?;
-        let mut by_id: HashMap<(i64, Uuid), i64> = inserted.into_iter().collect();
-        let stored: Vec<(usize, i64)> = new
-            .into_iter()
-            .filter_map(|place| {
-                let item = &items[place];
-                let seq = by_id.remove(&(item.integration, item.id))?;
-                Some((place, seq))
-            })
-            .collect();
+        let keys = Vec::from_iter(BTreeSet::from_iter(new.iter().map(|item| item.integration)));
+        let rows = columns!(new, item =>
+            item.integration, item.lane, item.id, Uuid::from_bytes(item.capture.digest),
+            item.subject, item.capture.mapping_version.cast_signed(),
+            item.capture.accept_time.0, item.capture.revision.cast_signed(),
+            item.capture.capture_id.as_str(), encode_status(&EventStatus::new(item.state())),
+            item.capture.trace.map(|trace| trace.to_bytes().to_vec()));
+        let found = self
+            .transact(
+                Part::First,
+                &[(INSERT, &arguments(&rows)), (SUMS, &[&keys])],
+            )
+            .await?;
+        drop(rows);
+        self.note_sums(&found[1])?;
+        let inserted = found[0].iter();
+        let inserted = inserted.map(|row| ((row.get(1), row.get(2)), row.get(0)));
+        let inserted: HashMap<(i64, Uuid), i64> = inserted.collect();
         // Again, now that the sums are those of the transaction.
-        if stored.is_empty() || self.refuse_beyond_bounds(items) {
-            let rolled_back = connection.batch_execute("ROLLBACK");
-            connection.commit(READ, rolled_back).await?;
-            return Ok(stored.is_empty());
+        if inserted.is_empty() || database.refuse_beyond_bounds(items) {
+            self.rollback().await?;
+            return Ok(inserted.is_empty());
         }
-        self.enqueue(session, connection, items, &stored).await?;
-        for (place, seq) in stored {
-            let item = &mut items[place];
-            item.fate = Fate::Stored(seq, Arc::new(new_record(&item.capture)));
+        let new = items.iter_mut().filter(|item| item.is_new());
+        let stored =
+            new.filter_map(|item| Some((*inserted.get(&(item.integration, item.id))?, item)));
+        let mut stored: Vec<(i64, &mut Item)> = stored.collect();
+        self.enqueue(&stored, &keys).await?;
+        for (seq, item) in &mut stored {
+            item.fate = Fate::Stored(*seq, Arc::new(item.record()));
         }
         Ok(true)
     }
 
-    /// Marks new items for which there is no room. Returns whether there are any.
-    fn refuse_beyond_bounds(&self, items: &mut [Item]) -> bool {
-        let counts = self.counts();
-        let (mut own, mut all) = (HashMap::<i64, Load>::new(), Load::default());
-        let mut refused = false;
-        for item in items.iter_mut() {
-            if !matches!(item.fate, Fate::New) || item.load.events == 0 {
-                continue;
-            }
-            let own = own.entry(item.integration).or_default();
-            let (mut more, mut more_of_all) = (*own, all);
-            more.add(item.load);
-            more_of_all.add(item.load);
-            if let Some(quota) = counts.full(item.integration, more, more_of_all) {
-                item.fate = Fate::Full(quota);
-                refused = true;
-            } else {
-                (*own, all) = (more, more_of_all);
-            }
-        }
-        refused
-    }
-
-    /// Begins the transaction; returns what was inserted, with its sequence.
-    async fn insert(
-        &self,
-        connection: &Connection,
-        items: &[Item],
-        new: &[usize],
-    ) -> Result<Vec<((i64, Uuid), i64)>, OutboxError> {
-        let insert = connection.prepared(INSERT).await?;
-        let sums = connection.prepared(SUMS).await?;
-        let rows: Vec<&Item> = new.iter().map(|place| &items[*place]).collect();
-        let integrations: Vec<i64> = rows.iter().map(|item| item.integration).collect();
-        let lanes: Vec<i64> = rows.iter().map(|item| item.lane).collect();
-        let ids: Vec<Uuid> = rows.iter().map(|item| item.id).collect();
-        let of = |value: fn(&NewCapture) -> i64| -> Vec<i64> {
-            rows.iter().map(|item| value(&item.capture)).collect()
-        };
-        let digests = rows.iter().map(|item| item.capture.digest);
-        let digests: Vec<Uuid> = digests.map(Uuid::from_bytes).collect();
-        let subjects: Vec<Option<i64>> = rows.iter().map(|item| item.subject).collect();
-        let versions = of(|new| new.mapping_version.cast_signed());
-        let times = of(|new| new.accept_time.0);
-        let revisions = of(|new| new.revision.cast_signed());
-        let names = rows.iter().map(|item| item.capture.capture_id.as_str());
-        let names: Vec<&str> = names.collect();
-        let statuses: Vec<Vec<u8>> = rows
-            .iter()
-            .map(|item| encode_status(&EventStatus::new(first_state(&item.capture))))
-            .collect();
-        let traces: Vec<Option<Vec<u8>>> = rows
-            .iter()
-            .map(|item| item.capture.trace.map(|trace| trace.to_bytes().to_vec()))
-            .collect();
-        let distinct: Vec<i64> = integrations
-            .iter()
-            .copied()
-            .collect::<HashSet<_>>()
-            .into_iter()
-            .collect();
-        let work = async {
-            let (begun, inserted, sums) = join3(
-                connection.batch_execute("BEGIN"),
-                connection.query(
-                    &insert,
-                    &[
-                        &integrations,
-                        &lanes,
-                        &ids,
-                        &digests,
-                        &subjects,
-                        &versions,
-                        &times,
-                        &revisions,
-                        &names,
-                        &statuses,
-                        &traces,
-                    ],
-                ),
-                connection.query(&sums, &[&distinct]),
-            )
-            .await;
-            begun?;
-            Ok((inserted?, sums?))
-        };
-        connection.enter_transaction();
-        let (inserted, sums) = connection.run(READ, work).await?;
-        self.note_sums(&sums)?;
-        let inserted = inserted.iter();
-        Ok(inserted
-            .map(|row| ((row.get(1), row.get(2)), row.get(0)))
-            .collect())
-    }
-
     /// Notes what waits, as a transaction has read it.
-    fn note_sums(&self, rows: &[tokio_postgres::Row]) -> Result<(), OutboxError> {
-        let required = self.context.connection.require_synchronous_standby;
-        let mut counts = self.counts();
+    fn note_sums(&self, rows: &[Row]) -> Result<(), OutboxError> {
+        let required = self.database.context.connection.require_synchronous_standby;
+        let mut counts = self.database.counts();
         for row in rows {
-            let load = Load {
-                events: row.get(1),
-                bytes: row.get(2),
-            };
-            counts.set(row.get(0), load);
+            counts.set(row.get(0), Load::of(row, 1));
             if required && row.get::<_, &str>(3).is_empty() {
-                return Err(no_standby());
+                return Err(OutboxError::Unavailable(NO_STANDBY.to_owned()));
             }
         }
         Ok(())
     }
 
     /// Puts the payloads of inserted items into the queue, counts them, and commits.
-    async fn enqueue(
-        &self,
-        session: &Session,
-        connection: &Connection,
-        items: &[Item],
-        stored: &[(usize, i64)],
-    ) -> Result<(), OutboxError> {
-        let guard = connection.prepared(GUARD).await?;
-        let enqueue = connection.prepared(ENQUEUE).await?;
-        let count = connection.prepared(COUNT).await?;
-        let (mut lanes, mut seqs) = (Vec::<i64>::new(), Vec::<i64>::new());
-        let mut sizes = [Vec::<i32>::new(), Vec::new()];
-        let mut payloads = [Vec::<&[u8]>::new(), Vec::new()];
-        let mut loads = HashMap::<i64, Load>::new();
-        for (place, seq) in stored {
-            let item = &items[*place];
-            let Content::Send { events, .. } = &item.capture.content else {
-                continue;
-            };
-            lanes.push(item.lane);
-            seqs.push(*seq);
-            for (place, payload) in [&events.identify, &events.track].into_iter().enumerate() {
-                sizes[place].push(i32::try_from(unsealed_len(payload)).unwrap_or(i32::MAX));
-                payloads[place].push(payload);
-            }
-            loads.entry(item.integration).or_default().add(item.load);
-        }
-        let [identify_sizes, track_sizes] = &sizes;
-        let [identify, track] = &payloads;
-        let (keys, events, bytes) = columns(&loads);
-        let distinct: HashSet<i64> = stored
+    async fn enqueue(&self, stored: &[(i64, &mut Item)], keys: &[i64]) -> Result<(), OutboxError> {
+        let with_events = stored
             .iter()
-            .map(|(place, _)| items[*place].integration)
-            .collect();
-        let distinct: Vec<i64> = distinct.into_iter().collect();
-        let work = async {
-            let (guarded, queued, counted, committed) = join4(
-                connection.query(&guard, &[&distinct]),
-                connection.execute(
-                    &enqueue,
-                    &[&lanes, &seqs, identify_sizes, track_sizes, identify, track],
-                ),
-                connection.execute(&count, &[&session.relay, &keys, &events, &bytes, &SLOT]),
-                connection.batch_execute("COMMIT"),
-            )
-            .await;
-            guarded?;
-            queued?;
-            counted?;
-            committed
-        };
-        connection.commit(Effect::Commit, work).await?;
-        self.confirm_commit(connection).await?;
-        let mut counts = self.counts();
-        for (integration, load) in loads {
-            let mut sum = counts.of(integration);
-            sum.add(load);
-            counts.set(integration, sum);
+            .filter_map(|(seq, item)| match &item.capture.content {
+                Content::Send { events, .. } => Some((item.lane, *seq, events)),
+                Content::Skip { .. } => None,
+            });
+        let with_events: Vec<_> = with_events.collect();
+        let size = |payload: &[u8]| i32::try_from(unsealed_len(payload)).unwrap_or(i32::MAX);
+        let rows = columns!(with_events, one =>
+            one.0, one.1, size(&one.2.identify), size(&one.2.track),
+            one.2.identify.as_slice(), one.2.track.as_slice());
+        let mut loads = Loads::default();
+        for (_, item) in stored.iter().filter(|(_, item)| item.load.events > 0) {
+            loads.add(item.integration, item.load);
+        }
+        let counted = loads.columns();
+        let mut counted = arguments(&counted);
+        counted.push(&self.session.relay);
+        counted.push(&SLOT);
+        let statements: [(&str, Arguments<'_>); 3] = [
+            (GUARD, &[&keys]),
+            (ENQUEUE, &arguments(&rows)),
+            (COUNT, &counted),
+        ];
+        self.transact(Part::Last, &statements).await?;
+        self.confirm_commit().await?;
+        let mut counts = self.database.counts();
+        for (_, item) in stored {
+            counts.add(item.integration, item.load);
         }
         Ok(())
     }
 
     /// Refuses to call a commit durable whose wait for the standby ended because none is
     /// required any more.
-    async fn confirm_commit(&self, connection: &Connection) -> Result<(), OutboxError> {
-        if self.context.connection.require_synchronous_standby {
-            const SQL: &str = "SELECT current_setting('synchronous_standby_names')";
-            let row = connection.row(Effect::Commit, SQL, &[]).await?;
+    async fn confirm_commit(&self) -> Result<(), OutboxError> {
+        const SQL: &str = "SELECT current_setting('synchronous_standby_names')";
+        if self.database.context.connection.require_synchronous_standby {
+            let asked = self.row(SQL, &[]).await;
+            let row = asked.map_err(|error| OutboxError::OutcomeUnknown(error.to_string()))?;
             if row.get::<_, &str>(0).is_empty() {
-                return Err(OutboxError::OutcomeUnknown(no_standby().to_string()));
+                return Err(OutboxError::OutcomeUnknown(NO_STANDBY.to_owned()));
             }
         }
         Ok(())
     }
 
     /// Finds out what became of items that were not inserted.
-    async fn resolve(
-        &self,
-        connection: &Connection,
-        items: &mut [Item],
-    ) -> Result<(), OutboxError> {
-        let open: Vec<usize> = (0..items.len())
-            .filter(|place| matches!(items[*place].fate, Fate::New | Fate::Full(_)))
-            .collect();
+    async fn resolve(&self, items: &mut [Item]) -> Result<(), OutboxError> {
+        let is_open = |item: &&mut Item| matches!(item.fate, Fate::New | Fate::Full(_));
+        let open: Vec<&mut Item> = items.iter_mut().filter(is_open).collect();
         if open.is_empty() {
             return Ok(());
         }
-        let of_open = open.iter().map(|place| &items[*place]);
-        let (keys, ids): (Vec<i64>, Vec<Uuid>) =
-            of_open.map(|item| (item.integration, item.id)).unzip();
         let sql = format!(
             "SELECT c.digest, c.integration, c.id, {RECORD_COLUMNS}
-             FROM unnest($1::int8[], $2::uuid[]) AS i (integration, id)
-             JOIN captures c ON c.integration = i.integration AND c.id = i.id"
+             FROM unnest($1::int8[], $2::uuid[]) AS o (integration, id), {RECORDS}
+             WHERE c.integration = o.integration AND c.id = o.id"
         );
-        let rows = connection.rows(READ, &sql, &[&keys, &ids]).await?;
-        let found: HashMap<(i64, Uuid), &tokio_postgres::Row> = rows
-            .iter()
-            .map(|row| ((row.get(1), row.get(2)), row))
-            .collect();
+        let keys = columns!(open, item => item.integration, item.id);
+        let rows = self.rows(&sql, &arguments(&keys)).await?;
+        drop(keys);
+        let found = rows.iter().map(|row| ((row.get(1), row.get(2)), row));
+        let found: HashMap<(i64, Uuid), &Row> = found.collect();
         if !found.is_empty() {
             // A capture may have been committed without its standby. This commit waits for the
             // standby, and so for all before it.
             const COMMIT: &str = "SELECT pg_logical_emit_message(true, 'segment-relay', '')";
-            connection.rows(Effect::Commit, COMMIT, &[]).await?;
+            self.apply(COMMIT, &[]).await?;
         }
-        for place in open {
-            let item = &mut items[place];
-            let submitted = match found.get(&(item.integration, item.id)) {
-                Some(row) if *row.get::<_, Uuid>(0).as_bytes() == item.capture.digest => {
-                    let id = item.capture.integration_id.clone();
-                    Submitted::Duplicate(Arc::new(record_of(id, row, 3)?))
+        for item in open {
+            let submitted = match (found.get(&(item.integration, item.id)), &item.fate) {
+                (Some(row), _) if *row.get::<_, Uuid>(0).as_bytes() == item.capture.digest => {
+                    Submitted::Duplicate(Arc::new(record_of(row, 3)?))
                 }
-                Some(_) => Submitted::Conflict,
-                None => match item.fate {
-                    Fate::Full(quota) => Submitted::Full(quota),
-                    _ => Submitted::Stale,
-                },
+                (Some(_), _) => Submitted::Conflict,
+                (None, Fate::Full(quota)) => Submitted::Full(*quota),
+                (None, _) => Submitted::Stale,
             };
             item.fate = Fate::Known(submitted);
         }
@@ -452,29 +357,83 @@ impl Database {
     }
 
     /// Tells delivery and watchers of what was stored.
-    fn announce_accepted(&self, session: &Session, items: &[Item]) {
-        let (mut lanes, mut records) = (HashSet::<LaneKey>::new(), Vec::new());
+    fn announce(&self, items: &[Item]) {
+        let (mut lanes, mut records) = (BTreeSet::new(), Vec::new());
         for item in items {
             let Fate::Stored(seq, record) = &item.fate else {
                 continue;
             };
-            if let Content::Send { shard, .. } = item.capture.content {
-                lanes.insert(LaneKey {
-                    integration_id: record.integration_id.clone(),
-                    region: record.region,
-                    shard,
-                });
+            if item.load.events > 0 {
+                let id = record.integration_id.clone();
+                lanes.insert((item.lane, lane_key(id, item.lane)));
             }
             records.push((*seq, Arc::clone(record), EventSet::BOTH));
         }
-        self.tell_lanes(session, lanes);
-        self.tell_accepted(session, records);
+        self.wake(lanes);
+        self.tell_accepted(records);
     }
 }
 
-fn no_standby() -> OutboxError {
-    OutboxError::Unavailable(
-        "there is no synchronous standby, and [postgres] require_synchronous_standby is set"
-            .to_owned(),
-    )
+fn answers(items: &[Item]) -> Vec<Submitted> {
+    let mut answers: Vec<Submitted> = Vec::with_capacity(items.len());
+    for item in items {
+        let answer = match &item.fate {
+            Fate::Stored(_, record) => Submitted::Accepted(Arc::clone(record)),
+            Fate::Known(known) => known.clone(),
+            Fate::Full(quota) => Submitted::Full(*quota),
+            Fate::New => Submitted::Stale,
+            Fate::Repeats(first) => {
+                let same = items[*first].capture.digest == item.capture.digest;
+                match &answers[*first] {
+                    Submitted::Accepted(record) | Submitted::Duplicate(record) if same => {
+                        Submitted::Duplicate(Arc::clone(record))
+                    }
+                    Submitted::Accepted(_) | Submitted::Duplicate(_) => Submitted::Conflict,
+                    other => other.clone(),
+                }
+            }
+        };
+        answers.push(answer);
+    }
+    answers
 }
+
+const NO_STANDBY: &str =
+    "there is no synchronous standby, and [postgres] require_synchronous_standby is set";
+
+/// Sequences follow the order of arrival. Rows are inserted in the order of their ids, so that
+/// two relays that store the same captures do not wait for each other.
+const INSERT: &str = "
+    INSERT INTO captures (seq, integration, lane, id, digest, subject, mapping_version,
+        accept_millis, queue_millis, capture_id, identify, track, trace)
+    SELECT i.seq, i.integration, i.lane, i.id, i.digest, i.subject, i.mapping_version,
+        i.accept_millis, i.accept_millis, i.capture_id, i.status, i.status, i.trace
+    FROM (SELECT nextval('capture_seq') AS seq, ordered.*
+        FROM (SELECT * FROM unnest($1::int8[], $2::int8[], $3::uuid[], $4::uuid[], $5::int8[],
+                $6::int8[], $7::int8[], $8::int8[], $9::text[], $10::bytea[], $11::bytea[])
+            WITH ORDINALITY AS t (integration, lane, id, digest, subject, mapping_version,
+                accept_millis, revision, capture_id, status, trace, place)
+            ORDER BY place) AS ordered) AS i
+    WHERE EXISTS (SELECT 1 FROM integrations own WHERE own.key = i.integration
+        AND own.state = 'active' AND i.revision IN (0, own.revision))
+    ORDER BY i.integration, i.id
+    ON CONFLICT (integration, id) DO NOTHING
+    RETURNING seq, integration, id";
+
+const SUMS: &str = "
+    SELECT k.key, coalesce(sum(b.events), 0)::int8, coalesce(sum(b.bytes), 0)::int8,
+        current_setting('synchronous_standby_names')
+    FROM unnest($1::int8[]) AS k (key) LEFT JOIN backlog b ON b.integration = k.key
+    GROUP BY k.key";
+
+/// Fails, by a division by zero, where an integration began to move to another database since
+/// the captures were inserted: the move waits for the transactions that it has found.
+const GUARD: &str = "
+    SELECT 1 / (NOT EXISTS (SELECT 1 FROM integrations
+        WHERE key = ANY ($1::int8[]) AND state <> 'active'))::int4";
+
+const ENQUEUE: &str = "
+    INSERT INTO queue (lane, replayed, seq, identify_bytes, track_bytes, identify, track)
+    SELECT i.lane, false, i.seq, i.identify_bytes, i.track_bytes, i.identify, i.track
+    FROM unnest($1::int8[], $2::int8[], $3::int4[], $4::int4[], $5::bytea[], $6::bytea[])
+        AS i (lane, seq, identify_bytes, track_bytes, identify, track)";

@@ -1,10 +1,13 @@
 //! The calls of the outbox: each goes to the database of its integration, or to all.
 
-use std::sync::{Arc, atomic::Ordering};
+use std::{
+    collections::BTreeMap,
+    sync::{Arc, atomic::Ordering},
+};
 
 use tokio::sync::watch;
 
-use super::{PostgresOutbox, error::damaged};
+use super::{PostgresOutbox, erase::add_counts, error::damaged};
 use crate::{
     integration::IntegrationId,
     notice::Notice,
@@ -20,7 +23,7 @@ use crate::{
 
 impl Outbox for PostgresOutbox {
     fn submit(&self, captures: Vec<NewCapture>) -> BoxFuture<'_, Result<Receipt, OutboxError>> {
-        Box::pin(self.submit(captures))
+        Box::pin(self.submit_all(captures))
     }
 
     fn lease(
@@ -55,9 +58,8 @@ impl Outbox for PostgresOutbox {
 
     fn waiting_lanes(&self) -> BoxFuture<'_, Result<Vec<LaneKey>, OutboxError>> {
         Box::pin(async move {
-            self.check_open()?;
             let mut lanes = Vec::new();
-            for database in self.present() {
+            for database in self.present()? {
                 lanes.extend(database.waiting_lanes().await?);
             }
             lanes.sort_unstable();
@@ -81,10 +83,10 @@ impl Outbox for PostgresOutbox {
     ) -> BoxFuture<'_, Result<Vec<DeadLetter>, OutboxError>> {
         Box::pin(async move {
             let filter = &filter;
-            let found = self
-                .each(|database| async move { database.dead_letters(filter, after, limit).await })
-                .await?;
-            let mut letters: Vec<DeadLetter> = found.into_iter().flatten().collect();
+            let found = self.each(|database| async move {
+                database.dead_letters(filter.clone(), after, limit).await
+            });
+            let mut letters: Vec<DeadLetter> = found.await?.into_iter().flatten().collect();
             letters.sort_unstable_by_key(|letter| letter.id);
             letters.truncate(limit);
             Ok(letters)
@@ -162,7 +164,18 @@ impl Outbox for PostgresOutbox {
     }
 
     fn erase(&self, erasure: Erasure) -> BoxFuture<'_, Result<ErasureReceipt, OutboxError>> {
-        Box::pin(self.erase(erasure))
+        Box::pin(async move {
+            self.check_open()?;
+            let mut receipt = erasure.receipt.clone();
+            let last = self.databases.len() - 1;
+            for (place, database) in self.databases.iter().enumerate() {
+                // The last word is stored wherever there may be a part of the receipt.
+                let is_new = receipt.receipt_id.is_empty();
+                let is_last = receipt.completed || (place == last && is_new);
+                database.erase(&erasure, &mut receipt, is_last).await?;
+            }
+            Ok(receipt)
+        })
     }
 
     fn erasure_receipts(
@@ -170,11 +183,38 @@ impl Outbox for PostgresOutbox {
         before: Option<i64>,
         limit: usize,
     ) -> BoxFuture<'_, Result<Vec<ErasureReceipt>, OutboxError>> {
-        Box::pin(self.receipts(before, limit))
+        Box::pin(async move {
+            let parts = self
+                .each(|database| async move { database.receipts(before, limit).await })
+                .await?;
+            let mut receipts: BTreeMap<i64, ErasureReceipt> = BTreeMap::new();
+            for (id, part) in parts.into_iter().flatten() {
+                match receipts.get_mut(&id) {
+                    None => drop(receipts.insert(id, part)),
+                    Some(receipt) => {
+                        add_counts(receipt, &part);
+                        receipt.completed &= part.completed;
+                    }
+                }
+            }
+            Ok(receipts.into_values().rev().take(limit).collect())
+        })
     }
 
     fn integrations(&self) -> BoxFuture<'_, Result<Vec<StoredIntegration>, OutboxError>> {
-        Box::pin(self.integrations())
+        Box::pin(async move {
+            let mut all = Vec::new();
+            for database in self.present()? {
+                for spec in database.integrations().await? {
+                    if let Some(id) = IntegrationId::new(&spec.integration_id) {
+                        self.context.note_home(&id, database.place);
+                    }
+                    all.push(spec);
+                }
+            }
+            all.sort_by(|one, other| one.integration_id.cmp(&other.integration_id));
+            Ok(all)
+        })
     }
 
     fn integration(
@@ -182,7 +222,26 @@ impl Outbox for PostgresOutbox {
         id: &IntegrationId,
     ) -> BoxFuture<'_, Result<Option<StoredIntegration>, OutboxError>> {
         let id = id.clone();
-        Box::pin(async move { self.integration(&id).await })
+        Box::pin(async move {
+            // Where it was last, first: others may be away.
+            if let Some(home) = self.context.home(&id)
+                && let Some(Some(spec)) = self.databases[home].integration(&id).await?
+            {
+                return Ok(Some(spec));
+            }
+            let wanted = &id;
+            let found = self.each(|one| async move { one.integration(wanted).await });
+            let mut kept = None;
+            for (place, found) in found.await?.into_iter().enumerate() {
+                if let Some(spec) = found
+                    && (spec.is_some() || kept.is_none())
+                {
+                    self.context.note_home(&id, place);
+                    kept = Some(spec);
+                }
+            }
+            Ok(kept.flatten())
+        })
     }
 
     fn put_integration(
@@ -193,8 +252,18 @@ impl Outbox for PostgresOutbox {
         Box::pin(async move {
             let id = IntegrationId::new(&integration.integration_id);
             let id = id.ok_or_else(|| damaged("integration"))?;
-            self.replace_integration(&id, Some(integration), replaces)
-                .await
+            if replaces.is_none() {
+                // It may be stored elsewhere than a new one of its name would be.
+                Outbox::integration(self, &id).await?;
+            }
+            let home = self.home(&id)?;
+            let claimed = self.claimed.load(Ordering::Acquire);
+            let claimed = integration.read_only.then_some(claimed);
+            let replaces = replaces.as_deref();
+            home.replace_integration(&id, Some(&integration), replaces, claimed)
+                .await?;
+            self.context.note_home(&id, home.place);
+            Ok(())
         })
     }
 
@@ -204,7 +273,11 @@ impl Outbox for PostgresOutbox {
         replaces: String,
     ) -> BoxFuture<'_, Result<(), OutboxError>> {
         let id = id.clone();
-        Box::pin(async move { self.replace_integration(&id, None, Some(replaces)).await })
+        Box::pin(async move {
+            let home = self.home(&id)?;
+            home.replace_integration(&id, None, Some(&replaces), None)
+                .await
+        })
     }
 
     fn claim_configuration(
@@ -213,9 +286,8 @@ impl Outbox for PostgresOutbox {
         digest: [u8; 16],
     ) -> BoxFuture<'_, Result<Claim, OutboxError>> {
         Box::pin(async move {
-            self.check_open()?;
             let version = i64::try_from(version).unwrap_or(i64::MAX);
-            for database in self.present() {
+            for database in self.present()? {
                 match database.claim(version, &digest).await? {
                     Claim::Apply => {}
                     refused => return Ok(refused),
@@ -232,18 +304,16 @@ impl Outbox for PostgresOutbox {
 
     fn put_notice(&self, notice: Notice) -> BoxFuture<'_, Result<(), OutboxError>> {
         Box::pin(async move {
-            self.check_open()?;
-            let mut present = self.present();
-            let database = present.next().ok_or_else(|| self.databases[0].away())?;
+            let database = self.present()?.next();
+            let database = database.ok_or_else(|| self.databases[0].away())?;
             database.put_notice(&notice).await
         })
     }
 
     fn notices(&self, limit: usize) -> BoxFuture<'_, Result<Vec<Notice>, OutboxError>> {
         Box::pin(async move {
-            self.check_open()?;
             let mut notices = Vec::new();
-            for database in self.present() {
+            for database in self.present()? {
                 notices.extend(database.notices(limit).await?);
             }
             notices.truncate(limit);
@@ -254,8 +324,7 @@ impl Outbox for PostgresOutbox {
     fn delete_notice(&self, id: &str) -> BoxFuture<'_, Result<(), OutboxError>> {
         let id = id.to_owned();
         Box::pin(async move {
-            self.check_open()?;
-            for database in self.present() {
+            for database in self.present()? {
                 database.delete_notice(&id).await?;
             }
             Ok(())
@@ -267,6 +336,6 @@ impl Outbox for PostgresOutbox {
     }
 
     fn close(&self) -> BoxFuture<'_, ()> {
-        Box::pin(self.close())
+        Box::pin(self.shut_down())
     }
 }

@@ -1,28 +1,30 @@
-//! Connections to one database: a bounded pool, TLS, session settings, time limits.
+//! A bounded pool of connections to the primary of one database.
 
 use std::{
-    future::{Future, poll_fn},
-    ops::Deref,
+    future::poll_fn,
     sync::{
         Arc,
-        atomic::{AtomicBool, AtomicU64, Ordering},
+        atomic::{AtomicU64, Ordering},
     },
     time::Duration,
 };
 
-use deadpool_postgres::{Connect, Manager, ManagerConfig, Object, Pool, RecyclingMethod, Runtime};
-use futures_util::future::BoxFuture;
+use deadpool_postgres::{Connect, Manager, ManagerConfig, Pool, RecyclingMethod, Runtime};
+use futures_util::future::{BoxFuture, select_ok};
 use secrecy::{ExposeSecret, SecretString};
 use tokio::task::JoinHandle;
 use tokio_postgres::{
-    AsyncMessage, Client, Config, Connection as Wire, Row, Socket, Statement, config::Host,
-    error::Severity, tls::MakeTlsConnect, types::ToSql,
+    AsyncMessage, Client, Config, Connection as Wire, Socket,
+    config::{Host, TargetSessionAttrs},
+    error::Severity,
+    tls::MakeTlsConnect,
 };
 use tokio_postgres_rustls::MakeRustlsConnect;
 
 use super::{
     PostgresConnection, PostgresError,
-    error::{Effect, damaged, no_connection},
+    error::{Effect, no_connection},
+    sql::Connection,
     tls,
 };
 use crate::outbox::OutboxError;
@@ -40,35 +42,21 @@ pub(super) struct Connector {
     hosts: Hosts,
     statement_timeout: Duration,
     connect_timeout: Duration,
-    /// Commits whose wait for a standby was cancelled on the server: they are not confirmed.
-    unconfirmed: Arc<AtomicU64>,
-}
-
-/// A connection of the pool. One that was left in the middle of its work is closed.
-pub(super) struct Connection {
-    object: Option<Object>,
-    is_clean: AtomicBool,
-    in_transaction: AtomicBool,
-    limit: Duration,
-    unconfirmed: Arc<AtomicU64>,
 }
 
 impl Connector {
     /// The connector of the database at `place` in the URLs. Connects to nothing yet.
     pub(super) fn new(options: &PostgresConnection, place: usize) -> Result<Self, PostgresError> {
-        let config = config(options, place)?;
+        let configs = configs(options, place)?;
+        let first = configs.first().cloned().unwrap_or_default();
         let hosts = Hosts {
-            configs: single_hosts(&config).into(),
+            configs: configs.into(),
             tls: MakeRustlsConnect::new(tls::client_config(options)?),
-        };
-        let unconfirmed = Arc::new(AtomicU64::new(0));
-        let watched = Watched {
-            hosts: hosts.clone(),
-            unconfirmed: Arc::clone(&unconfirmed),
+            unconfirmed: Arc::default(),
         };
         let recycling_method = RecyclingMethod::Fast;
-        let manager = Manager::from_connect(config, watched, ManagerConfig { recycling_method });
-        let pool = Pool::builder(manager)
+        let settings = ManagerConfig { recycling_method };
+        let pool = Pool::builder(Manager::from_connect(first, hosts.clone(), settings))
             .max_size(options.pool_size)
             .wait_timeout(Some(options.connect_timeout))
             .create_timeout(Some(options.connect_timeout))
@@ -81,20 +69,15 @@ impl Connector {
             hosts,
             statement_timeout: options.statement_timeout,
             connect_timeout: options.connect_timeout,
-            unconfirmed,
         })
     }
 
     /// A connection of the pool.
     pub(super) async fn get(&self) -> Result<Connection, OutboxError> {
         let object = self.pool.get().await.map_err(|e| no_connection(&e))?;
-        Ok(Connection {
-            object: Some(object),
-            is_clean: AtomicBool::new(true),
-            in_transaction: AtomicBool::new(false),
-            unconfirmed: Arc::clone(&self.unconfirmed),
-            limit: self.statement_timeout + ANSWER_MARGIN,
-        })
+        let limit = self.statement_timeout + ANSWER_MARGIN;
+        let unconfirmed = Arc::clone(&self.hosts.unconfirmed);
+        Ok(Connection::new(object, limit, unconfirmed))
     }
 
     /// Closes the idle connections: they may lead to a server that is no primary any more.
@@ -112,146 +95,11 @@ impl Connector {
         &self,
         heard: impl FnMut(&str) + Send + 'static,
     ) -> Result<(Client, JoinHandle<()>), OutboxError> {
-        let connected = tokio::time::timeout(self.connect_timeout, self.hosts.connect()).await;
-        let (client, wire) = connected
-            .map_err(|_| Effect::None.timed_out())?
-            .map_err(|error| Effect::None.failed(&error))?;
-        let unconfirmed = Arc::clone(&self.unconfirmed);
-        Ok((client, tokio::spawn(drive(wire, unconfirmed, heard))))
+        let connected = tokio::time::timeout(self.connect_timeout, self.hosts.connect(heard));
+        let connected = connected.await.map_err(|_| Effect::None.timed_out())?;
+        connected.map_err(|error| Effect::None.failed(&error))
     }
 }
-
-impl Connection {
-    /// Runs statements within the time limit.
-    pub(super) async fn run<T>(
-        &self,
-        effect: Effect,
-        work: impl Future<Output = Result<T, tokio_postgres::Error>>,
-    ) -> Result<T, OutboxError> {
-        self.run_for(self.limit, effect, work).await
-    }
-
-    /// The rows of a statement.
-    pub(super) async fn rows(
-        &self,
-        effect: Effect,
-        sql: &str,
-        parameters: &[&(dyn ToSql + Sync)],
-    ) -> Result<Vec<Row>, OutboxError> {
-        let work = async {
-            let statement = self.prepare_cached(sql).await?;
-            self.query(&statement, parameters).await
-        };
-        self.run(effect, work).await
-    }
-
-    /// The only row of a statement.
-    pub(super) async fn row(
-        &self,
-        effect: Effect,
-        sql: &str,
-        parameters: &[&(dyn ToSql + Sync)],
-    ) -> Result<Row, OutboxError> {
-        let rows = self.rows(effect, sql, parameters).await?;
-        rows.into_iter().next().ok_or_else(|| damaged("answer"))
-    }
-
-    /// The first row of a statement, if there is one.
-    pub(super) async fn optional(
-        &self,
-        effect: Effect,
-        sql: &str,
-        parameters: &[&(dyn ToSql + Sync)],
-    ) -> Result<Option<Row>, OutboxError> {
-        let rows = self.rows(effect, sql, parameters).await?;
-        Ok(rows.into_iter().next())
-    }
-
-    /// How many rows a statement has changed.
-    pub(super) async fn count(
-        &self,
-        effect: Effect,
-        sql: &str,
-        parameters: &[&(dyn ToSql + Sync)],
-    ) -> Result<u64, OutboxError> {
-        let work = async {
-            let statement = self.prepare_cached(sql).await?;
-            self.execute(&statement, parameters).await
-        };
-        self.run(effect, work).await
-    }
-
-    /// Prepares a statement, or takes it from the cache.
-    pub(super) async fn prepared(&self, sql: &str) -> Result<Statement, OutboxError> {
-        self.run(Effect::None, self.prepare_cached(sql)).await
-    }
-
-    /// Runs statements of which the last one ends a transaction.
-    pub(super) async fn commit<T>(
-        &self,
-        effect: Effect,
-        work: impl Future<Output = Result<T, tokio_postgres::Error>>,
-    ) -> Result<T, OutboxError> {
-        let value = self.run(effect, work).await?;
-        self.in_transaction.store(false, Ordering::Relaxed);
-        Ok(value)
-    }
-
-    /// Begins a transaction. Unless [`Connection::commit`] ends it, the connection is closed.
-    pub(super) async fn begin(&self) -> Result<(), OutboxError> {
-        self.enter_transaction();
-        self.run(Effect::None, self.batch_execute("BEGIN")).await
-    }
-
-    /// The caller begins a transaction by a statement of its own.
-    pub(super) fn enter_transaction(&self) {
-        self.in_transaction.store(true, Ordering::Relaxed);
-    }
-
-    /// Runs statements within another time limit.
-    pub(super) async fn run_for<T>(
-        &self,
-        limit: Duration,
-        effect: Effect,
-        work: impl Future<Output = Result<T, tokio_postgres::Error>>,
-    ) -> Result<T, OutboxError> {
-        self.is_clean.store(false, Ordering::Relaxed);
-        let unconfirmed = self.unconfirmed.load(Ordering::Acquire);
-        let done = tokio::time::timeout(limit, work).await;
-        let done = done.map_err(|_| effect.timed_out())?;
-        let value = done.map_err(|error| effect.failed(&error))?;
-        self.is_clean.store(true, Ordering::Relaxed);
-        // Of this connection or another one: it may concern this commit.
-        if effect == Effect::Commit && unconfirmed != self.unconfirmed.load(Ordering::Acquire) {
-            return Err(OutboxError::OutcomeUnknown(
-                "the wait for the synchronous standby was cancelled".to_owned(),
-            ));
-        }
-        Ok(value)
-    }
-}
-
-impl Deref for Connection {
-    type Target = Object;
-
-    #[expect(clippy::expect_used, reason = "taken in Drop alone")]
-    fn deref(&self) -> &Object {
-        self.object.as_ref().expect("present until it is dropped")
-    }
-}
-
-impl Drop for Connection {
-    fn drop(&mut self) {
-        let is_idle = !self.in_transaction.load(Ordering::Relaxed);
-        if !(self.is_clean.load(Ordering::Relaxed) && is_idle)
-            && let Some(object) = self.object.take()
-        {
-            drop(Object::take(object));
-        }
-    }
-}
-
-type TlsStream = <MakeRustlsConnect as MakeTlsConnect<Socket>>::Stream;
 
 /// The hosts of one database.
 #[derive(Clone)]
@@ -259,90 +107,41 @@ struct Hosts {
     /// One for each host.
     configs: Arc<[Config]>,
     tls: MakeRustlsConnect,
+    unconfirmed: Arc<AtomicU64>,
 }
 
 impl Hosts {
     /// Connects to the primary: to all hosts at once, so that one that hangs does not use up
     /// the time of the others.
-    async fn connect(&self) -> Result<(Client, Wire<Socket, TlsStream>), tokio_postgres::Error> {
+    async fn connect(
+        &self,
+        heard: impl FnMut(&str) + Send + 'static,
+    ) -> Result<(Client, JoinHandle<()>), tokio_postgres::Error> {
         let configs = self.configs.iter();
         let connecting = configs.map(|config| Box::pin(config.connect(self.tls.clone())));
-        let (connected, _) = futures_util::future::select_ok(connecting).await?;
-        Ok(connected)
+        let ((client, wire), _) = select_ok(connecting).await?;
+        let unconfirmed = Arc::clone(&self.unconfirmed);
+        Ok((client, tokio::spawn(drive(wire, unconfirmed, heard))))
     }
 }
 
-/// The configuration of each host alone.
-fn single_hosts(config: &Config) -> Vec<Config> {
-    let (ports, addresses) = (config.get_ports(), config.get_hostaddrs());
-    let one = |(place, host): (usize, &Host)| {
-        let mut one = Config::new();
-        match host {
-            Host::Tcp(name) => one.host(name),
-            #[cfg(unix)]
-            Host::Unix(path) => one.host_path(path),
-        };
-        if let Some(address) = addresses.get(place) {
-            one.hostaddr(*address);
-        }
-        if let Some(port) = ports.get(place).or(ports.first()) {
-            one.port(*port);
-        }
-        if let Some(user) = config.get_user() {
-            one.user(user);
-        }
-        if let Some(password) = config.get_password() {
-            one.password(password);
-        }
-        if let Some(name) = config.get_dbname() {
-            one.dbname(name);
-        }
-        if let Some(timeout) = config.get_connect_timeout() {
-            one.connect_timeout(*timeout);
-        }
-        if let Some(timeout) = config.get_tcp_user_timeout() {
-            one.tcp_user_timeout(*timeout);
-        }
-        one.options(config.get_options().unwrap_or_default())
-            .application_name(config.get_application_name().unwrap_or_default())
-            .ssl_mode(config.get_ssl_mode())
-            .channel_binding(config.get_channel_binding())
-            .keepalives(config.get_keepalives())
-            .keepalives_idle(config.get_keepalives_idle())
-            .target_session_attrs(config.get_target_session_attrs());
-        one
-    };
-    config.get_hosts().iter().enumerate().map(one).collect()
-}
-
-/// Connects for the pool, and watches what the server says besides its answers.
-struct Watched {
-    hosts: Hosts,
-    unconfirmed: Arc<AtomicU64>,
-}
-
-impl Connect for Watched {
+impl Connect for Hosts {
     fn connect(
         &self,
         _: &Config,
     ) -> BoxFuture<'_, Result<(Client, JoinHandle<()>), tokio_postgres::Error>> {
-        Box::pin(async move {
-            let (client, wire) = self.hosts.connect().await?;
-            let unconfirmed = Arc::clone(&self.unconfirmed);
-            Ok((client, tokio::spawn(drive(wire, unconfirmed, |_| {}))))
-        })
+        Box::pin(self.connect(|_| {}))
     }
 }
 
-/// Drives a connection to its end.
-async fn drive<S, T>(
-    mut wire: Wire<S, T>,
+type TlsStream = <MakeRustlsConnect as MakeTlsConnect<Socket>>::Stream;
+
+/// Drives a connection to its end, and watches what the server says besides its answers.
+async fn drive(
+    mut wire: Wire<Socket, TlsStream>,
     unconfirmed: Arc<AtomicU64>,
     mut heard: impl FnMut(&str) + Send,
-) where
-    S: tokio::io::AsyncRead + tokio::io::AsyncWrite + Unpin + Send,
-    T: tokio::io::AsyncRead + tokio::io::AsyncWrite + Unpin + Send,
-{
+) {
     while let Some(message) = poll_fn(|context| wire.poll_message(context)).await {
         match message {
             // "canceling wait for synchronous replication": the commit is local alone. The
@@ -363,39 +162,65 @@ async fn drive<S, T>(
     }
 }
 
-fn config(options: &PostgresConnection, place: usize) -> Result<Config, PostgresError> {
+/// The configuration of each host of a database.
+fn configs(options: &PostgresConnection, place: usize) -> Result<Vec<Config>, PostgresError> {
     let url = options.urls.get(place).map(SecretString::expose_secret);
     let parsed = url.unwrap_or_default().parse::<Config>();
     // The parser's error names the part that is wrong and quotes no value but the host's.
-    let mut config = parsed.map_err(|error| PostgresError::Url(place, error.to_string()))?;
-    if let Some(user) = &options.user {
-        config.user(user);
-    }
-    if let Some(password) = &options.password {
-        config.password(password.expose_secret());
-    }
+    let parsed = parsed.map_err(|error| PostgresError::Url(place, error.to_string()))?;
+    let hosts = parsed.get_hosts().iter().enumerate();
+    Ok(hosts
+        .map(|(number, host)| config(options, &parsed, number, host))
+        .collect())
+}
+
+fn config(options: &PostgresConnection, parsed: &Config, number: usize, host: &Host) -> Config {
+    let mut config = Config::new();
+    match host {
+        Host::Tcp(name) => config.host(name),
+        #[cfg(unix)]
+        Host::Unix(path) => config.host_path(path),
+    };
+    let ports = parsed.get_ports();
+    let port = ports.get(number).or(ports.first());
+    port.map(|port| config.port(*port));
+    let address = parsed.get_hostaddrs().get(number);
+    address.map(|address| config.hostaddr(*address));
+    let user = options.user.as_deref().or(parsed.get_user());
+    user.map(|user| config.user(user));
+    let password = options
+        .password
+        .as_ref()
+        .map(|it| it.expose_secret().as_bytes());
+    password
+        .or(parsed.get_password())
+        .map(|it| config.password(it));
+    parsed.get_dbname().map(|name| config.dbname(name));
     let timeout = options.statement_timeout.as_millis();
     // Plans are made for tables that have grown, also while statistics say that they are
     // empty: all access is by index.
     let session = format!(
-        "-c statement_timeout={timeout} -c lock_timeout={timeout} \
+        "{} -c statement_timeout={timeout} -c lock_timeout={timeout} \
          -c idle_in_transaction_session_timeout={} -c synchronous_commit={} \
          -c plan_cache_mode=force_generic_plan -c enable_seqscan=off -c enable_hashjoin=off \
          -c enable_mergejoin=off -c jit=off -c client_min_messages=warning",
+        parsed.get_options().unwrap_or_default(),
         2 * timeout,
         options.synchronous_commit.as_str(),
     );
-    let given = config.get_options().unwrap_or_default().to_owned();
+    let many = parsed.get_hosts().len() > 1;
     config
-        .options(format!("{given} {session}").trim())
-        .connect_timeout(options.connect_timeout)
+        .options(session.trim())
+        .application_name(parsed.get_application_name().unwrap_or("segment-relay"))
+        .ssl_mode(parsed.get_ssl_mode())
+        .channel_binding(parsed.get_channel_binding())
+        .keepalives(parsed.get_keepalives())
         .keepalives_idle(KEEPALIVE)
-        .tcp_user_timeout(TCP_USER_TIMEOUT);
-    if config.get_application_name().is_none() {
-        config.application_name("segment-relay");
-    }
-    if config.get_hosts().len() > 1 {
-        config.target_session_attrs(tokio_postgres::config::TargetSessionAttrs::ReadWrite);
-    }
-    Ok(config)
+        .connect_timeout(options.connect_timeout)
+        .tcp_user_timeout(TCP_USER_TIMEOUT)
+        .target_session_attrs(match many {
+            true => TargetSessionAttrs::ReadWrite,
+            false => parsed.get_target_session_attrs(),
+        });
+    config
 }

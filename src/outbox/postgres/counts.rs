@@ -1,7 +1,10 @@
 //! What waits, as far as this relay knows: the sums of `backlog` when it last saw them.
 
-use std::collections::HashMap;
+use std::{collections::HashMap, ops::AddAssign};
 
+use tokio_postgres::Row;
+
+use super::sql::{Columns, columns};
 use crate::outbox::{Limits, Quota};
 
 /// Waiting events and their bytes.
@@ -11,15 +14,23 @@ pub(super) struct Load {
     pub(super) bytes: i64,
 }
 
-impl Load {
-    pub(super) fn add(&mut self, other: Self) {
+impl AddAssign for Load {
+    fn add_assign(&mut self, other: Self) {
         self.events += other.events;
         self.bytes += other.bytes;
     }
+}
 
-    fn plus(mut self, other: Self) -> Self {
-        self.add(other);
-        self
+impl Load {
+    /// Two columns of a row.
+    pub(super) fn of(row: &Row, first: usize) -> Self {
+        let (events, bytes) = (row.get(first), row.get(first + 1));
+        Self { events, bytes }
+    }
+
+    pub(super) fn negated(self) -> Self {
+        let (events, bytes) = (-self.events, -self.bytes);
+        Self { events, bytes }
     }
 
     fn exceeds(self, events: u64, bytes: u64) -> (bool, bool) {
@@ -27,6 +38,35 @@ impl Load {
         (above(self.events, events), above(self.bytes, bytes))
     }
 }
+
+/// The loads of integrations.
+#[derive(Debug, Default)]
+pub(super) struct Loads(HashMap<i64, Load>);
+
+impl Loads {
+    pub(super) fn add(&mut self, integration: i64, load: Load) {
+        *self.0.entry(integration).or_default() += load;
+    }
+
+    /// As the columns of [`COUNT`], in one order: two transactions never wait for each other.
+    pub(super) fn columns(&self) -> Columns<'_> {
+        let mut sorted: Vec<_> = self.0.iter().collect();
+        sorted.sort_unstable_by_key(|(key, _)| **key);
+        columns!(sorted, one => *one.0, one.1.events, one.1.bytes)
+    }
+}
+
+/// Adds loads, $1 to $3, to what waits, in rows of relay $4 and slot $5.
+pub(super) const COUNT: &str = "
+    INSERT INTO backlog (integration, relay, slot, events, bytes)
+    SELECT i.integration, $4, $5, i.events, i.bytes
+    FROM unnest($1::int8[], $2::int8[], $3::int8[]) AS i (integration, events, bytes)
+    ON CONFLICT (integration, relay, slot) DO UPDATE
+    SET events = backlog.events + excluded.events, bytes = backlog.bytes + excluded.bytes";
+
+/// The slots of `backlog` for new captures, and for replays and erasures.
+pub(super) const SLOT: i16 = 0;
+pub(super) const OTHER_SLOT: i16 = 9;
 
 /// The loads of all integrations. The sum of one integration is read with every capture that
 /// is accepted; the total is as old as the last heartbeat, and this relay's changes since.
@@ -39,10 +79,11 @@ pub(super) struct Counts {
 
 impl Counts {
     pub(super) fn new(limits: Limits) -> Self {
+        let (by_integration, total) = (HashMap::new(), Load::default());
         Self {
             limits,
-            by_integration: HashMap::new(),
-            total: Load::default(),
+            by_integration,
+            total,
         }
     }
 
@@ -51,41 +92,72 @@ impl Counts {
         self.by_integration = loads.collect();
         self.total = Load::default();
         for load in self.by_integration.values() {
-            self.total.add(*load);
+            self.total += *load;
         }
     }
 
     /// Notes the sum of one integration.
     pub(super) fn set(&mut self, integration: i64, load: Load) {
         let before = self.by_integration.insert(integration, load);
-        let before = before.unwrap_or_default();
-        self.total.add(Load {
-            events: load.events - before.events,
-            bytes: load.bytes - before.bytes,
-        });
+        self.total += before.unwrap_or_default().negated();
+        self.total += load;
     }
 
-    pub(super) fn of(&self, integration: i64) -> Load {
-        let load = self.by_integration.get(&integration);
-        load.copied().unwrap_or_default()
+    /// Notes a change that this relay has made.
+    pub(super) fn add(&mut self, integration: i64, load: Load) {
+        *self.by_integration.entry(integration).or_default() += load;
+        self.total += load;
     }
 
-    /// The bound that more of an integration's events would pass. `new` is the integration's
-    /// own, `all` that of all integrations, both not counted yet.
-    pub(super) fn full(&self, integration: i64, new: Load, all: Load) -> Option<Quota> {
-        let limits = &self.limits;
-        let own = self.of(integration).plus(new);
+    /// The room that is left.
+    pub(super) fn room(&self) -> Room<'_> {
+        let (own, total) = (HashMap::new(), self.total);
+        Room {
+            counts: self,
+            own,
+            total,
+        }
+    }
+}
+
+/// Gives room to one load after another.
+pub(super) struct Room<'a> {
+    counts: &'a Counts,
+    own: HashMap<i64, Load>,
+    total: Load,
+}
+
+impl Room<'_> {
+    /// Takes room for events of an integration.
+    ///
+    /// # Errors
+    /// The bound that they would pass; then they take none.
+    pub(super) fn take(&mut self, integration: i64, load: Load) -> Result<(), Quota> {
+        let Counts {
+            limits,
+            by_integration,
+            ..
+        } = self.counts;
+        let taken = self
+            .own
+            .get(&integration)
+            .or(by_integration.get(&integration));
+        let (mut own, mut total) = (taken.copied().unwrap_or_default(), self.total);
+        own += load;
+        total += load;
         match own.exceeds(limits.max_integration_events, limits.max_integration_bytes) {
-            (true, _) => return Some(Quota::IntegrationEvents),
-            (_, true) => return Some(Quota::IntegrationBytes),
+            (true, _) => return Err(Quota::IntegrationEvents),
+            (_, true) => return Err(Quota::IntegrationBytes),
             _ => {}
         }
-        let total = self.total.plus(all);
         match total.exceeds(limits.max_events, limits.max_bytes) {
-            (true, _) => Some(Quota::Events),
-            (_, true) => Some(Quota::Bytes),
-            _ => None,
+            (true, _) => return Err(Quota::Events),
+            (_, true) => return Err(Quota::Bytes),
+            _ => {}
         }
+        self.own.insert(integration, own);
+        self.total = total;
+        Ok(())
     }
 }
 
@@ -106,17 +178,18 @@ mod tests {
             max_integration_bytes: 40,
         });
         counts.set_all([(1, load(2, 10)), (2, load(4, 40))].into_iter());
-        let full = |counts: &Counts, new, all| counts.full(1, new, all);
-        assert_eq!(full(&counts, load(2, 10), load(2, 10)), None);
-        let quota = full(&counts, load(4, 10), load(4, 10));
-        assert_eq!(quota, Some(Quota::IntegrationEvents));
-        let quota = full(&counts, load(2, 40), load(2, 40));
-        assert_eq!(quota, Some(Quota::IntegrationBytes));
-        assert_eq!(full(&counts, load(2, 0), load(6, 0)), Some(Quota::Events));
-        assert_eq!(full(&counts, load(2, 0), load(2, 60)), Some(Quota::Bytes));
+        let take = |counts: &Counts, events, bytes| counts.room().take(1, load(events, bytes));
+        assert_eq!(take(&counts, 2, 10), Ok(()));
+        assert_eq!(take(&counts, 4, 10), Err(Quota::IntegrationEvents));
+        assert_eq!(take(&counts, 2, 40), Err(Quota::IntegrationBytes));
         counts.set(2, load(8, 40));
-        assert_eq!(full(&counts, load(2, 0), load(2, 0)), Some(Quota::Events));
+        assert_eq!(take(&counts, 2, 0), Err(Quota::Events));
+        counts.set(2, load(0, 95));
+        assert_eq!(take(&counts, 2, 10), Err(Quota::Bytes));
         counts.set(2, Load::default());
-        assert_eq!(full(&counts, load(2, 0), load(6, 0)), None);
+        let mut room = counts.room();
+        assert_eq!(room.take(1, load(2, 0)), Ok(()));
+        assert_eq!(room.take(1, load(2, 0)), Err(Quota::IntegrationEvents));
+        assert_eq!(room.take(2, load(4, 0)), Ok(()));
     }
 }

@@ -3,6 +3,7 @@
 
 use std::{
     collections::HashMap,
+    ops::Deref,
     sync::{
         Arc, Mutex, MutexGuard, PoisonError, RwLock,
         atomic::{AtomicBool, Ordering},
@@ -12,15 +13,11 @@ use std::{
 
 use tokio::sync::{mpsc, watch};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
+use twox_hash::XxHash3_64;
 
 use super::{
-    PostgresConnection, PostgresError, PostgresOptions,
-    accept::Submission,
-    connect::{Connection, Connector},
-    counts::Counts,
-    error::damaged,
-    news::Outgoing,
-    schema::Identity,
+    PostgresConnection, PostgresError, PostgresOptions, accept::Submission, connect::Connector,
+    counts::Counts, news::Outgoing, schema::Identity, sql::Connection,
 };
 use crate::{
     integration::IntegrationId,
@@ -32,7 +29,7 @@ use crate::{
 /// Connections of a relay for heartbeats and maintenance.
 const CONTROL_CONNECTIONS: usize = 2;
 /// Lanes of one integration: `key * LANES + region * SHARDS + shard`.
-const LANES: i64 = 2 * SHARDS as i64;
+pub(super) const LANES: i64 = 2 * SHARDS as i64;
 
 /// What all databases of the outbox share.
 pub(super) struct Context {
@@ -45,10 +42,32 @@ pub(super) struct Context {
     pub(super) closing: CancellationToken,
     pub(super) tasks: TaskTracker,
     /// The databases of integrations that are known, by their places.
-    pub(super) homes: RwLock<HashMap<IntegrationId, usize>>,
+    homes: RwLock<HashMap<IntegrationId, usize>>,
 }
 
 impl Context {
+    pub(super) fn new(
+        connection: PostgresConnection,
+        options: PostgresOptions,
+        vault: Arc<Vault>,
+    ) -> Self {
+        Self {
+            connection,
+            options,
+            vault,
+            signals: Signals::default(),
+            changes: watch::Sender::new(0),
+            closing: CancellationToken::new(),
+            tasks: TaskTracker::new(),
+            homes: RwLock::default(),
+        }
+    }
+
+    /// Lets the registry read the integrations again.
+    pub(super) fn note_change(&self) {
+        self.changes.send_modify(|count| *count += 1);
+    }
+
     pub(super) fn home(&self, id: &IntegrationId) -> Option<usize> {
         let homes = self.homes.read().unwrap_or_else(PoisonError::into_inner);
         homes.get(id).copied()
@@ -88,66 +107,22 @@ pub(super) struct Database {
     pub(super) vacuum: AtomicBool,
 }
 
-/// This relay's registration at a database. A restored or replaced database ends it.
-pub(super) struct Session {
-    pub(super) identity: Identity,
-    /// This relay's number there: the holder of its lanes.
-    pub(super) relay: i64,
-    pub(super) sealing: Sealing,
-    integrations: Mutex<Integrations>,
-    /// Lanes that this relay holds.
-    pub(super) held: Mutex<HashMap<i64, Held>>,
-    /// All live relays, and those of the others where changes are waited for.
-    pub(super) relays: Mutex<Relays>,
-}
-
-/// A lane that this relay holds.
-#[derive(Clone, Copy, Debug)]
-pub(super) struct Held {
-    pub(super) fence: i64,
-    /// From before the lease was asked for.
-    pub(super) since: Instant,
-    /// Mean payload of a capture at the last lease, in bytes.
-    pub(super) mean_bytes: usize,
-}
-
-#[derive(Debug, Default)]
-pub(super) struct Relays {
-    pub(super) live: Vec<i64>,
-    pub(super) others_listen: bool,
-    /// Position in the WAL at the last heartbeat.
-    pub(super) lsn: i64,
-    /// Changes of integrations, as the last heartbeat counted them.
-    pub(super) changes: i64,
-}
-
-/// Keys of integrations, both ways.
-#[derive(Default)]
-struct Integrations {
-    keys: HashMap<IntegrationId, i64>,
-    ids: HashMap<i64, IntegrationId>,
-    /// As the registry has read them; 0 where there is no specification.
-    revisions: HashMap<i64, i64>,
-}
-
 impl Database {
     pub(super) fn new(
         place: usize,
         context: Arc<Context>,
         committers: Vec<mpsc::Sender<Submission>>,
     ) -> Result<Self, PostgresError> {
-        let connector = Connector::new(&context.connection, place)?;
         let few = PostgresConnection {
             pool_size: CONTROL_CONNECTIONS,
             ..context.connection.clone()
         };
-        let control = Connector::new(&few, place)?;
         Ok(Self {
             place,
+            connector: Connector::new(&context.connection, place)?,
+            control: Connector::new(&few, place)?,
             counts: Mutex::new(Counts::new(context.options.limits)),
             context,
-            connector,
-            control,
             session: RwLock::default(),
             available: AtomicBool::new(false),
             committers,
@@ -186,135 +161,150 @@ impl Database {
         self.available.swap(available, Ordering::AcqRel) != available
     }
 
-    /// A connection, unless the database is known to be away.
-    pub(super) async fn connection(&self) -> Result<Connection, OutboxError> {
+    /// A connection for a call, unless the database is known to be away.
+    pub(super) async fn call(&self) -> Result<Call<'_>, OutboxError> {
+        let session = self.session()?;
         if !self.is_available() {
             return Err(self.away());
         }
-        self.connector.get().await
+        let connection = self.connector.get().await?;
+        Ok(Call {
+            database: self,
+            session,
+            connection,
+        })
     }
 
     pub(super) fn counts(&self) -> MutexGuard<'_, Counts> {
         lock(&self.counts)
     }
+}
 
-    /// Learns the keys of integrations that have a row.
-    pub(super) async fn find_keys(
-        &self,
-        session: &Session,
-        connection: &Connection,
-        ids: &[&IntegrationId],
-    ) -> Result<(), OutboxError> {
-        let unknown = session.without_key(ids);
-        if unknown.is_empty() {
-            return Ok(());
+/// A call to a database: the registration and a connection.
+pub(super) struct Call<'a> {
+    pub(super) database: &'a Database,
+    pub(super) session: Arc<Session>,
+    connection: Connection,
+}
+
+impl Deref for Call<'_> {
+    type Target = Connection;
+
+    fn deref(&self) -> &Connection {
+        &self.connection
+    }
+}
+
+impl Call<'_> {
+    /// The key of an integration that has a row here.
+    pub(super) async fn key(&self, id: &IntegrationId) -> Result<Option<i64>, OutboxError> {
+        const SQL: &str = "SELECT key FROM integrations WHERE integration_id = $1";
+        if let Some(key) = self.session.key(id) {
+            return Ok(Some(key));
         }
-        const SQL: &str = "
-            SELECT key, integration_id FROM integrations WHERE integration_id = ANY ($1)";
-        for row in connection.rows(super::READ, SQL, &[&unknown]).await? {
-            session.learn(row.get(0), row.get(1))?;
-        }
-        Ok(())
+        let row = self.optional(SQL, &[&id.as_str()]).await?;
+        let key = row.map(|row| row.get(0));
+        key.inspect(|key| self.session.learn(id, *key));
+        Ok(key)
     }
 
     /// Learns the keys of integrations; those without a row get one, with its lanes.
-    pub(super) async fn keys(
-        &self,
-        session: &Session,
-        connection: &Connection,
-        ids: &[&IntegrationId],
-    ) -> Result<(), OutboxError> {
-        self.find_keys(session, connection, ids).await?;
-        let unknown = session.without_key(ids);
-        if unknown.is_empty() {
-            return Ok(());
-        }
+    pub(super) async fn make_keys(&self, ids: &[&IntegrationId]) -> Result<(), OutboxError> {
         const SQL: &str = "
             WITH new AS (
-                INSERT INTO integrations (integration_id) SELECT unnest($1::text[])
+                INSERT INTO integrations (integration_id) VALUES ($1)
                 ON CONFLICT (integration_id) DO NOTHING RETURNING key
             )
-            INSERT INTO lanes (lane) SELECT key * $2::int8 + n FROM new, generate_series(0, $2::int8 - 1) AS n";
-        connection
-            .count(super::READ, SQL, &[&unknown, &LANES])
-            .await?;
-        self.find_keys(session, connection, ids).await
-    }
-
-    /// The ids of integrations whose keys are not known yet.
-    pub(super) async fn learn_ids(
-        &self,
-        session: &Session,
-        connection: &Connection,
-        keys: impl Iterator<Item = i64>,
-    ) -> Result<(), OutboxError> {
-        let unknown: Vec<i64> = {
-            let known = lock(&session.integrations);
-            keys.filter(|key| !known.ids.contains_key(key)).collect()
-        };
-        if unknown.is_empty() {
-            return Ok(());
-        }
-        const SQL: &str = "SELECT key, integration_id FROM integrations WHERE key = ANY ($1)";
-        for row in connection.rows(super::READ, SQL, &[&unknown]).await? {
-            session.learn(row.get(0), row.get(1))?;
+            INSERT INTO lanes (lane)
+            SELECT key * $2::int8 + n FROM new, generate_series(0, $2::int8 - 1) AS n";
+        for id in ids {
+            if self.key(id).await?.is_none() {
+                self.apply(SQL, &[&id.as_str(), &LANES]).await?;
+                self.key(id).await?;
+            }
         }
         Ok(())
     }
 }
 
+/// This relay's registration at a database. A restored or replaced database ends it.
+pub(super) struct Session {
+    pub(super) identity: Identity,
+    /// This relay's number there: the holder of its lanes.
+    pub(super) relay: i64,
+    pub(super) sealing: Sealing,
+    keys: Mutex<HashMap<IntegrationId, i64>>,
+    /// Of integrations, by their keys, as the registry has read them.
+    revisions: Mutex<HashMap<i64, i64>>,
+    /// Lanes that this relay holds.
+    held: Mutex<HashMap<i64, Held>>,
+    relays: Mutex<Relays>,
+}
+
+/// A lane that this relay holds.
+#[derive(Clone, Debug)]
+pub(super) struct Held {
+    pub(super) integration_id: IntegrationId,
+    pub(super) fence: i64,
+    /// From before the lease was asked for.
+    pub(super) since: Instant,
+    /// Mean payload of a capture at the last lease, in bytes.
+    pub(super) mean_bytes: usize,
+}
+
+/// What the last heartbeat found.
+#[derive(Debug, Default)]
+pub(super) struct Relays {
+    /// All relays that are alive.
+    pub(super) live: Vec<i64>,
+    /// Whether changes are waited for at another one.
+    pub(super) others_listen: bool,
+    /// Position in the WAL.
+    pub(super) lsn: i64,
+    /// Changes of integrations so far.
+    pub(super) changes: i64,
+}
+
 impl Session {
     pub(super) fn new(identity: Identity, relay: i64, sealing: Sealing) -> Self {
+        let alone = Relays {
+            live: vec![relay],
+            ..Relays::default()
+        };
         Self {
             identity,
             relay,
             sealing,
-            integrations: Mutex::default(),
+            keys: Mutex::default(),
+            revisions: Mutex::default(),
             held: Mutex::default(),
-            relays: Mutex::new(Relays {
-                live: vec![relay],
-                ..Relays::default()
-            }),
+            relays: Mutex::new(alone),
         }
     }
 
     /// Notes the key of an integration.
-    pub(super) fn learn(&self, key: i64, id: &str) -> Result<IntegrationId, OutboxError> {
-        let id = IntegrationId::new(id).ok_or_else(|| damaged("integration"))?;
-        let mut known = lock(&self.integrations);
-        known.keys.insert(id.clone(), key);
-        known.ids.insert(key, id.clone());
-        Ok(id)
-    }
-
-    fn without_key<'a>(&self, ids: &[&'a IntegrationId]) -> Vec<&'a str> {
-        let known = lock(&self.integrations);
-        let unknown = ids.iter().filter(|id| !known.keys.contains_key(**id));
-        unknown.map(|id| id.as_str()).collect()
+    pub(super) fn learn(&self, id: &IntegrationId, key: i64) {
+        lock(&self.keys).insert(id.clone(), key);
     }
 
     pub(super) fn key(&self, id: &IntegrationId) -> Option<i64> {
-        lock(&self.integrations).keys.get(id).copied()
+        lock(&self.keys).get(id).copied()
     }
 
     /// Notes the revision of an integration that the registry has read.
     pub(super) fn note_revision(&self, key: i64, revision: i64) {
-        lock(&self.integrations).revisions.insert(key, revision);
+        lock(&self.revisions).insert(key, revision);
     }
 
     /// Notes the revisions of all integrations.
     pub(super) fn note_revisions(&self, revisions: impl Iterator<Item = (i64, i64)>) {
-        lock(&self.integrations).revisions = revisions.collect();
+        *lock(&self.revisions) = revisions.collect();
     }
 
-    /// Whether the registry has read this revision of the integration.
+    /// Whether the registry has read this revision of an integration; 0 where there is no
+    /// specification.
     pub(super) fn has_read(&self, key: i64, revision: i64) -> bool {
-        let known = lock(&self.integrations);
-        known.revisions.get(&key).copied().unwrap_or(0) == revision
-    }
-
-    pub(super) fn id(&self, key: i64) -> Option<IntegrationId> {
-        lock(&self.integrations).ids.get(&key).cloned()
+        lock(&self.revisions).get(&key).copied().unwrap_or(0) == revision
     }
 
     /// The number of a lane, where its integration is known.
@@ -323,27 +313,13 @@ impl Session {
         Some(lane_number(key, lane.region, lane.shard))
     }
 
-    /// The lane of a number, where its integration is known.
-    pub(super) fn lane_key(&self, lane: i64) -> Option<LaneKey> {
-        Some(LaneKey {
-            integration_id: self.id(lane.div_euclid(LANES))?,
-            region: region_of(lane),
-            shard: u16::try_from(lane.rem_euclid(LANES)).unwrap_or(0) % SHARDS,
-        })
-    }
-
-    /// Whether this relay is the one to deliver or to do what is named, of all that live:
-    /// rendezvous hashing, so that a relay that comes or goes moves only its share. All lanes
-    /// of an integration have one relay, which keeps its rate and its condition.
+    /// Whether this relay is the one to deliver an integration, or to do what is named, of all
+    /// that are alive. All lanes of an integration have one relay, which keeps its rate and its
+    /// condition.
     pub(super) fn prefers(&self, name: &str) -> bool {
-        let weight = |relay: i64| {
-            let mut bytes = relay.to_le_bytes().to_vec();
-            bytes.extend_from_slice(name.as_bytes());
-            (twox_hash::XxHash3_64::oneshot(&bytes), relay)
-        };
-        let own = weight(self.relay);
-        let relays = lock(&self.relays);
-        relays.live.iter().all(|relay| weight(*relay) <= own)
+        let weight = |relay: &i64| (weight(&relay.to_le_bytes(), name), *relay);
+        let own = weight(&self.relay);
+        self.relays().live.iter().all(|relay| weight(relay) <= own)
     }
 
     pub(super) fn relays(&self) -> MutexGuard<'_, Relays> {
@@ -355,10 +331,25 @@ impl Session {
     }
 }
 
+/// The weight of a number for a name, in rendezvous hashing: the heaviest one has the name. A
+/// number that comes or goes moves only its share of the names.
+pub(super) fn weight(number: &[u8], name: &str) -> u64 {
+    XxHash3_64::oneshot(&[number, name.as_bytes()].concat())
+}
+
 /// The number of a lane.
 pub(super) fn lane_number(key: i64, region: Region, shard: u16) -> i64 {
     let region = i64::from(region == Region::Eu);
     key * LANES + region * i64::from(SHARDS) + i64::from(shard)
+}
+
+/// The lane of a number.
+pub(super) fn lane_key(integration_id: IntegrationId, lane: i64) -> LaneKey {
+    LaneKey {
+        integration_id,
+        region: region_of(lane),
+        shard: u16::try_from(lane.rem_euclid(LANES)).unwrap_or(0) % SHARDS,
+    }
 }
 
 /// The region of a lane.

@@ -1,80 +1,54 @@
 //! Dead letters: listed and counted by the indexes of their integrations; replayed and
 //! discarded in transactions that count what they did.
 
-use std::{collections::HashMap, sync::Arc};
+use std::sync::Arc;
 
-use tokio_postgres::{Row, types::ToSql};
+use tokio_postgres::Row;
 
 use super::{
-    READ,
-    accept::{COUNT, OTHER_SLOT, columns},
-    connect::Connection,
-    counts::Load,
-    database::{Database, Session},
-    error::Effect,
-    row::{RECORD_COLUMNS, event_number, event_of, record_of},
-    settle::{Changed, statuses},
+    counts::{COUNT, Load, Loads, OTHER_SLOT},
+    database::{Call, Database},
+    news::Changed,
+    row::{RECORD_COLUMNS, RECORDS, events_of, record_of},
+    settle::records,
+    sql::{Arguments, Columns, Part, arguments},
 };
 use crate::{
     event::EventType,
-    integration::IntegrationId,
-    outbox::{
-        DeadLetter, DeadLetterCount, DeadLetterFilter, EventSet, OutboxError, Quota, Selection,
-    },
+    outbox::{DeadLetter, DeadLetterCount, DeadLetterFilter, OutboxError, Quota, Selection},
     time::UnixMillis,
 };
 
 /// Dead letters that one transaction takes at the most.
-const PIECE: i64 = 500;
-
-type Parameters = Vec<Box<dyn ToSql + Sync + Send>>;
-
-/// A subquery `d` of the first selected dead letters, in the order of their ids.
-struct Picked {
-    sql: String,
-    parameters: Parameters,
-}
-
-impl Picked {
-    fn parameters(&self) -> Vec<&(dyn ToSql + Sync)> {
-        let each = self.parameters.iter();
-        each.map(|one| &**one as &(dyn ToSql + Sync)).collect()
-    }
-}
+const PIECE: usize = 500;
 
 impl Database {
     pub(super) async fn dead_letters(
         &self,
-        filter: &DeadLetterFilter,
+        filter: DeadLetterFilter,
         after: i64,
         limit: usize,
     ) -> Result<Vec<DeadLetter>, OutboxError> {
-        let session = self.session()?;
-        let connection = self.connection().await?;
-        let selection = Selection::Filter(filter.clone());
-        let limit = i64::try_from(limit).unwrap_or(i64::MAX);
-        let picked = self.pick(&session, &connection, &selection, after, limit);
-        let Some(picked) = picked.await? else {
-            return Ok(Vec::new());
-        };
+        let selection = Selection::Filter(filter);
+        let (picked, parameters) = pick(&selection, after, limit);
         let sql = format!(
-            "SELECT d.id, d.event, d.dead_millis, d.bytes, d.integration, {RECORD_COLUMNS}
-             FROM {} JOIN captures c ON c.seq = d.seq ORDER BY d.id",
-            picked.sql
+            "SELECT d.id, d.event, d.dead_millis, d.bytes, {RECORD_COLUMNS}
+             FROM {picked}, {RECORDS} WHERE c.seq = d.seq ORDER BY d.id"
         );
-        let parameters = picked.parameters();
-        let rows = connection.rows(READ, &sql, &parameters).await?;
-        let keys = rows.iter().map(|row| row.get(4));
-        self.learn_ids(&session, &connection, keys).await?;
-        let letters = rows.iter().filter_map(|row| {
-            let id = session.id(row.get(4))?;
-            Some(record_of(id, row, 5).map(|record| DeadLetter {
+        let rows = self
+            .call()
+            .await?
+            .rows(&sql, &arguments(&parameters))
+            .await?;
+        let letters = rows.iter().map(|row| {
+            let events = events_of(row.get(1));
+            Ok(DeadLetter {
                 id: row.get(0),
-                record,
-                event: event_of(row.get(1)),
+                record: record_of(row, 4)?,
+                event: events.iter().next().unwrap_or(EventType::Track),
                 time: UnixMillis(row.get(2)),
                 payload_bytes: u64::try_from(row.get::<_, i32>(3)).unwrap_or(0),
-            }))
+            })
         });
         letters.collect()
     }
@@ -84,20 +58,18 @@ impl Database {
         selection: &Selection,
         older_than: UnixMillis,
     ) -> Result<DeadLetterCount, OutboxError> {
-        let session = self.session()?;
-        let connection = self.connection().await?;
-        let picked = self.pick(&session, &connection, selection, 0, i64::MAX);
-        let Some(picked) = picked.await? else {
-            return Ok(DeadLetterCount::default());
-        };
+        let (picked, parameters) = pick(selection, 0, usize::MAX);
         let sql = format!(
             "SELECT count(*), coalesce(sum(d.bytes), 0)::int8,
                 count(*) FILTER (WHERE d.accept_millis < {})
-             FROM {}",
-            older_than.0, picked.sql
+             FROM {picked}",
+            older_than.0
         );
-        let parameters = picked.parameters();
-        let row = connection.row(READ, &sql, &parameters).await?;
+        let row = self
+            .call()
+            .await?
+            .row(&sql, &arguments(&parameters))
+            .await?;
         let number = |place: usize| u64::try_from(row.get::<_, i64>(place)).unwrap_or(0);
         Ok(DeadLetterCount {
             events: number(0),
@@ -108,18 +80,12 @@ impl Database {
 
     /// Removes the first of the selected dead letters; returns how many.
     pub(super) async fn discard(&self, selection: &Selection) -> Result<u64, OutboxError> {
-        let session = self.session()?;
-        let connection = self.connection().await?;
-        let picked = self.pick(&session, &connection, selection, 0, PIECE);
-        let Some(picked) = picked.await? else {
-            return Ok(0);
-        };
-        let sql = format!(
-            "DELETE FROM dead_letters WHERE id IN (SELECT d.id FROM {})",
-            picked.sql
-        );
-        let parameters = picked.parameters();
-        connection.count(Effect::Commit, &sql, &parameters).await
+        let (picked, parameters) = pick(selection, 0, PIECE);
+        let sql = format!("DELETE FROM dead_letters WHERE id IN (SELECT d.id FROM {picked})");
+        self.call()
+            .await?
+            .apply(&sql, &arguments(&parameters))
+            .await
     }
 
     /// Queues the first of the selected dead letters again, as far as there is room.
@@ -128,205 +94,130 @@ impl Database {
         selection: &Selection,
         now: UnixMillis,
     ) -> Result<Result<u64, Quota>, OutboxError> {
-        let session = self.session()?;
-        let connection = self.connection().await?;
-        let picked = self.pick(&session, &connection, selection, 0, PIECE);
-        let Some(picked) = picked.await? else {
-            return Ok(Ok(0));
-        };
+        let call = self.call().await?;
+        let (picked, parameters) = pick(selection, 0, PIECE);
         let sql = format!(
-            "SELECT d.id, d.integration, d.bytes, c.lane
-             FROM {} JOIN captures c ON c.seq = d.seq ORDER BY d.id",
-            picked.sql
+            "SELECT d.id, d.integration, 1::int8, d.bytes::int8, c.lane
+             FROM {picked} JOIN captures c ON c.seq = d.seq ORDER BY d.id"
         );
-        let parameters = picked.parameters();
-        let rows = connection.rows(READ, &sql, &parameters).await?;
-        let (ids, mut lanes) = match self.with_room(&rows) {
-            Ok(chosen) => chosen,
-            Err(quota) => return Ok(Err(quota)),
-        };
-        if ids.is_empty() {
-            return Ok(Ok(0));
-        }
-        lanes.sort_unstable();
-        lanes.dedup();
-        let replayed = self
-            .requeue(&session, &connection, &ids, &lanes, now)
-            .await?;
-        Ok(Ok(replayed))
-    }
-
-    /// The ids and lanes of those for which there is room; the bound, if that is none.
-    fn with_room(&self, rows: &[Row]) -> Result<(Vec<i64>, Vec<i64>), Quota> {
-        let counts = self.counts();
-        let (mut own, mut all) = (HashMap::<i64, Load>::new(), Load::default());
-        let (mut ids, mut lanes) = (Vec::new(), Vec::new());
-        for row in rows {
-            let load = Load {
-                events: 1,
-                bytes: row.get::<_, i32>(2).into(),
-            };
-            let integration = row.get(1);
-            let own = own.entry(integration).or_default();
-            own.add(load);
-            all.add(load);
-            if let Some(quota) = counts.full(integration, *own, all) {
-                return if ids.is_empty() {
-                    Err(quota)
-                } else {
-                    Ok((ids, lanes))
-                };
+        let rows = call.rows(&sql, &arguments(&parameters)).await?;
+        let (mut ids, mut lanes, mut full) = (Vec::<i64>::new(), Vec::new(), None);
+        {
+            let counts = self.counts();
+            let mut room = counts.room();
+            for row in &rows {
+                if let Err(quota) = room.take(row.get(1), Load::of(row, 2)) {
+                    full = Some(quota);
+                    break;
+                }
+                ids.push(row.get(0));
+                lanes.push(row.get(4));
             }
-            ids.push(row.get(0));
-            lanes.push(row.get(3));
         }
-        Ok((ids, lanes))
+        match full {
+            Some(quota) if ids.is_empty() => Ok(Err(quota)),
+            _ if ids.is_empty() => Ok(Ok(0)),
+            _ => call.requeue(&ids, &lanes, now).await.map(Ok),
+        }
     }
+}
 
+impl Call<'_> {
     async fn requeue(
         &self,
-        session: &Session,
-        connection: &Connection,
         ids: &[i64],
         lanes: &[i64],
         now: UnixMillis,
     ) -> Result<u64, OutboxError> {
-        connection.begin().await?;
         // The lanes first, as settlements and erasures do.
-        connection.count(READ, LOCK_LANES, &[&lanes]).await?;
         let sql = format!("{REQUEUE} {RECORD_COLUMNS} {REQUEUE_FROM}");
-        let rows = connection.rows(READ, &sql, &[&ids]).await?;
-        let keys = rows.iter().map(|row| row.get(0));
-        self.learn_ids(session, connection, keys).await?;
-        let mut loads = HashMap::<i64, Load>::new();
-        let mut replayed = 0;
+        let statements: [(&str, Arguments<'_>); 2] = [(LOCK_LANES, &[&lanes]), (&sql, &[&ids])];
+        let rows = self.transact(Part::First, &statements).await?.remove(1);
+        let (mut loads, mut replayed) = (Loads::default(), 0);
+        let mut changes = Vec::with_capacity(rows.len());
         for row in &rows {
-            let load = Load {
-                events: row.get(3),
-                bytes: row.get(4),
-            };
+            let load = Load::of(row, 3);
             replayed += load.events;
-            loads.entry(row.get(0)).or_default().add(load);
+            loads.add(row.get(0), load);
+            changes.push(replayed_record(row, now)?);
         }
-        let changes = replayed_records(session, &rows, now)?;
-        let seqs: Vec<i64> = changes.iter().map(|(seq, ..)| *seq).collect();
-        let identify = statuses(&changes, EventType::Identify);
-        let track = statuses(&changes, EventType::Track);
-        let (keys, events, bytes) = columns(&loads);
-        let work = async {
-            connection
-                .execute(REPLAYED, &[&seqs, &identify, &track, &now.0])
-                .await?;
-            connection
-                .execute(
-                    COUNT,
-                    &[&session.relay, &keys, &events, &bytes, &OTHER_SLOT],
-                )
-                .await?;
-            connection.batch_execute("COMMIT").await
-        };
-        connection.commit(Effect::Commit, work).await?;
-        let lanes = lanes.iter().filter_map(|lane| session.lane_key(*lane));
-        self.tell_lanes(session, lanes);
-        self.tell_changes(session, changes, now);
+        let columns = records(&changes);
+        let mut written = arguments(&columns);
+        written.push(&now.0);
+        self.finish(&loads, &[(REPLAYED, &written)]).await?;
+        self.wake_numbers(lanes).await;
+        drop(columns);
+        self.tell_changes(changes, now);
         Ok(u64::try_from(replayed).unwrap_or(0))
     }
 
-    /// The selection as SQL; `None` where it names integrations that are not here.
-    async fn pick(
+    /// The last statements of a transaction that has changed what waits.
+    pub(super) async fn finish(
         &self,
-        session: &Session,
-        connection: &Connection,
-        selection: &Selection,
-        after: i64,
-        limit: i64,
-    ) -> Result<Option<Picked>, OutboxError> {
-        let integrations = match selection {
-            Selection::Filter(filter) => &filter.integrations,
-            Selection::Ids { integrations, .. } => integrations,
-        };
-        let keys = match integrations {
-            None => None,
-            Some(ids) => Some(self.keys_of(session, connection, ids).await?),
-        };
-        if keys.as_ref().is_some_and(Vec::is_empty) {
-            return Ok(None);
-        }
-        let mut parameters: Parameters = vec![Box::new(after), Box::new(limit)];
-        // What moves to another database is left alone.
-        let mut conditions = String::from(
-            "d.id > $1 AND EXISTS (SELECT 1 FROM integrations i
-                WHERE i.key = d.integration AND i.state = 'active')",
-        );
-        match selection {
-            Selection::Ids { ids, .. } => {
-                parameters.push(Box::new(ids.clone()));
-                conditions.push_str(" AND d.id = ANY ($3)");
-            }
-            Selection::Filter(filter) => {
-                parameters.push(Box::new(filter.reason.map(i32::from)));
-                parameters.push(Box::new(filter.start.map(|time| time.0)));
-                parameters.push(Box::new(filter.end.map(|time| time.0)));
-                conditions.push_str(
-                    " AND ($3::int4 IS NULL OR d.reason = $3)
-                      AND ($4::int8 IS NULL OR d.dead_millis >= $4)
-                      AND ($5::int8 IS NULL OR d.dead_millis < $5)",
-                );
-            }
-        }
-        let sql = match keys {
-            None => format!(
-                "(SELECT * FROM dead_letters d WHERE {conditions} ORDER BY d.id LIMIT $2) AS d"
-            ),
-            Some(keys) => {
-                parameters.push(Box::new(keys));
-                let place = parameters.len();
-                // Each integration's own rows, by its index.
-                format!(
-                    "(SELECT own.* FROM unnest(${place}::int8[]) AS k (key), LATERAL (
-                        SELECT * FROM dead_letters d WHERE d.integration = k.key AND {conditions}
-                        ORDER BY d.integration, d.id LIMIT $2) AS own
-                        ORDER BY own.id LIMIT $2) AS d"
-                )
-            }
-        };
-        Ok(Some(Picked { sql, parameters }))
-    }
-
-    async fn keys_of(
-        &self,
-        session: &Session,
-        connection: &Connection,
-        ids: &[IntegrationId],
-    ) -> Result<Vec<i64>, OutboxError> {
-        let ids: Vec<&IntegrationId> = ids.iter().collect();
-        self.find_keys(session, connection, &ids).await?;
-        Ok(ids.into_iter().filter_map(|id| session.key(id)).collect())
+        loads: &Loads,
+        statements: &[(&str, Arguments<'_>)],
+    ) -> Result<(), OutboxError> {
+        let columns = loads.columns();
+        let mut counted = arguments(&columns);
+        counted.push(&self.session.relay);
+        counted.push(&OTHER_SLOT);
+        let last: [(&str, Arguments<'_>); 1] = [(COUNT, &counted)];
+        self.transact(Part::Last, &[statements, &last].concat())
+            .await
+            .map(drop)
     }
 }
 
-/// The records of replayed captures from now on, with the events that have changed.
-fn replayed_records(
-    session: &Session,
-    rows: &[Row],
-    now: UnixMillis,
-) -> Result<Vec<Changed>, OutboxError> {
-    let mut changes = Vec::with_capacity(rows.len());
-    for row in rows {
-        let Some(id) = session.id(row.get(0)) else {
-            continue;
-        };
-        let events: i16 = row.get(2);
-        let mut record = record_of(id, row, 5)?;
-        record.queue_time = now;
-        let of = |event: &EventType| events & event_number(*event) != 0;
-        let changed: EventSet = EventType::ALL.into_iter().filter(of).collect();
-        for event in changed.iter() {
-            record.event_mut(event).replay();
+/// A subquery `d` of the first selected dead letters after an id, in the order of their ids,
+/// and its parameters. What moves to another database is left alone.
+fn pick(selection: &Selection, after: i64, limit: usize) -> (String, Columns<'_>) {
+    let limit = i64::try_from(limit).unwrap_or(i64::MAX);
+    let mut parameters: Columns<'_> = vec![Box::new(after), Box::new(limit)];
+    let (integrations, condition) = match selection {
+        Selection::Ids { ids, integrations } => {
+            parameters.push(Box::new(ids));
+            (integrations, "d.id > $1 AND d.id = ANY ($3)")
         }
-        changes.push((row.get(1), Arc::new(record), changed));
+        Selection::Filter(filter) => {
+            parameters.push(Box::new(filter.reason.map(i32::from)));
+            parameters.push(Box::new(filter.start.map(|time| time.0)));
+            parameters.push(Box::new(filter.end.map(|time| time.0)));
+            let condition = "d.id > $1 AND ($3::int4 IS NULL OR d.reason = $3)
+                AND ($4::int8 IS NULL OR d.dead_millis >= $4)
+                AND ($5::int8 IS NULL OR d.dead_millis < $5)";
+            (&filter.integrations, condition)
+        }
+    };
+    let Some(ids) = integrations else {
+        let sql = format!(
+            "(SELECT d.* FROM dead_letters d JOIN integrations k ON k.key = d.integration
+                WHERE k.state = 'active' AND {condition} ORDER BY d.id LIMIT $2) AS d"
+        );
+        return (sql, parameters);
+    };
+    let ids: Vec<&str> = ids.iter().map(|id| id.as_str()).collect();
+    parameters.push(Box::new(ids));
+    // Each integration's own rows, by its index.
+    let sql = format!(
+        "(SELECT own.* FROM integrations k, LATERAL (
+            SELECT * FROM dead_letters d WHERE d.integration = k.key AND {condition}
+            ORDER BY d.integration, d.id LIMIT $2) AS own
+            WHERE k.state = 'active' AND k.integration_id = ANY (${}::text[])
+            ORDER BY own.id LIMIT $2) AS d",
+        parameters.len()
+    );
+    (sql, parameters)
+}
+
+/// The record of a replayed capture from now on, with the events that have changed.
+fn replayed_record(row: &Row, now: UnixMillis) -> Result<Changed, OutboxError> {
+    let mut record = record_of(row, 5)?;
+    record.queue_time = now;
+    let changed = events_of(row.get(2));
+    for event in changed.iter() {
+        record.event_mut(event).replay();
     }
-    Ok(changes)
+    Ok((row.get(1), Arc::new(record), changed))
 }
 
 /// Locks lanes in their order.
@@ -359,7 +250,9 @@ const REQUEUE: &str = "
         WHERE seq NOT IN (SELECT seq FROM merged)
     )
     SELECT c.integration, c.seq, l.events, l.count, l.bytes,";
-const REQUEUE_FROM: &str = "FROM letters l JOIN captures c ON c.seq = l.seq ORDER BY c.seq";
+const REQUEUE_FROM: &str = "
+    FROM letters l JOIN captures c ON c.seq = l.seq
+    JOIN integrations i ON i.key = c.integration ORDER BY c.seq";
 
 const REPLAYED: &str = "
     UPDATE captures c SET identify = i.identify, track = i.track, queue_millis = $4

@@ -100,6 +100,14 @@ pub(super) fn no_connection(error: &PoolError) -> OutboxError {
     })
 }
 
+/// The error of a database, by its place.
+pub(super) fn in_database<T>(
+    database: usize,
+    done: Result<T, OutboxError>,
+) -> Result<T, PostgresError> {
+    done.map_err(|source| PostgresError::Database { database, source })
+}
+
 /// Stored bytes that cannot be read.
 pub(super) fn damaged(what: &str) -> OutboxError {
     OutboxError::Unavailable(format!("a damaged {what}"))

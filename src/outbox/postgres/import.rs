@@ -1,28 +1,34 @@
 //! Takes what an embedded outbox held, in pieces of one transaction each. A piece that was
 //! stored before is known by its ids.
 
-use std::{collections::HashMap, path::Path, sync::Arc, time::Duration};
+use std::{
+    collections::{BTreeMap, HashMap},
+    path::Path,
+    sync::Arc,
+    time::Duration,
+};
 
-use tokio_postgres::types::ToSql;
 use uuid::Uuid;
 
 use super::{
-    PostgresConnection, PostgresOptions, PostgresOutbox, READ,
-    accept::{COUNT, OTHER_SLOT, columns, id_of},
-    counts::Load,
-    database::{Database, Session, lane_number},
-    error::{Effect, damaged},
-    row::event_number,
+    PostgresConnection, PostgresOptions, PostgresOutbox,
+    accept::key_of_id,
+    counts::{Load, Loads},
+    database::{Database, lane_number},
+    error::damaged,
+    row::bit,
+    sql::{Arguments, Part, arguments, columns},
 };
 use crate::{
     event::EventType,
-    integration::IntegrationId,
     metrics::Metrics,
     outbox::{
-        Limits, MoveError, Moved, Outbox, OutboxError, record,
+        Limits, MoveError, Moved, Outbox, OutboxError,
+        record::{self, encode_attempts, encode_status},
         sqlite::export::{Export, Exported, StoredPayload},
     },
-    status::State,
+    proto::{ErasureReceipt, Integration},
+    status::{CaptureRecord, State},
     vault::{Vault, unsealed_len},
 };
 
@@ -70,16 +76,24 @@ async fn take_all(
     moved: &mut Moved,
     progress: &mut impl FnMut(u64, u64),
 ) -> Result<(), MoveError> {
-    let there = outbox.integrations().await?;
+    let there = Outbox::integrations(outbox).await?;
     for spec in export.integrations()? {
-        let same = |one: &crate::proto::Integration| one.integration_id == spec.integration_id;
+        let same = |one: &Integration| one.integration_id == spec.integration_id;
         if !there.iter().any(same) {
             outbox.put_integration(spec, None).await?;
             moved.integrations += 1;
         }
     }
+    let plain = |receipt: &ErasureReceipt| ErasureReceipt {
+        receipt_id: String::new(),
+        ..receipt.clone()
+    };
+    let stored = outbox.erasure_receipts(None, usize::MAX).await?;
     for receipt in export.receipts()? {
-        moved.receipts += u64::from(outbox.take_receipt(&receipt).await?);
+        if !stored.iter().any(|one| plain(one) == plain(&receipt)) {
+            outbox.databases[0].add_receipt(&plain(&receipt)).await?;
+            moved.receipts += 1;
+        }
     }
     for notice in export.notices()? {
         outbox.put_notice(notice).await?;
@@ -91,9 +105,14 @@ async fn take_all(
         let piece = export.captures(after, PIECE)?;
         let Some(last) = piece.last() else { break };
         after = last.sequence;
-        let mut gone = Vec::with_capacity(piece.len());
-        for (place, own) in outbox.by_home(piece)? {
-            let taken = outbox.databases[place].take(&own).await?;
+        let mut homes: BTreeMap<usize, Vec<Exported>> = BTreeMap::new();
+        for capture in piece {
+            let home = outbox.home(&capture.integration_id)?.place;
+            homes.entry(home).or_default().push(capture);
+        }
+        let mut gone = Vec::new();
+        for (home, own) in homes {
+            let taken = outbox.databases[home].take(&own).await?;
             for (capture, taken) in own.iter().zip(taken) {
                 match taken {
                     Taken::New => moved.captures += 1,
@@ -114,7 +133,6 @@ async fn take_all(
 }
 
 /// What became of a capture.
-#[derive(Clone, Copy)]
 enum Taken {
     New,
     /// The database has it with the same content.
@@ -123,247 +141,122 @@ enum Taken {
     Conflict,
 }
 
-impl PostgresOutbox {
-    fn by_home(&self, piece: Vec<Exported>) -> Result<HashMap<usize, Vec<Exported>>, OutboxError> {
-        let mut homes: HashMap<usize, Vec<Exported>> = HashMap::new();
-        for capture in piece {
-            let home = self.home(&capture.integration_id)?;
-            homes.entry(home.place).or_default().push(capture);
-        }
-        Ok(homes)
-    }
-
-    /// Stores a receipt; returns whether it is new.
-    async fn take_receipt(
-        &self,
-        receipt: &crate::proto::ErasureReceipt,
-    ) -> Result<bool, OutboxError> {
-        let plain = |receipt: &crate::proto::ErasureReceipt| {
-            let mut plain = receipt.clone();
-            plain.receipt_id.clear();
-            plain
-        };
-        let stored = self.receipts(None, usize::MAX).await?;
-        if stored.iter().any(|one| plain(one) == plain(receipt)) {
-            return Ok(false);
-        }
-        let database = self.databases.first().ok_or(OutboxError::Closed)?;
-        database.add_receipt(&plain(receipt)).await?;
-        Ok(true)
-    }
-}
-
-/// Dead letters: integration, sequence, event, reason, time, time of acceptance.
-type DeadColumns = (Vec<i64>, Vec<i64>, Vec<i16>, Vec<i32>, Vec<i64>, Vec<i64>);
-
-/// The rows of a piece, as arrays.
-#[derive(Default)]
-struct Rows {
-    seqs: HashMap<(i64, Uuid), i64>,
-    queue: (Vec<i64>, Vec<bool>, Vec<i64>),
-    sizes: [Vec<i32>; 2],
-    payloads: [Vec<Option<Vec<u8>>>; 2],
-    dead: DeadColumns,
-    dead_payloads: Vec<Vec<u8>>,
-    loads: HashMap<i64, Load>,
-}
-
-impl Rows {
-    fn add(
-        &mut self,
-        seq: i64,
-        key: i64,
-        lane: i64,
-        capture: &Exported,
-    ) -> Result<(), OutboxError> {
-        if let Some((payloads, replayed)) = &capture.waiting {
-            self.queue.0.push(lane);
-            self.queue.1.push(*replayed);
-            self.queue.2.push(seq);
-            for (place, payload) in payloads.iter().enumerate() {
-                let bytes = payload.as_ref().map(sound);
-                let size = bytes.as_ref().map_or(0, |it| unsealed_len(it));
-                let load = Load {
-                    events: i64::from(bytes.is_some()),
-                    bytes: i64::try_from(size).unwrap_or(0),
-                };
-                self.loads.entry(key).or_default().add(load);
-                self.sizes[place].push(i32::try_from(size).unwrap_or(i32::MAX));
-                self.payloads[place].push(bytes);
-            }
-        }
-        for (event, time, payload) in &capture.dead {
-            let state = decoded(capture)?.event(*event).state;
-            let bytes = sound(payload);
-            self.dead.0.push(key);
-            self.dead.1.push(seq);
-            self.dead.2.push(event_number(*event));
-            self.dead.3.push(match state {
-                State::DeadLettered { reason, .. } => reason.into(),
-                _ => 0,
-            });
-            self.dead.4.push(time.0);
-            self.dead.5.push(capture.accept_time.0);
-            self.dead_payloads.push(bytes);
-        }
-        Ok(())
-    }
-}
-
-/// A payload as it goes on: an empty one says that it was damaged, and is never sent.
-fn sound(payload: &StoredPayload) -> Vec<u8> {
-    match crc32fast::hash(&payload.bytes) == payload.crc {
-        true => payload.bytes.clone(),
-        false => Vec::new(),
-    }
-}
-
-fn decoded(capture: &Exported) -> Result<crate::status::CaptureRecord, OutboxError> {
-    let (id, name) = (capture.integration_id.clone(), capture.capture_id.clone());
-    record::decode(id, name, &capture.status).map_err(|_| damaged("record"))
+/// A capture on its way, decoded.
+struct Arriving<'a> {
+    capture: &'a Exported,
+    record: CaptureRecord,
+    key: i64,
+    lane: i64,
+    id: Uuid,
+    digest: Uuid,
 }
 
 impl Database {
     /// Stores a piece in one transaction.
     async fn take(&self, piece: &[Exported]) -> Result<Vec<Taken>, OutboxError> {
-        let session = self.session()?;
-        let connection = self.connection().await?;
-        let ids: Vec<&IntegrationId> = piece.iter().map(|one| &one.integration_id).collect();
-        self.keys(&session, &connection, &ids).await?;
-        connection.begin().await?;
-        let mut rows = Rows::default();
-        let (statement, parameters) = captures(&session, piece)?;
-        let parameters: Vec<_> = parameters.iter().map(|one| &**one as _).collect();
-        for row in connection.rows(READ, statement, &parameters).await? {
-            rows.seqs.insert((row.get(1), row.get(2)), row.get(0));
-        }
-        let mut known = Vec::new();
-        let mut taken = Vec::with_capacity(piece.len());
-        for (place, capture) in piece.iter().enumerate() {
-            let (key, id, lane) = place_of(&session, capture)?;
-            match rows.seqs.get(&(key, id)).copied() {
-                Some(seq) => {
-                    rows.add(seq, key, lane, capture)?;
-                    taken.push(Taken::New);
-                }
-                None => {
-                    known.push((place, key, id));
-                    taken.push(Taken::Conflict);
-                }
+        const DIGESTS: &str = "
+            SELECT c.integration, c.id, c.digest
+            FROM unnest($1::int8[], $2::uuid[]) AS i (integration, id)
+            JOIN captures c ON c.integration = i.integration AND c.id = i.id";
+        let call = self.call().await?;
+        let ids: Vec<_> = piece.iter().map(|one| &one.integration_id).collect();
+        call.make_keys(&ids).await?;
+        let key = |capture: &Exported| call.session.key(&capture.integration_id);
+        let arriving = piece.iter().map(|capture| arriving(capture, key(capture)));
+        let arriving = arriving.collect::<Result<Vec<Arriving<'_>>, _>>()?;
+        let rows = columns!(arriving, one =>
+            one.key, one.lane, one.id, one.digest,
+            (one.capture.subject != 0).then_some(one.capture.subject),
+            one.record.mapping_version.cast_signed(), one.record.accept_time.0,
+            one.record.queue_time.0, one.capture.capture_id.as_str(),
+            encode_status(&one.record.identify), encode_status(&one.record.track),
+            encode_attempts(&one.record.attempts),
+            one.record.trace.map(|trace| trace.to_bytes().to_vec()));
+        let ids = columns!(arriving, one => one.key, one.id);
+        let statements: [(&str, Arguments<'_>); 2] =
+            [(CAPTURES, &arguments(&rows)), (DIGESTS, &arguments(&ids))];
+        let answers = call.transact(Part::First, &statements).await?;
+        let of = |row: &tokio_postgres::Row| (row.get::<_, i64>(0), row.get::<_, Uuid>(1));
+        let new = answers[0].iter().map(|row| (of(row), row.get(2)));
+        let new: HashMap<(i64, Uuid), i64> = new.collect();
+        let digests = answers[1].iter().map(|row| (of(row), row.get(2)));
+        let digests: HashMap<(i64, Uuid), Uuid> = digests.collect();
+        let stored = arriving.iter();
+        let stored = stored.filter_map(|one| Some((*new.get(&(one.key, one.id))?, one)));
+        let stored: Vec<(i64, &Arriving<'_>)> = stored.collect();
+
+        let mut loads = Loads::default();
+        let waiting = stored.iter().filter_map(|(seq, one)| {
+            let (payloads, replayed) = one.capture.waiting.as_ref()?;
+            let payloads = payloads.each_ref().map(|it| it.as_ref().map(sound));
+            for payload in payloads.iter().flatten() {
+                let (events, bytes) = (1, size(payload).into());
+                loads.add(one.key, Load { events, bytes });
             }
-        }
-        for (place, key, id) in known {
-            const SQL: &str = "SELECT digest FROM captures WHERE integration = $1 AND id = $2";
-            let row = connection.optional(READ, SQL, &[&key, &id]).await?;
-            let same = row.is_some_and(|row| {
-                row.get::<_, Uuid>(0).as_bytes().as_slice() == piece[place].digest
-            });
-            if same {
-                taken[place] = Taken::Known;
+            Some((*seq, one.lane, *replayed, payloads))
+        });
+        let waiting: Vec<_> = waiting.collect();
+        let size_of = |payload: &Option<&[u8]>| payload.map_or(0, size);
+        let queue = columns!(waiting, one =>
+            one.1, one.2, one.0, size_of(&one.3[0]), size_of(&one.3[1]), one.3[0], one.3[1]);
+        let dead = stored.iter().flat_map(|(seq, one)| {
+            let letters = one.capture.dead.iter();
+            letters.map(move |(event, time, payload)| (*seq, *one, *event, *time, sound(payload)))
+        });
+        let dead: Vec<_> = dead.collect();
+        let letters = columns!(dead, one =>
+            one.1.key, one.0, bit(one.2), reason(&one.1.record, one.2), one.3.0,
+            one.1.capture.accept_time.0, size(one.4), one.4);
+        let stores: [(&str, Arguments<'_>); 2] =
+            [(QUEUE, &arguments(&queue)), (DEAD, &arguments(&letters))];
+        call.finish(&loads, &stores).await?;
+
+        let taken = arriving.iter().map(|one| {
+            let at = (one.key, one.id);
+            match (new.contains_key(&at), digests.get(&at)) {
+                (true, _) => Taken::New,
+                (false, Some(digest)) if *digest == one.digest => Taken::Known,
+                (false, _) => Taken::Conflict,
             }
-        }
-        let (keys, events, bytes) = columns(&rows.loads);
-        let work = async {
-            let (lanes, replayed, seqs) = &rows.queue;
-            let [identify_sizes, track_sizes] = &rows.sizes;
-            let [identify, track] = &rows.payloads;
-            let queue: [&(dyn ToSql + Sync); 7] = [
-                lanes,
-                replayed,
-                seqs,
-                identify_sizes,
-                track_sizes,
-                identify,
-                track,
-            ];
-            connection.execute(QUEUE, &queue).await?;
-            let (keys_of_dead, seqs, events_of_dead, reasons, times, accepted) = &rows.dead;
-            let sizes: Vec<i32> = rows
-                .dead_payloads
-                .iter()
-                .map(|one| i32::try_from(unsealed_len(one)).unwrap_or(i32::MAX))
-                .collect();
-            let dead: [&(dyn ToSql + Sync); 8] = [
-                keys_of_dead,
-                seqs,
-                events_of_dead,
-                reasons,
-                times,
-                accepted,
-                &sizes,
-                &rows.dead_payloads,
-            ];
-            connection.execute(DEAD, &dead).await?;
-            let counted: [&(dyn ToSql + Sync); 5] =
-                [&session.relay, &keys, &events, &bytes, &OTHER_SLOT];
-            connection.execute(COUNT, &counted).await?;
-            connection.batch_execute("COMMIT").await
-        };
-        connection.commit(Effect::Commit, work).await?;
-        Ok(taken)
+        });
+        Ok(taken.collect())
     }
 }
 
-fn place_of(session: &Session, capture: &Exported) -> Result<(i64, Uuid, i64), OutboxError> {
-    let key = session.key(&capture.integration_id);
+fn arriving(capture: &Exported, key: Option<i64>) -> Result<Arriving<'_>, OutboxError> {
+    let (id, name) = (capture.integration_id.clone(), capture.capture_id.clone());
+    let record = record::decode(id, name, &capture.status).map_err(|_| damaged("record"))?;
     let key = key.ok_or_else(|| damaged("integration"))?;
-    let (region, shard) = match &capture.lane {
-        Some(lane) => (lane.region, lane.shard),
-        None => (decoded(capture)?.region, 0),
-    };
-    Ok((
+    let lane = capture.lane.as_ref();
+    let (region, shard) = lane.map_or((record.region, 0), |lane| (lane.region, lane.shard));
+    let digest: [u8; 16] = capture.digest.as_slice().try_into().unwrap_or_default();
+    Ok(Arriving {
+        capture,
+        record,
         key,
-        id_of(&capture.capture_id),
-        lane_number(key, region, shard),
-    ))
+        lane: lane_number(key, region, shard),
+        id: key_of_id(&capture.capture_id),
+        digest: Uuid::from_bytes(digest),
+    })
 }
 
-type Parameter = Box<dyn ToSql + Sync + Send>;
-
-/// The statement that stores a piece's captures, and its parameters.
-fn captures(
-    session: &Session,
-    piece: &[Exported],
-) -> Result<(&'static str, Vec<Parameter>), OutboxError> {
-    let (mut keys, mut ids, mut lanes) = (Vec::new(), Vec::new(), Vec::new());
-    let (mut versions, mut accepted, mut queued) = (Vec::new(), Vec::new(), Vec::new());
-    let (mut identify, mut track, mut attempts) = (Vec::new(), Vec::new(), Vec::new());
-    let (mut digests, mut subjects) = (Vec::new(), Vec::new());
-    let (mut names, mut traces) = (Vec::new(), Vec::new());
-    for capture in piece {
-        let (key, id, lane) = place_of(session, capture)?;
-        let decoded = decoded(capture)?;
-        let digest: [u8; 16] = capture.digest.as_slice().try_into().unwrap_or_default();
-        keys.push(key);
-        ids.push(id);
-        lanes.push(lane);
-        digests.push(Uuid::from_bytes(digest));
-        subjects.push((capture.subject != 0).then_some(capture.subject));
-        versions.push(decoded.mapping_version.cast_signed());
-        accepted.push(decoded.accept_time.0);
-        queued.push(decoded.queue_time.0);
-        names.push(capture.capture_id.clone());
-        identify.push(record::encode_status(decoded.event(EventType::Identify)));
-        track.push(record::encode_status(decoded.event(EventType::Track)));
-        attempts.push(record::encode_attempts(&decoded.attempts));
-        traces.push(decoded.trace.map(|trace| trace.to_bytes().to_vec()));
+/// A payload as it goes on: an empty one says that it was damaged, and is never sent.
+fn sound(payload: &StoredPayload) -> &[u8] {
+    match crc32fast::hash(&payload.bytes) == payload.crc {
+        true => &payload.bytes,
+        false => &[],
     }
-    let parameters: Vec<Parameter> = vec![
-        Box::new(keys),
-        Box::new(lanes),
-        Box::new(ids),
-        Box::new(digests),
-        Box::new(subjects),
-        Box::new(versions),
-        Box::new(accepted),
-        Box::new(queued),
-        Box::new(names),
-        Box::new(identify),
-        Box::new(track),
-        Box::new(attempts),
-        Box::new(traces),
-    ];
-    Ok((CAPTURES, parameters))
+}
+
+fn size(payload: &[u8]) -> i32 {
+    i32::try_from(unsealed_len(payload)).unwrap_or(i32::MAX)
+}
+
+fn reason(record: &CaptureRecord, event: EventType) -> i32 {
+    match record.event(event).state {
+        State::DeadLettered { reason, .. } => reason.into(),
+        _ => 0,
+    }
 }
 
 const CAPTURES: &str = "
@@ -379,7 +272,7 @@ const CAPTURES: &str = "
             queue_millis, capture_id, identify, track, attempts, trace, place)
     ORDER BY place
     ON CONFLICT (integration, id) DO NOTHING
-    RETURNING seq, integration, id";
+    RETURNING integration, id, seq";
 
 const QUEUE: &str = "
     INSERT INTO queue (lane, replayed, seq, identify_bytes, track_bytes, identify, track)

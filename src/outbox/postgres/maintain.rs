@@ -22,21 +22,20 @@ impl Database {
     pub(super) async fn maintain(self: Arc<Self>) {
         let (mut after, mut rounds) = (0, 0_u32);
         loop {
-            tokio::select! {
-                () = self.context.closing.cancelled() => return,
-                () = tokio::time::sleep(INTERVAL) => {}
-            }
-            rounds = rounds.wrapping_add(1);
-            if rounds.is_multiple_of(ROUNDS) {
-                after = 0;
-            }
-            let round = self.round(&mut after);
-            let done = tokio::select! {
-                () = self.context.closing.cancelled() => return,
-                done = round => done,
+            let round = async {
+                tokio::time::sleep(INTERVAL).await;
+                rounds = rounds.wrapping_add(1);
+                if rounds.is_multiple_of(ROUNDS) {
+                    after = 0;
+                }
+                self.round(&mut after).await
             };
-            if let Err(error) = done {
-                tracing::warn!(database = self.place, %error, "maintenance failed");
+            match self.context.closing.run_until_cancelled(round).await {
+                None => return,
+                Some(Ok(())) => {}
+                Some(Err(error)) => {
+                    tracing::warn!(database = self.place, %error, "maintenance failed");
+                }
             }
         }
     }
@@ -45,14 +44,13 @@ impl Database {
         if !self.is_available() {
             return Ok(());
         }
-        let session = self.session()?;
         if self.vacuum.swap(false, Ordering::AcqRel)
             && let Err(error) = self.vacuum_payloads().await
         {
             self.vacuum.store(true, Ordering::Release);
             return Err(error);
         }
-        if !session.prefers("maintenance") {
+        if !self.session()?.prefers("maintenance") {
             return Ok(());
         }
         self.fold().await?;
@@ -85,9 +83,7 @@ impl Database {
         // Longer than PostgreSQL's times reach is for ever.
         let remember = remember.min(1_000 * 365 * 86_400_000) as f64;
         let connection = self.control.get().await?;
-        let row = connection
-            .row(Effect::None, SQL, &[after, &PIECE, &remember])
-            .await?;
+        let row = connection.row(SQL, &[after, &PIECE, &remember]).await?;
         if let Some(last) = row.get(0) {
             *after = last;
         }
@@ -111,27 +107,23 @@ impl Database {
             ON CONFLICT (integration, relay, slot) DO UPDATE
             SET events = backlog.events + excluded.events, bytes = backlog.bytes + excluded.bytes";
         let connection = self.control.get().await?;
-        for sql in [RELAYS, FOLD] {
-            connection.count(Effect::None, sql, &[]).await?;
-        }
-        Ok(())
+        connection.apply(RELAYS, &[]).await?;
+        connection.apply(FOLD, &[]).await.map(drop)
     }
 
     /// Gives the pages of erased payloads back, and what stood in them.
     async fn vacuum_payloads(&self) -> Result<(), OutboxError> {
         let connection = self.control.get().await?;
-        for table in ["queue", "dead_letters"] {
-            let vacuumed = async {
-                connection
-                    .batch_execute("SET statement_timeout = 0")
-                    .await?;
-                connection.batch_execute(&format!("VACUUM {table}")).await?;
-                connection.batch_execute("RESET statement_timeout").await
-            };
+        let vacuumed = async {
             connection
-                .run_for(VACUUM_LIMIT, Effect::None, vacuumed)
+                .batch_execute("SET statement_timeout = 0")
                 .await?;
-        }
-        Ok(())
+            for sql in ["VACUUM queue", "VACUUM dead_letters"] {
+                connection.batch_execute(sql).await?;
+            }
+            connection.batch_execute("RESET statement_timeout").await
+        };
+        let limit = 2 * VACUUM_LIMIT;
+        connection.run_for(limit, Effect::None, vacuumed).await
     }
 }

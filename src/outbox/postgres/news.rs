@@ -4,36 +4,37 @@
 //! since lanes and awaited captures are polled, too.
 
 use std::{
-    collections::HashSet,
-    fmt::Write,
+    collections::{HashMap, HashSet},
     sync::{Arc, Mutex},
     time::Duration,
 };
 
+use serde::{Deserialize, Serialize};
 use tokio::sync::{Notify, mpsc};
 
 use super::{
-    READ,
-    database::{Database, Session, key_of, lock},
+    database::{Call, Database, lock},
     error::Effect,
-    row::{RECORD_COLUMNS, event_number, record_of},
-    settle::Changed,
+    row::{RECORD_COLUMNS, RECORDS, bits, events_of, record_of},
 };
 use crate::{
-    event::EventType,
     outbox::{Change, EventSet, LaneKey, OutboxError},
     status::CaptureRecord,
     time::UnixMillis,
 };
 
 /// The channel of LISTEN and NOTIFY.
-pub(super) const CHANNEL: &str = "segment_relay";
-/// Longest payload: PostgreSQL takes less than 8,000 bytes.
-const MAX_PAYLOAD: usize = 7_900;
+const CHANNEL: &str = "segment_relay";
+/// Lanes or changes of one payload: with 20 digits each below the 8,000 bytes that
+/// PostgreSQL takes.
+const MAX_ITEMS: usize = 300;
 /// Changes that wait to be sent; more are dropped.
 const MAX_CHANGES: usize = 50_000;
 /// Least time between two notifications of a relay.
 const INTERVAL: Duration = Duration::from_millis(20);
+
+/// One change of a capture: its sequence, its record from now on, the changed events.
+pub(super) type Changed = (i64, Arc<CaptureRecord>, EventSet);
 
 /// What other relays are to hear.
 #[derive(Default)]
@@ -49,57 +50,74 @@ struct Pending {
     changes: Vec<(i64, i16)>,
 }
 
-impl Outgoing {
-    fn add(&self, lanes: impl Iterator<Item = i64>, changes: impl Iterator<Item = (i64, i16)>) {
-        let mut pending = lock(&self.pending);
-        pending.lanes.extend(lanes);
-        let room = MAX_CHANGES.saturating_sub(pending.changes.len());
-        pending.changes.extend(changes.take(room));
-        drop(pending);
-        self.wake.notify_one();
-    }
+/// A payload of NOTIFY.
+#[derive(Serialize, Deserialize)]
+struct News {
+    relay: i64,
+    lanes: Vec<i64>,
+    /// Sequences, with the events that have changed as bits.
+    changes: Vec<(i64, i16)>,
 }
 
-impl Database {
+impl Call<'_> {
     /// Wakes lanes here, or at the relays that deliver them.
-    pub(super) fn tell_lanes(&self, session: &Session, lanes: impl IntoIterator<Item = LaneKey>) {
-        let (own, others): (Vec<_>, Vec<_>) = lanes
-            .into_iter()
-            .partition(|lane| session.prefers(lane.integration_id.as_str()));
-        self.context.signals.wake_lanes(own);
+    pub(super) fn wake(&self, lanes: impl IntoIterator<Item = (i64, LaneKey)>) {
+        let is_own = |lane: &LaneKey| self.session.prefers(lane.integration_id.as_str());
+        let lanes = lanes.into_iter();
+        let (own, others): (Vec<_>, Vec<_>) = lanes.partition(|(_, lane)| is_own(lane));
+        let own = own.into_iter().map(|(_, lane)| lane);
+        self.database.context.signals.wake_lanes(own);
         if !others.is_empty() {
-            let others = others.iter().filter_map(|lane| session.lane(lane));
-            self.outgoing.add(others, std::iter::empty());
+            let outgoing = &self.database.outgoing;
+            lock(&outgoing.pending)
+                .lanes
+                .extend(others.iter().map(|(lane, _)| *lane));
+            outgoing.wake.notify_one();
+        }
+    }
+
+    /// Wakes lanes by their numbers. What fails here is made up for by polling.
+    pub(super) async fn wake_numbers(&self, lanes: &[i64]) {
+        match self.lanes(lanes).await {
+            Ok(lanes) => self.wake(lanes),
+            Err(error) => tracing::debug!(%error, "lanes were not woken"),
         }
     }
 
     /// Tells watchers, here and elsewhere, of captures that were accepted.
-    pub(super) fn tell_accepted(&self, session: &Session, accepted: Vec<Changed>) {
-        if !self.context.signals.is_watched() && !session.relays().others_listen {
-            return;
-        }
-        self.tell_elsewhere(session, &accepted);
-        for (_, record, events) in accepted {
-            let time = record.accept_time;
-            self.announce(&record, events, time);
+    pub(super) fn tell_accepted(&self, accepted: Vec<Changed>) {
+        let signals = &self.database.context.signals;
+        if signals.is_watched() || self.session.relays().others_listen {
+            self.tell(accepted, None);
         }
     }
 
     /// Tells watchers and waiting callers, here and elsewhere, of changes.
-    pub(super) fn tell_changes(&self, session: &Session, changes: Vec<Changed>, time: UnixMillis) {
-        self.tell_elsewhere(session, &changes);
+    pub(super) fn tell_changes(&self, changes: Vec<Changed>, time: UnixMillis) {
+        self.tell(changes, Some(time));
+    }
+
+    /// Without a time it is that of the acceptance.
+    fn tell(&self, changes: Vec<Changed>, time: Option<UnixMillis>) {
+        let outgoing = &self.database.outgoing;
+        if self.session.relays().others_listen {
+            let mut pending = lock(&outgoing.pending);
+            let room = MAX_CHANGES.saturating_sub(pending.changes.len());
+            let told = changes.iter().take(room);
+            pending
+                .changes
+                .extend(told.map(|(seq, _, events)| (*seq, bits(*events))));
+            drop(pending);
+            outgoing.wake.notify_one();
+        }
         for (_, record, events) in changes {
-            self.announce(&record, events, time);
+            let time = time.unwrap_or(record.accept_time);
+            self.database.announce(&record, events, time);
         }
     }
+}
 
-    fn tell_elsewhere(&self, session: &Session, changes: &[Changed]) {
-        if session.relays().others_listen {
-            let changes = changes.iter().map(|(seq, _, events)| (*seq, bits(*events)));
-            self.outgoing.add(std::iter::empty(), changes);
-        }
-    }
-
+impl Database {
     fn announce(&self, record: &Arc<CaptureRecord>, events: EventSet, time: UnixMillis) {
         let signals = &self.context.signals;
         if record.is_final() {
@@ -119,48 +137,54 @@ impl Database {
 
     /// Sends what is to be told, until the outbox closes.
     pub(super) async fn send_news(self: Arc<Self>) {
-        loop {
-            tokio::select! {
-                () = self.context.closing.cancelled() => return,
-                () = self.outgoing.wake.notified() => {}
-            }
-            let pending = std::mem::take(&mut *lock(&self.outgoing.pending));
-            if let Err(error) = self.notify(pending).await {
+        let closing = &self.context.closing;
+        while let Some(()) = closing
+            .run_until_cancelled(self.outgoing.wake.notified())
+            .await
+        {
+            if let Err(error) = self.notify().await {
                 tracing::debug!(%error, "other relays were not told");
             }
             tokio::time::sleep(INTERVAL).await;
         }
     }
 
-    async fn notify(&self, pending: Pending) -> Result<(), OutboxError> {
-        let session = self.session()?;
-        let lanes = pending.lanes.iter().map(ToString::to_string);
-        let changes = pending.changes.iter();
-        let changes = changes.map(|(seq, events)| format!("{seq}:{events}"));
-        let mut payloads = payloads(session.relay, 'l', lanes);
-        payloads.extend(self::payloads(session.relay, 'c', changes));
-        if payloads.is_empty() {
-            return Ok(());
-        }
-        let connection = self.connection().await?;
+    async fn notify(&self) -> Result<(), OutboxError> {
         const SQL: &str = "SELECT pg_notify($1, payload) FROM unnest($2::text[]) AS payload";
-        connection
-            .rows(Effect::None, SQL, &[&CHANNEL, &payloads])
-            .await
-            .map(drop)
+        let Pending { lanes, changes } = std::mem::take(&mut *lock(&self.outgoing.pending));
+        let lanes = Vec::from_iter(lanes);
+        let call = self.call().await?;
+        let relay = call.session.relay;
+        let payload = |lanes: &[i64], changes: &[(i64, i16)]| {
+            let (lanes, changes) = (lanes.to_vec(), changes.to_vec());
+            let news = News {
+                relay,
+                lanes,
+                changes,
+            };
+            serde_json::to_string(&news).unwrap_or_default()
+        };
+        let lanes = lanes.chunks(MAX_ITEMS).map(|lanes| payload(lanes, &[]));
+        let changes = changes.chunks(MAX_ITEMS).map(|some| payload(&[], some));
+        let payloads: Vec<String> = lanes.chain(changes).collect();
+        call.apply(SQL, &[&CHANNEL, &payloads]).await.map(drop)
     }
 
     /// Hears what other relays tell, until the outbox closes. Connects again where that ends.
     pub(super) async fn hear_news(self: Arc<Self>) {
-        while !self.context.closing.is_cancelled() {
-            if self.is_available()
-                && let Err(error) = self.listen().await
-            {
-                tracing::debug!(%error, "LISTEN ended");
-            }
-            tokio::select! {
-                () = self.context.closing.cancelled() => return,
-                () = tokio::time::sleep(Duration::from_secs(1)) => {}
+        let closing = &self.context.closing;
+        loop {
+            let pause = tokio::time::sleep(Duration::from_secs(1));
+            let heard = async {
+                if self.is_available()
+                    && let Err(error) = self.listen().await
+                {
+                    tracing::debug!(%error, "LISTEN ended");
+                }
+                pause.await;
+            };
+            if closing.run_until_cancelled(heard).await.is_none() {
+                return;
             }
         }
     }
@@ -171,103 +195,49 @@ impl Database {
             // A full channel drops it: polling makes up for it.
             let _ = sender.try_send(payload.to_owned());
         };
-        let (client, task) = self.connector.listen(heard).await?;
+        let (client, _task) = self.connector.listen(heard).await?;
         let listening = client.batch_execute(&format!("LISTEN {CHANNEL}")).await;
         listening.map_err(|error| Effect::None.failed(&error))?;
-        loop {
-            let payload = tokio::select! {
-                () = self.context.closing.cancelled() => break,
-                payload = told.recv() => payload,
-            };
-            let Some(payload) = payload else { break };
+        while let Some(payload) = told.recv().await {
             if let Err(error) = self.heard(&payload).await {
                 tracing::debug!(%error, "what another relay told cannot be looked up");
             }
         }
-        task.abort();
         Ok(())
     }
 
     async fn heard(&self, payload: &str) -> Result<(), OutboxError> {
-        let session = self.session()?;
-        let mut words = payload.split(' ');
-        let relay: Option<i64> = words.next().and_then(|word| word.parse().ok());
-        let kind = words.next();
-        if relay == Some(session.relay) {
+        let Ok(news) = serde_json::from_str::<News>(payload) else {
             return Ok(());
-        }
-        if kind == Some("l") {
-            let lanes: Vec<i64> = words.filter_map(|word| word.parse().ok()).collect();
-            let connection = self.connection().await?;
-            let keys = lanes.iter().map(|lane| key_of(*lane));
-            self.learn_ids(&session, &connection, keys).await?;
-            let lanes = lanes.into_iter().filter_map(|lane| session.lane_key(lane));
-            let own = lanes.filter(|lane| session.prefers(lane.integration_id.as_str()));
-            self.context.signals.wake_lanes(own);
+        };
+        let call = self.call().await?;
+        if news.relay == call.session.relay {
             return Ok(());
         }
         let signals = &self.context.signals;
-        if !signals.is_watched() && !signals.is_expected() {
+        if !news.lanes.is_empty() {
+            let lanes = call.lanes(&news.lanes).await?.into_iter();
+            let lanes = lanes.map(|(_, lane)| lane);
+            let is_own = |lane: &LaneKey| call.session.prefers(lane.integration_id.as_str());
+            signals.wake_lanes(lanes.filter(is_own));
+        }
+        if news.changes.is_empty() || !(signals.is_watched() || signals.is_expected()) {
             return Ok(());
         }
-        let changes = words.filter_map(|word| {
-            let (seq, events) = word.split_once(':')?;
-            Some((seq.parse().ok()?, events.parse().ok()?))
-        });
-        self.look_up(&session, changes.collect()).await
-    }
-
-    /// Reads captures that another relay has changed, and announces them.
-    async fn look_up(
-        &self,
-        session: &Session,
-        changes: Vec<(i64, i16)>,
-    ) -> Result<(), OutboxError> {
-        let (seqs, events): (Vec<i64>, Vec<i16>) = changes.into_iter().unzip();
-        let sql = format!(
-            "SELECT i.events, c.integration, {RECORD_COLUMNS}
-             FROM unnest($1::int8[], $2::int2[]) AS i (seq, events)
-             JOIN captures c ON c.seq = i.seq"
-        );
-        let connection = self.connection().await?;
-        let rows = connection.rows(READ, &sql, &[&seqs, &events]).await?;
-        let keys = rows.iter().map(|row| row.get(1));
-        self.learn_ids(session, &connection, keys).await?;
+        let sql = format!("SELECT c.seq, {RECORD_COLUMNS} FROM {RECORDS} WHERE c.seq = ANY ($1)");
+        let mut changes: HashMap<i64, i16> = HashMap::new();
+        for (seq, bits) in news.changes {
+            *changes.entry(seq).or_default() |= bits;
+        }
+        let seqs = Vec::from_iter(changes.keys().copied());
         let now = UnixMillis::now();
-        for row in &rows {
-            let Some(id) = session.id(row.get(1)) else {
-                continue;
-            };
-            let record = Arc::new(record_of(id, row, 2)?);
-            let events = row.get::<_, i16>(0);
-            let of = |event: &EventType| events & event_number(*event) != 0;
-            self.announce(
-                &record,
-                EventType::ALL.into_iter().filter(of).collect(),
-                now,
-            );
+        for row in call.rows(&sql, &[&seqs]).await? {
+            let events = changes.get(&row.get(0)).copied().unwrap_or(0);
+            let record = Arc::new(record_of(&row, 1)?);
+            self.announce(&record, events_of(events), now);
         }
         Ok(())
     }
-}
-
-fn bits(events: EventSet) -> i16 {
-    events.iter().map(event_number).sum()
-}
-
-/// Words in payloads that are short enough.
-fn payloads(relay: i64, kind: char, words: impl Iterator<Item = String>) -> Vec<String> {
-    let mut payloads: Vec<String> = Vec::new();
-    for word in words {
-        let fits = |payload: &&mut String| payload.len() + word.len() < MAX_PAYLOAD;
-        match payloads.last_mut().filter(fits) {
-            Some(payload) => {
-                let _ = write!(payload, " {word}");
-            }
-            None => payloads.push(format!("{relay} {kind} {word}")),
-        }
-    }
-    payloads
 }
 
 #[cfg(test)]
@@ -275,15 +245,22 @@ mod tests {
     use super::*;
 
     #[test]
-    fn payloads_hold_all_words_and_stay_below_the_bound() {
-        let words = (0..5_000).map(|number| format!("{number}:3"));
-        let made = payloads(7, 'c', words.clone());
-        assert!(made.len() > 1 && made.iter().all(|one| one.len() < 8_000));
-        let read: Vec<String> = made
-            .iter()
-            .flat_map(|one| one.split(' ').skip(2).map(str::to_owned))
-            .collect();
-        assert_eq!(read, words.collect::<Vec<_>>());
-        assert!(payloads(7, 'l', std::iter::empty()).is_empty());
+    fn the_longest_payload_is_below_the_bound() {
+        let news = News {
+            relay: i64::MIN,
+            lanes: vec![i64::MIN; MAX_ITEMS],
+            changes: Vec::new(),
+        };
+        let changes = News {
+            relay: i64::MIN,
+            lanes: Vec::new(),
+            changes: vec![(i64::MAX, 3); MAX_ITEMS],
+        };
+        for news in [news, changes] {
+            let payload = serde_json::to_string(&news).expect("written");
+            assert!(payload.len() < 8_000, "{}", payload.len());
+            let read: News = serde_json::from_str(&payload).expect("read");
+            assert_eq!((read.lanes, read.changes), (news.lanes, news.changes));
+        }
     }
 }

@@ -2,16 +2,21 @@
 //! on each side. The target commits first, so that nothing is lost in between; a repetition
 //! finishes what was interrupted.
 
-use std::{pin::pin, sync::Arc, time::Duration};
+use std::{
+    pin::pin,
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 use futures_util::{SinkExt, StreamExt};
-use tokio_postgres::types::ToSql;
+use tokio_postgres::{Row, types::ToSql};
 
 use super::{
     PostgresConnection, PostgresError,
-    connect::{Connection, Connector},
-    error::Effect,
+    connect::Connector,
+    error::{Effect, damaged, in_database},
     schema::check,
+    sql::{Arguments, Connection, Part},
 };
 use crate::{integration::IntegrationId, outbox::OutboxError, vault::Vault};
 
@@ -55,53 +60,54 @@ pub async fn move_integration(
     to: usize,
     mut progress: impl FnMut(u64, u64),
 ) -> Result<u64, PostgresError> {
-    if to >= connection.urls.len() {
-        return Err(PostgresError::Move(format!(
-            "there is no database {to}: [postgres] urls names {}",
-            connection.urls.len()
-        )));
+    // None where there is but an empty row of its name.
+    const STATE: &str = "
+        SELECT state FROM integrations i WHERE integration_id = $1
+            AND (state = 'arriving' OR spec IS NOT NULL
+                OR EXISTS (SELECT 1 FROM captures c WHERE c.integration = i.key))";
+    let refused = |text: String| Err(PostgresError::Move(text));
+    let count = connection.urls.len();
+    if to >= count {
+        return refused(format!(
+            "there is no database {to}: [postgres] urls names {count}"
+        ));
     }
-    let mut connections = Vec::new();
-    for place in 0..connection.urls.len() {
+    let (mut databases, mut states) = (Vec::new(), Vec::new());
+    for place in 0..count {
         let connector = Connector::new(connection, place)?;
         let found = in_database(place, connector.get().await)?;
         check(&found, place, connection).await?;
-        let state = found.optional(Effect::None, STATE, &[&id.as_str()]).await;
+        let state = found.optional(STATE, &[&id.as_str()]).await;
         let state: Option<String> = in_database(place, state)?.map(|row| row.get(0));
-        connections.push((found, state));
+        states.push(state.unwrap_or_default());
+        databases.push(found);
     }
-    let state_at = |place: usize| connections[place].1.as_deref();
-    let mut places = 0..connections.len();
-    if let Some(other) = places.find(|place| *place != to && state_at(*place) == Some("arriving")) {
-        return Err(PostgresError::Move(format!(
+    let mut others = (0..count).filter(|place| *place != to);
+    if let Some(other) = others.clone().find(|place| states[*place] == "arriving") {
+        return refused(format!(
             "a move of {id} to database {other} was interrupted; repeat it with --to {other} first"
-        )));
+        ));
     }
-    let mut places = 0..connections.len();
-    let from =
-        places.find(|place| *place != to && matches!(state_at(*place), Some("active" | "leaving")));
-    let target = &connections[to].0;
-    let Some(from) = from else {
-        if state_at(to).is_none() {
-            return Err(PostgresError::Move(format!("there is no integration {id}")));
-        }
-        // Here already, or all but open: an earlier run, to here or from here, was interrupted.
-        in_database(to, open(target, id).await)?;
-        return Ok(0);
-    };
-    let source = &connections[from].0;
-    let moving = Move { id, source, target };
-    in_database(from, moving.close_source().await)?;
-    let captures = in_database(to, moving.copy(&mut progress).await)?;
+    let from = others.find(|place| matches!(states[*place].as_str(), "active" | "leaving"));
+    let target = &databases[to];
+    let mut captures = 0;
+    if let Some(from) = from {
+        let source = &databases[from];
+        let key = in_database(from, close(source, id).await)?;
+        let moving = Move {
+            key,
+            source,
+            target,
+        };
+        in_database(to, moving.make_room(id).await)?;
+        captures = in_database(to, moving.copy(&mut progress).await)?;
+    } else if states[to].is_empty() {
+        return refused(format!("there is no integration {id}"));
+    }
+    // Without a source it is here already, or all but open: an earlier run was interrupted.
     in_database(to, open(target, id).await)?;
     Ok(captures)
 }
-
-/// The state of an integration in a database; none where there is but an empty row of its name.
-const STATE: &str = "
-    SELECT state FROM integrations i WHERE integration_id = $1
-        AND (state = 'arriving' OR spec IS NOT NULL
-            OR EXISTS (SELECT 1 FROM captures c WHERE c.integration = i.key))";
 
 /// Lets the integration take captures and leases there.
 async fn open(target: &Connection, id: &IntegrationId) -> Result<(), OutboxError> {
@@ -109,139 +115,85 @@ async fn open(target: &Connection, id: &IntegrationId) -> Result<(), OutboxError
         WITH counted AS (UPDATE integration_changes SET count = count + 1)
         UPDATE integrations SET state = 'active'
         WHERE integration_id = $1 AND state IN ('arriving', 'leaving')";
-    target
-        .count(Effect::Commit, SQL, &[&id.as_str()])
-        .await
-        .map(drop)
+    target.apply(SQL, &[&id.as_str()]).await.map(drop)
 }
 
-fn in_database<T>(database: usize, done: Result<T, OutboxError>) -> Result<T, PostgresError> {
-    done.map_err(|source| PostgresError::Database { database, source })
+/// Lets the source take no more captures and begin no more leases, and waits for what is
+/// under way; returns the integration's key.
+async fn close(source: &Connection, id: &IntegrationId) -> Result<i64, OutboxError> {
+    const CLOSE: &str = "
+        WITH counted AS (UPDATE integration_changes SET count = count + 1)
+        UPDATE integrations SET state = 'leaving'
+        WHERE integration_id = $1 AND state IN ('active', 'leaving')";
+    // All that write now have begun before this; later ones see the new state.
+    const NOW: &str = "
+        SELECT key, pg_snapshot_xmax(pg_current_snapshot())::text FROM integrations
+        WHERE integration_id = $1";
+    const DONE: &str = "
+        SELECT pg_snapshot_xmin(pg_current_snapshot()) >= $1::text::xid8 AND NOT EXISTS (
+            SELECT 1 FROM lanes WHERE lane >= $2::int8 * 8 AND lane < ($2::int8 + 1) * 8
+                AND busy AND expires > clock_timestamp())";
+    let name = id.as_str();
+    source.apply(CLOSE, &[&name]).await?;
+    let now = source.row(NOW, &[&name]).await?;
+    let (key, transaction): (i64, String) = (now.get(0), now.get(1));
+    let begun = Instant::now();
+    while !source
+        .row(DONE, &[&transaction, &key])
+        .await?
+        .get::<_, bool>(0)
+    {
+        if begun.elapsed() > MAX_WAIT {
+            let text = "transactions or requests of the integration do not end".to_owned();
+            return Err(OutboxError::Unavailable(text));
+        }
+        tokio::time::sleep(LOOK_AGAIN).await;
+    }
+    Ok(key)
 }
 
 struct Move<'a> {
-    id: &'a IntegrationId,
+    key: i64,
     source: &'a Connection,
     target: &'a Connection,
 }
 
 impl Move<'_> {
-    async fn key(&self) -> Result<i64, OutboxError> {
-        let sql = "SELECT key FROM integrations WHERE integration_id = $1";
-        let name = self.id.as_str();
-        Ok(self.source.row(Effect::None, sql, &[&name]).await?.get(0))
-    }
-
-    /// Lets the source take no more captures and begin no more leases, and waits for what is
-    /// under way.
-    async fn close_source(&self) -> Result<(), OutboxError> {
-        const CLOSE: &str = "
-            WITH counted AS (UPDATE integration_changes SET count = count + 1)
-            UPDATE integrations SET state = 'leaving'
-            WHERE integration_id = $1 AND state IN ('active', 'leaving')";
-        const DONE: &str = "
-            SELECT pg_snapshot_xmin(pg_current_snapshot()) >= $1::text::xid8 AND NOT EXISTS (
-                SELECT 1 FROM lanes WHERE lane >= $2::int8 * 8 AND lane < ($2::int8 + 1) * 8
-                    AND busy AND expires > clock_timestamp())";
-        let name = self.id.as_str();
-        self.source.count(Effect::Commit, CLOSE, &[&name]).await?;
-        // All that write now have begun before this; later ones see the new state.
-        const NOW: &str = "SELECT pg_snapshot_xmax(pg_current_snapshot())::text";
-        let transaction: String = self.source.row(Effect::None, NOW, &[]).await?.get(0);
-        let key = self.key().await?;
-        let begun = std::time::Instant::now();
-        loop {
-            let parameters: [&(dyn ToSql + Sync); 2] = [&transaction, &key];
-            if self
-                .source
-                .row(Effect::None, DONE, &parameters)
-                .await?
-                .get(0)
-            {
-                return Ok(());
-            }
-            if begun.elapsed() > MAX_WAIT {
-                return Err(OutboxError::Unavailable(
-                    "transactions or requests of the integration do not end".to_owned(),
-                ));
-            }
-            tokio::time::sleep(LOOK_AGAIN).await;
+    /// The integration's row and its lanes in the target. An empty row of its name goes.
+    async fn make_room(&self, id: &IntegrationId) -> Result<(), OutboxError> {
+        const TAKEN: &str = "
+            SELECT 1 FROM integrations i WHERE i.integration_id = $1 AND i.key <> $2
+                AND (i.spec IS NOT NULL
+                    OR EXISTS (SELECT 1 FROM captures c WHERE c.integration = i.key))";
+        const SPEC: &str = "SELECT revision, etag, spec FROM integrations WHERE key = $1";
+        // Before the row that takes its name: a statement of its own.
+        const EMPTY: &str = "DELETE FROM integrations WHERE integration_id = $1 AND key <> $2";
+        const ROW: &str = "
+            WITH lanes AS (
+                INSERT INTO lanes (lane) SELECT $2::int8 * 8 + n FROM generate_series(0, 7) AS n
+                ON CONFLICT (lane) DO NOTHING
+            )
+            INSERT INTO integrations (key, integration_id, state, revision, etag, spec)
+            VALUES ($2, $1, 'arriving', $3, $4, $5)
+            ON CONFLICT (key) DO UPDATE SET state = 'arriving', revision = excluded.revision,
+                etag = excluded.etag, spec = excluded.spec";
+        let (name, key) = (id.as_str(), self.key);
+        if self.target.optional(TAKEN, &[&name, &key]).await?.is_some() {
+            let text = "the target has an integration of this name with captures of its own";
+            return Err(OutboxError::Unavailable(text.to_owned()));
         }
+        let row = self.source.row(SPEC, &[&key]).await?;
+        let (revision, etag): (i64, Option<&str>) = (row.get(0), row.get(1));
+        let spec: Option<&[u8]> = row.get(2);
+        self.target.apply(EMPTY, &[&name, &key]).await?;
+        let values: [&(dyn ToSql + Sync); 5] = [&name, &key, &revision, &etag, &spec];
+        self.target.apply(ROW, &values).await.map(drop)
     }
 
     /// Copies all rows into the target and removes them from the source; returns how many
     /// captures that were. The source's transaction fails where a row has changed meanwhile.
     async fn copy(&self, progress: &mut impl FnMut(u64, u64)) -> Result<u64, OutboxError> {
-        let key = self.key().await?;
-        self.make_room(key).await?;
-        self.source.begin().await?;
-        self.target.begin().await?;
-        for (connection, setting) in [
-            (
-                self.source,
-                "SET TRANSACTION ISOLATION LEVEL REPEATABLE READ",
-            ),
-            (self.source, "SET LOCAL statement_timeout = 0"),
-            (
-                self.source,
-                "SET LOCAL idle_in_transaction_session_timeout = 0",
-            ),
-            (self.target, "SET LOCAL statement_timeout = 0"),
-            (
-                self.target,
-                "SET LOCAL idle_in_transaction_session_timeout = 0",
-            ),
-        ] {
-            let set = connection.batch_execute(setting);
-            connection.run(Effect::None, set).await?;
-        }
-        const COUNT: &str = "
-            SELECT (SELECT count(*) FROM captures WHERE integration = $1)
-                + (SELECT count(*) FROM queue WHERE lane >= $1 * 8 AND lane < ($1 + 1) * 8)
-                + (SELECT count(*) FROM dead_letters WHERE integration = $1)";
-        let sql = COUNT.replace("$1", &key.to_string());
-        let count = self.source.query_one(&sql, &[]);
-        let count = self.source.run_for(COPY_LIMIT, Effect::None, count).await?;
-        let total = u64::try_from(count.get::<_, i64>(0)).unwrap_or(0);
-        // One run at a time, and only between the states that it has found.
         const LOCK: &str = "SELECT state FROM integrations WHERE key = $1 FOR UPDATE";
-        for (connection, state) in [(self.source, "leaving"), (self.target, "arriving")] {
-            let row = connection.row(Effect::None, LOCK, &[&key]).await?;
-            if row.get::<_, &str>(0) != state {
-                return Err(OutboxError::Unavailable(
-                    "another run moves the integration".to_owned(),
-                ));
-            }
-        }
-        let mut copied = 0;
-        for (table, columns, condition) in TABLES {
-            let condition = condition.replace('$', &key.to_string());
-            let from = format!(
-                "COPY (SELECT {columns} FROM {table} WHERE {condition}) TO STDOUT (FORMAT binary)"
-            );
-            let into = format!("COPY {table} ({columns}) FROM STDIN (FORMAT binary)");
-            // What an interrupted run has left.
-            let left = format!("DELETE FROM {table} WHERE {condition}");
-            let gone = self.target.execute(&left, &[]);
-            self.target.run_for(COPY_LIMIT, Effect::None, gone).await?;
-            copied += self.copy_table(&from, &into).await?;
-            progress(copied, total);
-        }
-        const ARRIVE: &str = "
-            WITH gone AS (DELETE FROM backlog WHERE integration = $1::int8 AND relay <> 0)
-            INSERT INTO backlog (integration, relay, slot, events, bytes)
-            SELECT $1::int8, 0, 0, count(identify) + count(track),
-                coalesce(sum(CASE WHEN identify IS NULL THEN 0 ELSE identify_bytes END
-                    + CASE WHEN track IS NULL THEN 0 ELSE track_bytes END), 0)
-            FROM queue WHERE lane >= $1::int8 * 8 AND lane < ($1::int8 + 1) * 8
-            ON CONFLICT (integration, relay, slot) DO UPDATE
-            SET events = excluded.events, bytes = excluded.bytes
-            RETURNING 1";
-        let parameters: [&(dyn ToSql + Sync); 1] = [&key];
-        let arrived = self.target.query_one(ARRIVE, &parameters);
-        self.target
-            .run_for(COPY_LIMIT, Effect::None, arrived)
-            .await?;
         // Beyond all numbers that came along, and far beyond those that other sessions take
         // at this moment.
         const LEAP: &str = "
@@ -252,55 +204,82 @@ impl Move<'_> {
                     (SELECT coalesce(max(id), 0) FROM dead_letters)) / 64 + 1000000) * 64
                     + d.last_value % 64)
             FROM capture_seq s, dead_letter_seq d";
-        self.target.row(Effect::None, LEAP, &[]).await?;
-        let committed = self.target.batch_execute("COMMIT");
-        self.target.commit(Effect::Commit, committed).await?;
-        self.clear_source(key).await
-    }
-
-    /// The integration's row and its lanes in the target. An empty row of its name goes.
-    async fn make_room(&self, key: i64) -> Result<(), OutboxError> {
-        const TAKEN: &str = "
-            SELECT 1 FROM integrations i WHERE i.integration_id = $1 AND i.key <> $2
-                AND (i.spec IS NOT NULL
-                    OR EXISTS (SELECT 1 FROM captures c WHERE c.integration = i.key))";
-        let name = self.id.as_str();
-        let parameters: [&(dyn ToSql + Sync); 2] = [&name, &key];
-        let taken = self.target.optional(Effect::None, TAKEN, &parameters).await;
-        if taken?.is_some() {
-            return Err(OutboxError::Unavailable(
-                "the target has an integration of this name with captures of its own".to_owned(),
-            ));
+        let (source, target) = (self.source, self.target);
+        let isolation = "SET TRANSACTION ISOLATION LEVEL REPEATABLE READ";
+        source.transact(Part::First, &[(isolation, &[])]).await?;
+        target.begin().await?;
+        for connection in [source, target] {
+            for setting in ["statement_timeout", "idle_in_transaction_session_timeout"] {
+                connection
+                    .rows(&format!("SET LOCAL {setting} = 0"), &[])
+                    .await?;
+            }
         }
-        const SPEC: &str =
-            "SELECT revision, etag, spec FROM integrations WHERE integration_id = $1";
-        let row = self.source.row(Effect::None, SPEC, &[&name]).await?;
-        let (revision, etag, spec): (i64, Option<String>, Option<Vec<u8>>) =
-            (row.get(0), row.get(1), row.get(2));
-        // Before the row that takes its name: a statement of its own.
-        const EMPTY: &str = "DELETE FROM integrations WHERE integration_id = $1 AND key <> $2";
-        let parameters: [&(dyn ToSql + Sync); 2] = [&name, &key];
-        self.target
-            .count(Effect::Commit, EMPTY, &parameters)
-            .await?;
-        const ROW: &str = "
-            WITH lanes AS (
-                INSERT INTO lanes (lane) SELECT $2::int8 * 8 + n FROM generate_series(0, 7) AS n
-                ON CONFLICT (lane) DO NOTHING
-            )
-            INSERT INTO integrations (key, integration_id, state, revision, etag, spec)
-            VALUES ($2, $1, 'arriving', $3, $4, $5)
-            ON CONFLICT (key) DO UPDATE SET state = 'arriving', revision = excluded.revision,
-                etag = excluded.etag, spec = excluded.spec";
-        let parameters: [&(dyn ToSql + Sync); 5] = [&name, &key, &revision, &etag, &spec];
-        let made = self.target.count(Effect::Commit, ROW, &parameters).await;
-        made.map(drop)
+        let total = self.long(source, COUNT).await?;
+        let total = total.first().map_or(0, |row| row.get::<_, i64>(0));
+        // One run at a time, and only between the states that it has found.
+        for (connection, state) in [(source, "leaving"), (target, "arriving")] {
+            if connection.row(LOCK, &[&self.key]).await?.get::<_, &str>(0) != state {
+                let text = "another run moves the integration".to_owned();
+                return Err(OutboxError::Unavailable(text));
+            }
+        }
+        let mut copied = 0;
+        for (table, columns, condition) in TABLES {
+            // What an interrupted run has left.
+            let left = format!("DELETE FROM {table} WHERE {condition}");
+            self.long(target, &left).await?;
+            copied += self.copy_table(table, columns, condition).await?;
+            progress(copied, u64::try_from(total).unwrap_or(0));
+        }
+        self.long(target, ARRIVE).await?;
+        target.row(LEAP, &[]).await?;
+        target.commit().await?;
+        self.clear_source().await
     }
 
-    async fn copy_table(&self, from: &str, into: &str) -> Result<u64, OutboxError> {
+    /// Removes what the target has now, in the transaction that has read it.
+    async fn clear_source(&self) -> Result<u64, OutboxError> {
+        const LEAVE: &str = "
+            WITH loads AS (DELETE FROM backlog WHERE integration = $1)
+            UPDATE integrations SET state = 'moved', spec = NULL, etag = NULL, revision = 0
+            WHERE key = $1";
+        let mut gone = Vec::new();
+        for (table, _, condition) in TABLES {
+            let sql = format!(
+                "WITH gone AS (DELETE FROM {table} WHERE {condition} RETURNING 1)
+                 SELECT count(*) FROM gone"
+            );
+            gone.extend(self.long(self.source, &sql).await?);
+        }
+        let captures = gone.first().ok_or_else(|| damaged("answer"))?;
+        let captures: i64 = captures.get(0);
+        let leave: [(&str, Arguments<'_>); 1] = [(LEAVE, &[&self.key])];
+        self.source.transact(Part::Last, &leave).await?;
+        Ok(u64::try_from(captures).unwrap_or(0))
+    }
+
+    /// A statement that may take long; `$` in it is the key.
+    async fn long(&self, connection: &Connection, sql: &str) -> Result<Vec<Row>, OutboxError> {
+        let sql = sql.replace('$', &self.key.to_string());
+        let work = connection.query(&sql, &[]);
+        connection.run_for(COPY_LIMIT, Effect::None, work).await
+    }
+
+    async fn copy_table(
+        &self,
+        table: &str,
+        columns: &str,
+        condition: &str,
+    ) -> Result<u64, OutboxError> {
+        let condition = condition.replace('$', &self.key.to_string());
+        let from = format!(
+            "COPY (SELECT {columns} FROM {table} WHERE {condition}) TO STDOUT (FORMAT binary)"
+        );
+        let into = format!("COPY {table} ({columns}) FROM STDIN (FORMAT binary)");
         let work = async {
-            let mut rows = pin!(self.source.copy_out(from).await?);
-            let mut sink = pin!(self.target.copy_in::<_, bytes::Bytes>(into).await?);
+            let mut rows = pin!(self.source.copy_out(&from).await?);
+            let mut sink = pin!(self.target.copy_in::<_, bytes::Bytes>(&into).await?);
             while let Some(piece) = rows.next().await {
                 sink.send(piece?).await?;
             }
@@ -308,26 +287,19 @@ impl Move<'_> {
         };
         self.target.run_for(COPY_LIMIT, Effect::None, work).await
     }
-
-    /// Removes what the target has now, in the transaction that has read it.
-    async fn clear_source(&self, key: i64) -> Result<u64, OutboxError> {
-        let mut captures = 0;
-        for (table, _, condition) in TABLES {
-            let condition = condition.replace('$', &key.to_string());
-            let sql = format!("DELETE FROM {table} WHERE {condition}");
-            let gone = self.source.execute(&sql, &[]);
-            let gone = self.source.run_for(COPY_LIMIT, Effect::None, gone).await?;
-            if table == "captures" {
-                captures = gone;
-            }
-        }
-        const LEAVE: &str = "
-            WITH loads AS (DELETE FROM backlog WHERE integration = $1)
-            UPDATE integrations SET state = 'moved', spec = NULL, etag = NULL, revision = 0
-            WHERE key = $1";
-        self.source.count(Effect::None, LEAVE, &[&key]).await?;
-        let committed = self.source.batch_execute("COMMIT");
-        self.source.commit(Effect::Commit, committed).await?;
-        Ok(captures)
-    }
 }
+
+const COUNT: &str = "
+    SELECT (SELECT count(*) FROM captures WHERE integration = $)
+        + (SELECT count(*) FROM queue WHERE lane >= $ * 8 AND lane < ($ + 1) * 8)
+        + (SELECT count(*) FROM dead_letters WHERE integration = $)";
+
+const ARRIVE: &str = "
+    WITH gone AS (DELETE FROM backlog WHERE integration = $ AND relay <> 0)
+    INSERT INTO backlog (integration, relay, slot, events, bytes)
+    SELECT $, 0, 0, count(identify) + count(track),
+        coalesce(sum(CASE WHEN identify IS NULL THEN 0 ELSE identify_bytes END
+            + CASE WHEN track IS NULL THEN 0 ELSE track_bytes END), 0)
+    FROM queue WHERE lane >= $ * 8 AND lane < ($ + 1) * 8
+    ON CONFLICT (integration, relay, slot) DO UPDATE
+    SET events = excluded.events, bytes = excluded.bytes";

@@ -1,30 +1,33 @@
 //! The schema: numbered migrations, each in a transaction of its own, one process at a time.
 
-use std::sync::Arc;
+use std::{sync::Arc, time::Duration};
 
+use tokio_postgres::error::SqlState;
 use zeroize::Zeroizing;
 
 use super::{
     PostgresConnection, PostgresError,
-    connect::{Connection, Connector},
-    error::Effect,
+    connect::Connector,
+    error::{Effect, in_database},
+    sql::Connection,
 };
 use crate::{
     outbox::OutboxError,
     vault::{Vault, random},
 };
 
+/// The text of each migration, from version 1 on.
+const MIGRATIONS: [&str; VERSION as usize] = [include_str!("schema/0001_outbox.sql")];
 /// The schema version that this relay reads and writes.
-pub(super) const VERSION: i32 = 1;
+const VERSION: i32 = 1;
 /// Databases of one outbox: sequences advance by as many.
-pub(super) const MAX_DATABASES: usize = 64;
+const MAX_DATABASES: i16 = 64;
 /// Oldest server, as `server_version_num` has it.
 const MIN_SERVER: i32 = 140_000;
 /// What the index key is sealed for.
 const INDEX_KEY_PLACE: &str = "postgres/index-key";
-
-/// The text of each migration, from version 1 on.
-const MIGRATIONS: [&str; VERSION as usize] = [include_str!("schema/0001_outbox.sql")];
+/// Longest migration of one version.
+const MIGRATION_LIMIT: Duration = Duration::from_secs(3_600);
 
 /// What [`init`] changed of a database.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -61,7 +64,7 @@ pub(super) struct Identity {
     /// The number among the databases of the outbox.
     pub(super) number: i16,
     /// The sealed key of blinded values.
-    pub(super) index_key: Vec<u8>,
+    index_key: Vec<u8>,
 }
 
 /// Makes or migrates the schema in each database.
@@ -72,60 +75,59 @@ pub async fn init(
     connection: &PostgresConnection,
     vault: &Arc<Vault>,
 ) -> Result<Vec<InitReport>, PostgresError> {
-    let connectors = (0..connection.urls.len()).map(|place| Connector::new(connection, place));
-    let connectors = connectors.collect::<Result<Vec<_>, _>>()?;
-    let (mut taken, mut index_key) = (Vec::new(), None);
-    for (place, connector) in connectors.iter().enumerate() {
+    let (mut taken, mut index_key, mut databases) = (Vec::new(), None, Vec::new());
+    for place in 0..connection.urls.len() {
+        let connector = Connector::new(connection, place)?;
         let found = in_database(place, connector.get().await)?;
-        if let Some(identity) = in_database(place, identity(&found).await)? {
+        if in_database(place, version(&found).await)? > 0 {
+            let identity = in_database(place, identity(&found).await)?;
             taken.push(identity.number);
             index_key = index_key.or(Some(open_index_key(place, vault, &identity)?));
         }
+        databases.push(found);
     }
     let index_key = match index_key {
         Some(key) => key,
         None => Zeroizing::new(random::<32>()?),
     };
-    let mut reports = Vec::with_capacity(connectors.len());
-    for (place, connector) in connectors.iter().enumerate() {
-        let connection = in_database(place, connector.get().await)?;
+    let mut reports = Vec::with_capacity(databases.len());
+    for (place, database) in databases.iter().enumerate() {
         // Of a database that has its schema it is not asked for.
-        let free = (0..MAX_DATABASES as i16).find(|number| !taken.contains(number));
-        let number = free.unwrap_or_default();
+        let number = (0..MAX_DATABASES).find(|number| !taken.contains(number));
+        let number = number.unwrap_or_default();
         let sealed = vault.seal(INDEX_KEY_PLACE, index_key.as_slice())?;
-        let migrated = migrate(&connection, number, &sealed).await;
-        let (change, version) = in_database(place, migrated)?;
-        if version > VERSION {
-            return Err(PostgresError::SchemaNewer(place, version, VERSION));
-        }
+        let before = in_database(place, version(database).await)?;
+        let after = migrate(database, before, number, &sealed).await;
+        let change = match (before, in_database(place, after)?) {
+            (_, newer) if newer > VERSION => {
+                return Err(PostgresError::SchemaNewer(place, newer, VERSION));
+            }
+            (0, _) => SchemaChange::Made,
+            (from, to) if from < to => SchemaChange::Migrated { from, to },
+            _ => SchemaChange::UpToDate,
+        };
         if change == SchemaChange::Made {
             taken.push(number);
         }
-        reports.push(InitReport {
-            database: format!("database {place}"),
-            change,
-        });
+        let database = format!("database {place}");
+        reports.push(InitReport { database, change });
     }
     Ok(reports)
 }
 
-fn in_database<T>(database: usize, done: Result<T, OutboxError>) -> Result<T, PostgresError> {
-    done.map_err(|source| PostgresError::Database { database, source })
-}
-
-/// Brings the schema to [`VERSION`]; returns the version that is there then.
+/// Brings the schema from a version to [`VERSION`]; returns the version that is there then.
 async fn migrate(
     connection: &Connection,
+    from: i32,
     number: i16,
     sealed_key: &[u8],
-) -> Result<(SchemaChange, i32), OutboxError> {
-    let first = if number == 0 {
-        MAX_DATABASES as i64
-    } else {
-        number.into()
-    };
-    let before = version(connection).await?;
-    let mut at = before;
+) -> Result<i32, OutboxError> {
+    const SETTINGS: &str = "
+        INSERT INTO settings (name, value)
+        VALUES ('number', $1), ('store', $2), ('index_key', $3)";
+    let first = if number == 0 { MAX_DATABASES } else { number };
+    let (number, store) = (number.to_be_bytes(), fastrand::u128(..).to_be_bytes());
+    let mut at = from;
     while let Some(sql) = usize::try_from(at).ok().and_then(|at| MIGRATIONS.get(at)) {
         let next = at + 1;
         // Another process may have been faster: it holds the lock until it is done.
@@ -143,70 +145,48 @@ async fn migrate(
         let applied = async {
             connection.batch_execute(&sql).await?;
             if next == 1 {
-                let values: [(&str, &[u8]); 3] = [
-                    ("number", &number.to_be_bytes()),
-                    ("store", &fastrand::u128(..).to_be_bytes()),
-                    ("index_key", sealed_key),
-                ];
-                for (name, value) in values {
-                    let sql = "INSERT INTO settings (name, value) VALUES ($1, $2)";
-                    connection.execute(sql, &[&name, &value]).await?;
-                }
+                let values: [&(dyn tokio_postgres::types::ToSql + Sync); 3] =
+                    [&number.as_slice(), &store.as_slice(), &sealed_key];
+                connection.execute(SETTINGS, &values).await?;
             }
             connection.batch_execute("COMMIT").await
         };
-        let applied = tokio::time::timeout(MIGRATION_LIMIT, applied).await;
-        match applied {
-            Ok(Ok(())) => {}
-            Ok(Err(error)) if is_concurrent(&error) => {
+        let applied = async {
+            let done = applied.await;
+            if done.is_err() {
                 let _ = connection.batch_execute("ROLLBACK").await;
             }
-            Ok(Err(error)) => {
-                let _ = connection.batch_execute("ROLLBACK").await;
-                return Err(Effect::None.failed(&error));
+            match done {
+                Err(error) if is_concurrent(&error) => Ok(()),
+                done => done,
             }
-            Err(_) => return Err(Effect::Commit.timed_out()),
-        }
+        };
+        connection
+            .run_for(MIGRATION_LIMIT, Effect::Commit, applied)
+            .await?;
         at = version(connection).await?;
         if at < next {
-            return Err(OutboxError::Unavailable(
-                "a migration was undone".to_owned(),
-            ));
+            let text = "a migration was undone".to_owned();
+            return Err(OutboxError::Unavailable(text));
         }
     }
-    let change = match before {
-        0 if at > 0 => SchemaChange::Made,
-        before if before < at => SchemaChange::Migrated {
-            from: before,
-            to: at,
-        },
-        _ => SchemaChange::UpToDate,
-    };
-    Ok((change, at))
+    Ok(at)
 }
-
-/// Longest migration of one version.
-const MIGRATION_LIMIT: std::time::Duration = std::time::Duration::from_secs(3_600);
 
 /// Whether another process applied the same migration at the same time.
 fn is_concurrent(error: &tokio_postgres::Error) -> bool {
-    use tokio_postgres::error::SqlState;
     let concurrent = [SqlState::UNIQUE_VIOLATION, SqlState::DUPLICATE_TABLE];
     error.code().is_some_and(|code| concurrent.contains(code))
 }
 
 /// The schema's version; 0 where there is none.
 pub(super) async fn version(connection: &Connection) -> Result<i32, OutboxError> {
-    let sql = "SELECT to_regclass('schema_migrations') IS NOT NULL";
-    let exists = connection.run(Effect::None, connection.query_one(sql, &[]));
-    if !exists.await?.get::<_, bool>(0) {
+    const EXISTS: &str = "SELECT to_regclass('schema_migrations') IS NOT NULL";
+    const VERSION: &str = "SELECT coalesce(max(version), 0) FROM schema_migrations";
+    if !connection.row(EXISTS, &[]).await?.get::<_, bool>(0) {
         return Ok(0);
     }
-    let sql = "SELECT coalesce(max(version), 0) FROM schema_migrations";
-    let row = connection
-        .run(Effect::None, connection.query_one(sql, &[]))
-        .await?;
-    Ok(row.get(0))
+    Ok(connection.row(VERSION, &[]).await?.get(0))
 }
 
 /// Takes the key of an embedded outbox whose captures are to be moved here, unless the
@@ -230,39 +210,32 @@ pub(super) async fn adopt_index_key(
         let sealed = vault.seal(INDEX_KEY_PLACE, key)?;
         // With another identity, relays that run notice it.
         let store = fastrand::u128(..).to_be_bytes().to_vec();
-        let adopted = found.count(Effect::Commit, ADOPT, &[&sealed, &store]).await;
+        let adopted = found.apply(ADOPT, &[&sealed, &store]).await;
         if in_database(place, adopted)? == 0 {
-            return Err(PostgresError::Misfit(
-                place,
-                "it holds captures of another origin, whose ids and people are blinded with \
-                 another key; let the embedded outbox be drained by its own relay instead"
-                    .to_owned(),
-            ));
+            let text = "it holds captures of another origin, whose ids and people are blinded \
+                        with another key; let the embedded outbox be drained by its own relay \
+                        instead";
+            return Err(PostgresError::Misfit(place, text.to_owned()));
         }
     }
     Ok(())
 }
 
-/// What the database says of itself; `None` where it has no schema yet.
-pub(super) async fn identity(connection: &Connection) -> Result<Option<Identity>, OutboxError> {
-    if version(connection).await? == 0 {
-        return Ok(None);
-    }
+/// What a database with a schema says of itself.
+async fn identity(connection: &Connection) -> Result<Identity, OutboxError> {
     const SQL: &str = "
         SELECT (SELECT system_identifier FROM pg_control_system()),
             (SELECT value FROM settings WHERE name = 'store'),
             (SELECT value FROM settings WHERE name = 'number'),
             (SELECT value FROM settings WHERE name = 'index_key')";
-    let row = connection
-        .run(Effect::None, connection.query_one(SQL, &[]))
-        .await?;
+    let row = connection.row(SQL, &[]).await?;
     let number: &[u8] = row.get(2);
-    Ok(Some(Identity {
+    Ok(Identity {
         system: row.get(0),
         store: row.get(1),
         number: number.try_into().map_or(0, i16::from_be_bytes),
         index_key: row.get(3),
-    }))
+    })
 }
 
 /// The key of blinded values.
@@ -287,8 +260,7 @@ pub(super) async fn check(
     const SQL: &str = "
         SELECT current_setting('server_version_num')::int4, pg_is_in_recovery(),
             current_setting('synchronous_standby_names'), current_setting('fsync')";
-    let asked = connection.run(Effect::None, connection.query_one(SQL, &[]));
-    let row = in_database(place, asked.await)?;
+    let row = in_database(place, connection.row(SQL, &[]).await)?;
     let (server, standby): (i32, &str) = (row.get(0), row.get(2));
     let misfit = |text: &str| Err(PostgresError::Misfit(place, text.to_owned()));
     if server < MIN_SERVER {
@@ -302,15 +274,12 @@ pub(super) async fn check(
             "synchronous_standby_names is empty, and [postgres] require_synchronous_standby is set",
         );
     }
-    let found = in_database(place, version(connection).await)?;
-    if found < VERSION {
-        return Err(PostgresError::Schema(place, found, VERSION));
-    }
-    if found > VERSION {
-        return Err(PostgresError::SchemaNewer(place, found, VERSION));
+    match in_database(place, version(connection).await)? {
+        VERSION => {}
+        older if older < VERSION => return Err(PostgresError::Schema(place, older, VERSION)),
+        newer => return Err(PostgresError::SchemaNewer(place, newer, VERSION)),
     }
     let identity = in_database(place, identity(connection).await)?;
-    let identity = identity.ok_or(PostgresError::Schema(place, 0, VERSION))?;
     tracing::info!(
         database = place,
         server,

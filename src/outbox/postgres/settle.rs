@@ -2,14 +2,12 @@
 
 use std::{collections::HashSet, sync::Arc};
 
-use futures_util::future::join4;
-
 use super::{
-    connect::Connection,
     counts::Load,
-    database::{Database, Session, key_of},
-    error::Effect,
-    row::event_number,
+    database::{Database, key_of},
+    news::Changed,
+    row::{bit, bits},
+    sql::{Arguments, Columns, Part, arguments, columns},
 };
 use crate::{
     event::EventType,
@@ -21,148 +19,71 @@ use crate::{
     time::UnixMillis,
 };
 
-/// A settlement as arrays, one element per capture.
-#[derive(Default)]
-struct Columns {
-    seqs: Vec<i64>,
-    identify: Vec<Option<Vec<u8>>>,
-    track: Vec<Option<Vec<u8>>>,
-    attempts: Vec<Vec<u8>>,
-    /// Events that are final now: bit 0 identify, bit 1 track.
-    done: Vec<i16>,
-    /// Those of them that are dead letters.
-    dead: Vec<i16>,
-    reasons: Vec<i32>,
-}
-
-impl Columns {
-    fn add(&mut self, settled: &SettledCapture) {
-        let status = |event: EventType| {
-            let changed = settled.changed.contains(event);
-            changed.then(|| encode_status(settled.record.event(event)))
-        };
-        let (mut done, mut dead, mut reason) = (0, 0, 0);
-        for event in settled.changed.iter() {
-            let state = settled.record.event(event).state;
-            if state.is_final() {
-                done |= event_number(event);
-            }
-            if let State::DeadLettered { reason: why, .. } = state {
-                (dead, reason) = (dead | event_number(event), i32::from(why));
-            }
-        }
-        self.seqs.push(settled.sequence);
-        self.identify.push(status(EventType::Identify));
-        self.track.push(status(EventType::Track));
-        self.attempts
-            .push(encode_attempts(&settled.record.attempts));
-        self.done.push(done);
-        self.dead.push(dead);
-        self.reasons.push(reason);
-    }
-}
-
 impl Database {
     pub(super) async fn settle(&self, settlement: &Settlement) -> Result<(), OutboxError> {
         let session = self.session()?;
         let lane = session.lane(&settlement.lane);
-        let held = lane.and_then(|lane| session.held().get(&lane).copied());
+        let held = lane.and_then(|lane| Some((lane, session.held().get(&lane)?.fence)));
         // Without a lease the outcome is not ours to note: the next holder sends again.
-        let (Some(lane), Some(held)) = (lane, held) else {
+        let Some((lane, fence)) = held else {
             return Ok(());
         };
-        let mut columns = Columns::default();
-        for capture in &settlement.captures {
-            columns.add(capture);
+        let call = self.call().await?;
+        let rows = columns!(settlement.captures, one =>
+            one.sequence, status(one, EventType::Identify), status(one, EventType::Track),
+            encode_attempts(&one.record.attempts), bits(final_events(one)),
+            dead(one).0, dead(one).1);
+        let (key, now) = (key_of(lane), UnixMillis::now());
+        let mut arguments = arguments(&rows);
+        arguments.extend_from_slice(&[&lane, &session.relay, &fence, &key, &now.0]);
+        let statements: [(&str, Arguments<'_>); 2] = [
+            (FREE, &[&lane, &session.relay, &fence]),
+            (SETTLE, &arguments),
+        ];
+        // A repetition changes nothing more.
+        let answers = call.transact(Part::Whole, &statements).await?;
+        let mut freed = Load::default();
+        for row in &answers[1] {
+            freed += Load::of(row, 1);
         }
-        let connection = self.connection().await?;
-        let settled = self
-            .write(&session, &connection, (lane, held.fence), &columns)
-            .await?;
-        if settled.is_empty() && !settlement.captures.is_empty() {
+        self.counts().add(key, freed.negated());
+        if answers[1].is_empty() && !settlement.captures.is_empty() {
             tracing::warn!(lane = %settlement.lane, "the lease was lost; nothing was settled");
         }
-        self.announce_settled(&session, settlement, &settled);
+        let settled: HashSet<i64> = answers[1].iter().map(|row| row.get(0)).collect();
+        let captures = settlement.captures.iter();
+        let changed = captures.filter(|one| settled.contains(&one.sequence));
+        let changed = changed.map(|one| (one.sequence, Arc::clone(&one.record), one.changed));
+        call.tell_changes(changed.collect(), now);
         Ok(())
-    }
-
-    /// Returns the captures that still waited.
-    async fn write(
-        &self,
-        session: &Session,
-        connection: &Connection,
-        (lane, fence): (i64, i64),
-        columns: &Columns,
-    ) -> Result<HashSet<i64>, OutboxError> {
-        let free = connection.prepared(FREE).await?;
-        let settle = connection.prepared(SETTLE).await?;
-        let now = UnixMillis::now().0;
-        let key = key_of(lane);
-        let work = async {
-            let (begun, freed, settled, committed) = join4(
-                connection.batch_execute("BEGIN"),
-                connection.execute(&free, &[&lane, &session.relay, &fence]),
-                connection.query(
-                    &settle,
-                    &[
-                        &lane,
-                        &session.relay,
-                        &fence,
-                        &columns.seqs,
-                        &columns.identify,
-                        &columns.track,
-                        &columns.attempts,
-                        &columns.done,
-                        &columns.dead,
-                        &columns.reasons,
-                        &key,
-                        &now,
-                    ],
-                ),
-                connection.batch_execute("COMMIT"),
-            )
-            .await;
-            begun?;
-            freed?;
-            committed?;
-            settled
-        };
-        // A repetition changes nothing more.
-        let rows = connection.run(Effect::Commit, work).await?;
-        let mut freed = Load::default();
-        for row in &rows {
-            freed.add(Load {
-                events: -row.get::<_, i64>(1),
-                bytes: -row.get::<_, i64>(2),
-            });
-        }
-        let mut counts = self.counts();
-        let mut sum = counts.of(key);
-        sum.add(freed);
-        counts.set(key, sum);
-        Ok(rows.iter().map(|row| row.get(0)).collect())
-    }
-
-    fn announce_settled(&self, session: &Session, settlement: &Settlement, seqs: &HashSet<i64>) {
-        let now = UnixMillis::now();
-        let settled = settlement.captures.iter();
-        let settled = settled.filter(|capture| seqs.contains(&capture.sequence));
-        let changes: Vec<_> = settled
-            .map(|one| (one.sequence, Arc::clone(&one.record), one.changed))
-            .collect();
-        self.tell_changes(session, changes, now);
     }
 }
 
-/// One change of a capture: its sequence, its record from now on, the changed events.
-pub(super) type Changed = (i64, Arc<crate::status::CaptureRecord>, EventSet);
+fn status(settled: &SettledCapture, event: EventType) -> Option<Vec<u8>> {
+    let changed = settled.changed.contains(event);
+    changed.then(|| encode_status(settled.record.event(event)))
+}
 
-/// The statuses of one event of changed captures, as they are stored.
-pub(super) fn statuses(changes: &[Changed], event: EventType) -> Vec<Vec<u8>> {
-    let records = changes.iter().map(|(_, record, _)| record);
-    records
-        .map(|record| encode_status(record.event(event)))
-        .collect()
+fn final_events(settled: &SettledCapture) -> EventSet {
+    let is_final = |event: &EventType| settled.record.event(*event).state.is_final();
+    settled.changed.iter().filter(is_final).collect()
+}
+
+/// The events that are dead letters now, as bits, and their reason.
+fn dead(settled: &SettledCapture) -> (i16, i32) {
+    let (mut dead, mut reason) = (0, 0);
+    for event in settled.changed.iter() {
+        if let State::DeadLettered { reason: why, .. } = settled.record.event(event).state {
+            (dead, reason) = (dead | bit(event), why.into());
+        }
+    }
+    (dead, reason)
+}
+
+/// Changed records as columns: sequence, status of identify, status of track.
+pub(super) fn records(changes: &[Changed]) -> Columns<'_> {
+    columns!(changes, one =>
+        one.0, encode_status(&one.1.identify), encode_status(&one.1.track))
 }
 
 /// Locks the lane: the next statement sees what was settled, erased and replayed before.
@@ -180,19 +101,19 @@ const SETTLE: &str = "
             q.identify_bytes, q.track_bytes,
             (q.identify IS NOT NULL AND i.done & 1 <> 0)::int4 AS identify_over,
             (q.track IS NOT NULL AND i.done & 2 <> 0)::int4 AS track_over
-        FROM unnest($4::int8[], $5::bytea[], $6::bytea[], $7::bytea[], $8::int2[], $9::int2[],
-                $10::int4[]) AS i (seq, identify, track, attempts, done, dead, reason)
-        JOIN queue q ON q.lane = $1 AND q.replayed IN (false, true) AND q.seq = i.seq
-        WHERE EXISTS (SELECT 1 FROM lanes WHERE lane = $1 AND holder = $2 AND fence = $3)
+        FROM unnest($1::int8[], $2::bytea[], $3::bytea[], $4::bytea[], $5::int2[], $6::int2[],
+                $7::int4[]) AS i (seq, identify, track, attempts, done, dead, reason)
+        JOIN queue q ON q.lane = $8 AND q.replayed IN (false, true) AND q.seq = i.seq
+        WHERE EXISTS (SELECT 1 FROM lanes WHERE lane = $8 AND holder = $9 AND fence = $10)
     ), gone AS (
         DELETE FROM queue q USING before b
-        WHERE q.lane = $1 AND q.replayed = b.replayed AND q.seq = b.seq AND b.is_over
+        WHERE q.lane = $8 AND q.replayed = b.replayed AND q.seq = b.seq AND b.is_over
     ), kept AS (
         UPDATE queue q SET
             identify = CASE WHEN b.done & 1 = 0 THEN q.identify END,
             track = CASE WHEN b.done & 2 = 0 THEN q.track END
         FROM before b
-        WHERE q.lane = $1 AND q.replayed = b.replayed AND q.seq = b.seq
+        WHERE q.lane = $8 AND q.replayed = b.replayed AND q.seq = b.seq
             AND b.done <> 0 AND NOT b.is_over
     ), letters AS (
         INSERT INTO dead_letters (integration, seq, event, reason, dead_millis, accept_millis,
@@ -209,7 +130,7 @@ const SETTLE: &str = "
         FROM before b WHERE c.seq = b.seq
     ), counted AS (
         INSERT INTO backlog (integration, relay, slot, events, bytes)
-        SELECT $11, $2, 1 + $1 % 8, -sum(identify_over + track_over),
+        SELECT $11, $9, 1 + $8 % 8, -sum(identify_over + track_over),
             -sum(identify_over * identify_bytes::int8 + track_over * track_bytes::int8)
         FROM before HAVING sum(identify_over + track_over) > 0
         ON CONFLICT (integration, relay, slot) DO UPDATE

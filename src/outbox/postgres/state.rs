@@ -1,20 +1,14 @@
-//! Integrations, receipts of erasures, notices.
-
-use futures_util::future::join3;
-use tokio_postgres::types::ToSql;
+//! Integrations, single captures, the backlog, configuration files, notices.
 
 use super::{
-    READ,
-    accept::id_of,
-    database::Database,
-    error::Effect,
-    row::{RECORD_COLUMNS, record_of},
+    accept::key_of_id,
+    database::{Database, LANES},
+    row::{RECORD_COLUMNS, RECORDS, id_of, record_of},
 };
 use crate::{
     integration::{IntegrationId, revision_number},
     notice::Notice,
     outbox::{Backlog, Claim, OutboxError, StoredIntegration},
-    proto::ErasureReceipt,
     status::CaptureRecord,
     time::UnixMillis,
 };
@@ -28,11 +22,11 @@ impl Database {
         const SQL: &str = "
             SELECT key, integration_id, spec, revision FROM integrations
             WHERE spec IS NOT NULL AND state = 'active' ORDER BY integration_id";
-        let session = self.session()?;
-        let connection = self.connection().await?;
-        let rows = connection.rows(READ, SQL, &[]).await?;
+        let call = self.call().await?;
+        let session = &call.session;
+        let rows = call.rows(SQL, &[]).await?;
         let specs = rows.iter().map(|row| {
-            session.learn(row.get(0), row.get(1))?;
+            session.learn(&id_of(row, 1)?, row.get(0));
             session.sealing.open_integration(row.get(1), row.get(2))
         });
         let specs = specs.collect::<Result<Vec<_>, _>>()?;
@@ -47,20 +41,21 @@ impl Database {
         id: &IntegrationId,
     ) -> Result<Option<Option<StoredIntegration>>, OutboxError> {
         const SQL: &str = "
-            SELECT key, spec, revision FROM integrations WHERE integration_id = $1 AND state <> 'moved'";
-        let session = self.session()?;
-        let connection = self.connection().await?;
-        let Some(row) = connection.optional(READ, SQL, &[&id.as_str()]).await? else {
+            SELECT key, spec, revision FROM integrations
+            WHERE integration_id = $1 AND state <> 'moved'";
+        let call = self.call().await?;
+        let Some(row) = call.optional(SQL, &[&id.as_str()]).await? else {
             return Ok(None);
         };
-        session.learn(row.get(0), id.as_str())?;
-        session.note_revision(row.get(0), row.get(2));
+        call.session.learn(id, row.get(0));
+        call.session.note_revision(row.get(0), row.get(2));
         let spec: Option<&[u8]> = row.get(1);
-        let open = |sealed| session.sealing.open_integration(id.as_str(), sealed);
+        let open = |sealed| call.session.sealing.open_integration(id.as_str(), sealed);
         Ok(Some(spec.map(open).transpose()?))
     }
 
-    /// Stores an integration, or removes it, in the place of the one with this etag.
+    /// Stores an integration, or removes it, in the place of the one with this etag. One of a
+    /// configuration file, `claimed` its version, only for the relays that have the newest file.
     pub(super) async fn replace_integration(
         &self,
         id: &IntegrationId,
@@ -68,35 +63,32 @@ impl Database {
         replaces: Option<&str>,
         claimed: Option<i64>,
     ) -> Result<(), OutboxError> {
-        // An integration of the file only for the relays that have the newest file.
         const SQL: &str = "
             WITH counted AS (UPDATE integration_changes SET count = count + 1)
             UPDATE integrations SET spec = $2, etag = $3, revision = $4
             WHERE integration_id = $1 AND state = 'active' AND etag IS NOT DISTINCT FROM $5
                 AND ($6::int8 IS NULL OR (SELECT version FROM configuration) <= $6)";
-        let session = self.session()?;
-        let connection = self.connection().await?;
-        self.keys(&session, &connection, &[id]).await?;
+        let call = self.call().await?;
+        call.make_keys(&[id]).await?;
+        let session = &call.session;
         let sealed = new.map(|spec| session.sealing.integration(spec));
         let sealed = sealed.transpose()?;
         let etag = new.map(|spec| spec.etag.as_str());
         let revision = etag.map_or(0, revision_number).cast_signed();
-        match connection
-            .count(
-                Effect::Commit,
+        let name = id.as_str();
+        let changed = call
+            .apply(
                 SQL,
-                &[&id.as_str(), &sealed, &etag, &revision, &replaces, &claimed],
+                &[&name, &sealed, &etag, &revision, &replaces, &claimed],
             )
-            .await?
-        {
-            0 => Err(OutboxError::Changed(id.clone())),
-            _ => {
-                if let Some(key) = session.key(id) {
-                    session.note_revision(key, revision);
-                }
-                Ok(())
-            }
+            .await?;
+        if changed == 0 {
+            return Err(OutboxError::Changed(id.clone()));
         }
+        if let Some(key) = session.key(id) {
+            session.note_revision(key, revision);
+        }
+        Ok(())
     }
 
     /// The record of a capture.
@@ -105,20 +97,15 @@ impl Database {
         id: &IntegrationId,
         capture_id: &str,
     ) -> Result<Option<CaptureRecord>, OutboxError> {
-        let session = self.session()?;
-        let connection = self.connection().await?;
-        self.find_keys(&session, &connection, &[id]).await?;
-        let Some(key) = session.key(id) else {
+        let call = self.call().await?;
+        let Some(key) = call.key(id).await? else {
             return Ok(None);
         };
         let sql = format!(
-            "SELECT {RECORD_COLUMNS} FROM captures c WHERE c.integration = $1 AND c.id = $2"
+            "SELECT {RECORD_COLUMNS} FROM {RECORDS} WHERE c.integration = $1 AND c.id = $2"
         );
-        let capture_id = id_of(capture_id);
-        let row = connection
-            .optional(READ, &sql, &[&key, &capture_id])
-            .await?;
-        row.map(|row| record_of(id.clone(), &row, 0)).transpose()
+        let row = call.optional(&sql, &[&key, &key_of_id(capture_id)]).await?;
+        row.map(|row| record_of(&row, 0)).transpose()
     }
 
     /// Compares a relay's configuration file with the newest one; stores one that is not older.
@@ -133,19 +120,22 @@ impl Database {
             WHERE version < $1 OR (version = $1 AND (digest = $2 OR NOT EXISTS (
                 SELECT 1 FROM relays WHERE relay <> $3 AND expires > clock_timestamp())))";
         const STORED: &str = "SELECT version FROM configuration";
-        let session = self.session()?;
-        let connection = self.connection().await?;
-        let digest = uuid::Uuid::from_bytes(session.sealing.digest(digest));
-        let parameters: [&(dyn ToSql + Sync); 3] = [&version, &digest, &session.relay];
-        if connection.count(Effect::Commit, CLAIM, &parameters).await? > 0 {
+        let call = self.call().await?;
+        let digest = uuid::Uuid::from_bytes(call.session.sealing.digest(digest));
+        if call
+            .apply(CLAIM, &[&version, &digest, &call.session.relay])
+            .await?
+            > 0
+        {
             return Ok(Claim::Apply);
         }
-        let stored: i64 = connection.row(READ, STORED, &[]).await?.get(0);
-        if stored > version {
-            let stored = stored.cast_unsigned();
-            return Ok(Claim::Older { stored });
-        }
-        Ok(Claim::Conflict)
+        let stored: i64 = call.row(STORED, &[]).await?.get(0);
+        Ok(match stored > version {
+            true => Claim::Older {
+                stored: stored.cast_unsigned(),
+            },
+            false => Claim::Conflict,
+        })
     }
 
     /// What waits for an integration.
@@ -153,61 +143,26 @@ impl Database {
         const SUM: &str = "
             SELECT coalesce(sum(events), 0)::int8, coalesce(sum(bytes), 0)::int8
             FROM backlog WHERE integration = $1";
-        const OLDEST: &str = "
-            SELECT count(*), min(c.queue_millis)
-            FROM lanes l, LATERAL (
-                (SELECT seq FROM queue WHERE lane = l.lane AND NOT replayed ORDER BY seq LIMIT 1)
-                UNION ALL
-                (SELECT seq FROM queue WHERE lane = l.lane AND replayed ORDER BY seq LIMIT 1)
-            ) AS q JOIN captures c ON c.seq = q.seq
-            WHERE l.lane >= $1::int8 * 8 AND l.lane < ($1::int8 + 1) * 8";
-        const LANES: &str = "
-            SELECT count(*) FROM lanes l WHERE l.lane >= $1::int8 * 8 AND l.lane < ($1::int8 + 1) * 8
-                AND EXISTS (SELECT 1 FROM queue q WHERE q.lane = l.lane)";
-        let session = self.session()?;
-        let connection = self.connection().await?;
-        self.find_keys(&session, &connection, &[id]).await?;
-        let Some(key) = session.key(id) else {
+        // The first live and the first replayed capture of each lane.
+        const LANES_AND_OLDEST: &str = "
+            SELECT count(DISTINCT q.lane), min(c.queue_millis)
+            FROM generate_series($1::int8 * $2, $1 * $2 + $2 - 1) AS l (lane),
+                (VALUES (false), (true)) AS r (replayed),
+                LATERAL (SELECT * FROM queue WHERE lane = l.lane AND replayed = r.replayed
+                    ORDER BY seq LIMIT 1) AS q JOIN captures c ON c.seq = q.seq";
+        let call = self.call().await?;
+        let Some(key) = call.key(id).await? else {
             return Ok(Backlog::default());
         };
-        let work = async {
-            let (sum, oldest, lanes) = join3(
-                connection.query_one(SUM, &[&key]),
-                connection.query_one(OLDEST, &[&key]),
-                connection.query_one(LANES, &[&key]),
-            )
-            .await;
-            Ok((sum?, oldest?, lanes?))
-        };
-        let (sum, oldest, lanes) = connection.run(READ, work).await?;
+        let sum = call.row(SUM, &[&key]).await?;
+        let lanes = call.row(LANES_AND_OLDEST, &[&key, &LANES]).await?;
         let number = |place: usize| u64::try_from(sum.get::<_, i64>(place)).unwrap_or(0);
         Ok(Backlog {
             lanes: u32::try_from(lanes.get::<_, i64>(0)).unwrap_or(u32::MAX),
             events: number(0),
             bytes: number(1),
-            oldest: oldest.get::<_, Option<i64>>(1).map(UnixMillis),
+            oldest: lanes.get::<_, Option<i64>>(1).map(UnixMillis),
         })
-    }
-
-    /// This database's parts of receipts before an id, newest first.
-    pub(super) async fn receipts(
-        &self,
-        before: Option<i64>,
-        limit: usize,
-    ) -> Result<Vec<(i64, ErasureReceipt)>, OutboxError> {
-        const SQL: &str = "
-            SELECT id, receipt FROM receipts WHERE id < $1 ORDER BY id DESC LIMIT $2";
-        let session = self.session()?;
-        let connection = self.connection().await?;
-        let before = before.unwrap_or(i64::MAX);
-        let limit = i64::try_from(limit).unwrap_or(i64::MAX);
-        let rows = connection.rows(READ, SQL, &[&before, &limit]).await?;
-        let receipts = rows.iter().map(|row| {
-            let id: i64 = row.get(0);
-            let receipt = session.sealing.open_receipt(&id.to_string(), row.get(1))?;
-            Ok((id, receipt))
-        });
-        receipts.collect()
     }
 
     pub(super) async fn put_notice(&self, notice: &Notice) -> Result<(), OutboxError> {
@@ -217,15 +172,11 @@ impl Database {
                     ORDER BY position DESC OFFSET $4 LIMIT 1)
             ) INSERT INTO notices (id, millis, body) VALUES ($1, $2, $3)
             ON CONFLICT (id) DO NOTHING";
-        let connection = self.connection().await?;
-        connection
-            .count(
-                Effect::Commit,
-                SQL,
-                &[&notice.id, &notice.time.0, &notice.body, &(MAX_NOTICES - 1)],
-            )
-            .await
-            .map(drop)
+        let Notice { id, time, body } = notice;
+        let call = self.call().await?;
+        call.apply(SQL, &[id, &time.0, body, &(MAX_NOTICES - 1)])
+            .await?;
+        Ok(())
     }
 
     /// The oldest notices, at the relay that sends them.
@@ -234,9 +185,8 @@ impl Database {
         if !self.session()?.prefers("notices") {
             return Ok(Vec::new());
         }
-        let connection = self.connection().await?;
         let limit = i64::try_from(limit).unwrap_or(i64::MAX);
-        let rows = connection.rows(READ, SQL, &[&limit]).await?;
+        let rows = self.call().await?.rows(SQL, &[&limit]).await?;
         let notices = rows.iter().map(|row| Notice {
             id: row.get(0),
             time: UnixMillis(row.get(1)),
@@ -246,10 +196,7 @@ impl Database {
     }
 
     pub(super) async fn delete_notice(&self, id: &str) -> Result<(), OutboxError> {
-        let connection = self.connection().await?;
-        connection
-            .count(Effect::Commit, "DELETE FROM notices WHERE id = $1", &[&id])
-            .await
-            .map(drop)
+        const SQL: &str = "DELETE FROM notices WHERE id = $1";
+        self.call().await?.apply(SQL, &[&id]).await.map(drop)
     }
 }

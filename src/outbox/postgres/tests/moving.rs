@@ -48,9 +48,8 @@ async fn an_integration_moves_with_all_it_has_while_relays_run() {
         .await;
     // An empty row of its name, as a stray capture leaves one, is neither source nor obstacle.
     let target = &outbox.databases[1 - from];
-    let (session, empty) = (target.session(), target.connection().await);
-    let (session, empty) = (session.expect("registered"), empty.expect("connected"));
-    target.keys(&session, &empty, &[&acme]).await.expect("made");
+    let call = target.call().await.expect("connected");
+    call.make_keys(&[&acme]).await.expect("made");
     let connection = rig.connection();
     let mut seen = (0, 0);
     let moved = move_integration(&connection, &rig.vault, &acme, 1 - from, |done, all| {

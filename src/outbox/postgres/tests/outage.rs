@@ -163,7 +163,7 @@ async fn captures_are_refused_without_room_and_what_waits_is_delivered_and_makes
         delivered += leased.len();
         settle(&outbox, leased, |_, _| Outcome::Delivered).await;
     }
-    let database = outbox.databases[0].connection().await.expect("connected");
+    let database = outbox.databases[0].call().await.expect("connected");
     database.batch_execute("VACUUM queue").await.expect("done");
     let receipt = Outbox::submit(&outbox, (stored..stored + 50).map(large).collect());
     let answers = receipt.await.expect("queued").wait().await.expect("stored");

@@ -174,7 +174,7 @@ async fn a_lease_keeps_its_own_length_and_whoever_lost_it_settles_nothing() {
     // It stands still: its heartbeats end, and another relay prefers its lanes.
     let database = &paused.databases[0];
     let relay = database.session().expect("registered").relay;
-    let connection = database.connection().await.expect("connected");
+    let connection = database.call().await.expect("connected");
     let gone = format!("UPDATE relays SET expires = now() - interval '1 s' WHERE relay = {relay}");
     let next = rig.relay().await;
     let taken = loop {
@@ -297,7 +297,7 @@ async fn what_is_older_than_ids_are_remembered_goes_and_what_waits_or_is_dead_st
     })
     .await;
     let database = Arc::clone(&outbox.databases[0]);
-    let connection = database.connection().await.expect("connected");
+    let connection = database.call().await.expect("connected");
     let aged = "UPDATE captures SET stored_at = now() - interval '2 hours'";
     connection.batch_execute(aged).await.expect("done");
     submit_one(&outbox, "acme", "new").await;
