@@ -174,6 +174,7 @@ fn spec_violations(spec: &proto::Integration) -> Vec<Violation> {
         create_time: UnixMillis(0),
         update_time: UnixMillis(0),
         read_only: true,
+        incarnation: 1,
     };
     Integration::new(spec, revision).err().unwrap_or_default()
 }

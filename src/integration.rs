@@ -32,12 +32,17 @@ pub const DEFAULT_EVENT_NAME: &str = "Survey Completed";
 /// Longest integration id, in bytes: the length of a DNS label (RFC 1035).
 const MAX_ID_BYTES: usize = 63;
 
-/// An integration's id: `[a-z0-9-]{1,63}`. Cheap to clone.
+/// An integration's id: a name, `[a-z0-9-]{1,63}`, and its incarnation, which counts the
+/// integrations that were created under that name. All that is stored, blinded or sent under
+/// an id belongs to one incarnation. Cheap to clone.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct IntegrationId(Arc<str>);
 
+/// Stands between name and incarnation where it is stored; the first one is the name alone.
+const INCARNATION_MARK: char = '@';
+
 impl IntegrationId {
-    /// Checks the form of an id.
+    /// The first incarnation of a name. Checks the form of the name.
     ///
     /// # Errors
     /// `None` where the form is wrong.
@@ -48,7 +53,43 @@ impl IntegrationId {
         valid.then(|| Self(id.into()))
     }
 
-    /// The id as text.
+    /// An id as [`IntegrationId::as_str`] gives it.
+    ///
+    /// # Errors
+    /// `None` where the form is wrong.
+    #[must_use]
+    pub fn stored(id: &str) -> Option<Self> {
+        let Some((name, number)) = id.split_once(INCARNATION_MARK) else {
+            return Self::new(id);
+        };
+        let number = number.parse().ok().filter(|number| *number > 1)?;
+        let id = Self::new(name)?.of_incarnation(number);
+        Some(id)
+    }
+
+    /// Another incarnation of the name; 0 is taken for the first.
+    #[must_use]
+    pub fn of_incarnation(&self, number: u32) -> Self {
+        match number {
+            0 | 1 => Self(self.name().into()),
+            _ => Self(format!("{}{INCARNATION_MARK}{number}", self.name()).into()),
+        }
+    }
+
+    /// Which of its name it is, from 1.
+    #[must_use]
+    pub fn incarnation(&self) -> u32 {
+        let number = self.0.split_once(INCARNATION_MARK);
+        number.map_or(1, |(_, number)| number.parse().unwrap_or(1))
+    }
+
+    /// The name, as callers know it.
+    #[must_use]
+    pub fn name(&self) -> &str {
+        self.0.split(INCARNATION_MARK).next().unwrap_or_default()
+    }
+
+    /// Name and incarnation, for the store and for hashes.
     #[must_use]
     pub fn as_str(&self) -> &str {
         &self.0
@@ -62,9 +103,10 @@ impl Borrow<str> for IntegrationId {
     }
 }
 
+/// Shows the name.
 impl fmt::Display for IntegrationId {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(&self.0)
+        f.write_str(self.name())
     }
 }
 
@@ -101,6 +143,8 @@ pub struct Revision {
     pub update_time: UnixMillis,
     /// Whether it comes from the configuration file.
     pub read_only: bool,
+    /// Which of its name it is, from 1.
+    pub incarnation: u32,
 }
 
 impl Revision {
@@ -178,7 +222,7 @@ impl Integration {
             return Err(found.or_ok(()).err().unwrap_or_default());
         };
         found.or_ok(Self {
-            id,
+            id: id.of_incarnation(revision.incarnation),
             display_name: spec.display_name.clone(),
             credentials,
             mappings,
@@ -241,7 +285,7 @@ impl Integration {
             })
         });
         proto::Integration {
-            integration_id: self.id.as_str().to_owned(),
+            integration_id: self.id.name().to_owned(),
             display_name: self.display_name.clone(),
             credentials: credentials.collect(),
             mappings: self
@@ -269,6 +313,7 @@ impl Integration {
             update_time: Some(self.revision.update_time.to_proto()),
             health: None,
             read_only: self.revision.read_only,
+            incarnation: self.id.incarnation(),
         }
     }
 

@@ -268,8 +268,9 @@ impl Labels {
 
     fn integration(&self, id: &IntegrationId) -> KeyValue {
         let mut known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
-        let has_one = known.contains(id) || (known.len() < self.most && known.insert(id.clone()));
-        let label = if has_one { id.as_str() } else { OTHER };
+        let has_one = known.contains(id.name())
+            || (known.len() < self.most && known.insert(id.of_incarnation(1)));
+        let label = if has_one { id.name() } else { OTHER };
         KeyValue::new("integration", label.to_owned())
     }
 }

@@ -60,7 +60,7 @@ impl Notice {
         time: UnixMillis,
     ) -> Self {
         let mut data = Map::new();
-        data.insert("integration_id".to_owned(), id.as_str().into());
+        data.insert("integration_id".to_owned(), id.name().into());
         for (name, fact) in facts {
             data.insert((*name).to_owned(), fact.clone());
         }

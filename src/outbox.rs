@@ -228,6 +228,12 @@ impl Receipt {
 /// An integration as it is stored: its specification with the write keys.
 pub type StoredIntegration = proto::Integration;
 
+/// The id of a stored integration; `None` where its name is damaged.
+pub(crate) fn stored_id(spec: &StoredIntegration) -> Option<IntegrationId> {
+    let name = IntegrationId::new(&spec.integration_id)?;
+    Some(name.of_incarnation(spec.incarnation))
+}
+
 /// Durable storage between those who accept captures and those who deliver them.
 pub trait Outbox: Send + Sync + 'static {
     /// Hands captures over in order; waits for a place in the bounded queue of
@@ -295,7 +301,8 @@ pub trait Outbox: Send + Sync + 'static {
     ) -> BoxFuture<'_, Result<DeadLetterCount, OutboxError>>;
 
     /// Queues a bounded number of the selected dead letters again, behind what
-    /// waits; returns how many. None are left when it returns 0.
+    /// waits; returns how many. None are left when it returns 0 but those of deleted
+    /// integrations, which are passed over.
     fn replay(
         &self,
         selection: Selection,
@@ -327,7 +334,8 @@ pub trait Outbox: Send + Sync + 'static {
     /// All stored integrations.
     fn integrations(&self) -> BoxFuture<'_, Result<Vec<StoredIntegration>, OutboxError>>;
 
-    /// One integration as it is stored at this moment, whoever has stored it.
+    /// The integration of a name as it is stored at this moment, whoever has stored it, in
+    /// whatever incarnation.
     fn integration(
         &self,
         id: &IntegrationId,
@@ -335,14 +343,16 @@ pub trait Outbox: Send + Sync + 'static {
         let id = id.clone();
         Box::pin(async move {
             let all = self.integrations().await?;
-            Ok(all
-                .into_iter()
-                .find(|one| one.integration_id == id.as_str()))
+            Ok(all.into_iter().find(|one| one.integration_id == id.name()))
         })
     }
 
-    /// Stores an integration in place of the one with the etag `replaces`; `None`: there is
-    /// none of its id.
+    /// The incarnation of the last integration of a name, also of a deleted one; 0 where there
+    /// was none.
+    fn last_incarnation(&self, name: &IntegrationId) -> BoxFuture<'_, Result<u32, OutboxError>>;
+
+    /// Stores an integration in place of the one with the etag `replaces`; `None`: there was
+    /// none of its id, in its incarnation.
     ///
     /// # Errors
     /// [`OutboxError::Changed`] where another relay may write and what is stored differs.
@@ -352,7 +362,7 @@ pub trait Outbox: Send + Sync + 'static {
         replaces: Option<String>,
     ) -> BoxFuture<'_, Result<(), OutboxError>>;
 
-    /// Removes the integration with the etag `replaces`.
+    /// Removes the integration with the etag `replaces`; that it was there is remembered.
     ///
     /// # Errors
     /// As [`Outbox::put_integration`].

@@ -69,7 +69,7 @@ impl Scope {
     pub fn holds(&self, id: &IntegrationId) -> bool {
         match self {
             Self::All => true,
-            Self::Only(ids) => ids.contains(id),
+            Self::Only(ids) => ids.contains(id.name()),
         }
     }
 

@@ -78,6 +78,7 @@ impl From<OutboxError> for RegistryError {
     }
 }
 
+/// By their names, as first incarnations.
 type Known = BTreeMap<IntegrationId, Arc<Integration>>;
 
 /// The integrations that the relay knows.
@@ -113,10 +114,10 @@ impl Registry {
         self.shared
     }
 
-    /// One integration.
+    /// One integration, in this incarnation.
     #[must_use]
     pub fn get(&self, id: &IntegrationId) -> Option<Arc<Integration>> {
-        self.named(id.as_str())
+        self.named(id.name()).filter(|found| found.id() == id)
     }
 
     /// One integration as the outbox has it now: another relay may have changed it.
@@ -127,14 +128,26 @@ impl Registry {
         &self,
         id: &IntegrationId,
     ) -> Result<Option<Arc<Integration>>, RegistryError> {
+        let found = self.confirm_name(id).await?;
+        Ok(found.filter(|found| found.id() == id))
+    }
+
+    /// The same, in whatever incarnation there is.
+    async fn confirm_name(
+        &self,
+        id: &IntegrationId,
+    ) -> Result<Option<Arc<Integration>>, RegistryError> {
         if !self.shared {
-            return Ok(self.get(id));
+            return Ok(self.named(id.name()));
         }
         let begun = self.reads_begun.load(Ordering::SeqCst);
         let mut reads = self.changing.lock().await;
         // A read that began after this call tells as much as another one would.
-        match reads.0.get(id) {
-            Some((number, ended)) if *number > begun => ended.clone().map(|()| self.get(id)),
+        let last = reads.0.get(id.name());
+        match last {
+            Some((number, ended)) if *number > begun => {
+                ended.clone().map(|()| self.named(id.name()))
+            }
             _ => self.read(id, &mut reads).await,
         }
     }
@@ -157,7 +170,7 @@ impl Registry {
     /// As [`Registry::find`].
     pub async fn find_stored(&self, id: &str) -> Result<Arc<Integration>, RegistryError> {
         let found = match IntegrationId::new(id) {
-            Some(id) => self.confirm(&id).await?,
+            Some(id) => self.confirm_name(&id).await?,
             None => None,
         };
         found.ok_or_else(|| not_found(id))
@@ -179,14 +192,18 @@ impl Registry {
             reads.0.clear();
         }
         let ended = found.as_ref().map(|_| ()).map_err(RegistryError::clone);
-        reads.0.insert(id.clone(), (number, ended));
+        reads.0.insert(id.of_incarnation(1), (number, ended));
         let found = found?;
+        let name = id.of_incarnation(1);
         let before = self.change(|known| match &found {
-            Some(found) => known.insert(id.clone(), Arc::clone(found)),
-            None => known.remove(id),
+            Some(found) => known.insert(name, Arc::clone(found)),
+            None => known.remove(&name),
         });
         if etag(before.as_ref()) != etag(found.as_ref()) {
-            self.wake_lanes_of(id);
+            before
+                .iter()
+                .chain(&found)
+                .for_each(|one| self.wake_lanes_of(one.id()));
         }
         Ok(found)
     }
@@ -253,12 +270,13 @@ impl Registry {
         let mut stored = BTreeMap::new();
         for spec in self.outbox.integrations().await? {
             let integration = restore_again(&spec)?;
-            stored.insert(integration.id().clone(), Arc::new(integration));
+            let name = integration.id().of_incarnation(1);
+            stored.insert(name, Arc::new(integration));
         }
-        let changed: Vec<IntegrationId> = self.change(|known| {
-            let ids: BTreeSet<_> = known.keys().chain(stored.keys()).cloned().collect();
-            let differs = |id: &IntegrationId| etag(known.get(id)) != etag(stored.get(id));
-            let changed = ids.into_iter().filter(differs).collect();
+        let changed: BTreeSet<IntegrationId> = self.change(|known| {
+            let all = known.iter().chain(&stored);
+            let changed = all.filter(|(name, _)| etag(known.get(*name)) != etag(stored.get(*name)));
+            let changed = changed.map(|(_, one)| one.id().clone()).collect();
             *known = stored;
             changed
         });
@@ -311,6 +329,7 @@ fn restore(stored: &proto::Integration) -> Result<Integration, RegistryError> {
             create_time: time(&stored.create_time),
             update_time: time(&stored.update_time),
             read_only: stored.read_only,
+            incarnation: stored.incarnation.max(1),
         },
     )
 }
@@ -327,13 +346,14 @@ fn new_etag() -> String {
     format!("{:016x}", fastrand::u64(..))
 }
 
-fn first_revision(now: UnixMillis, read_only: bool) -> Revision {
+fn first_revision(now: UnixMillis, read_only: bool, incarnation: u32) -> Revision {
     Revision {
         etag: new_etag(),
         mapping_version: 1,
         create_time: now,
         update_time: now,
         read_only,
+        incarnation,
     }
 }
 

@@ -230,6 +230,14 @@ async fn replay(args: &ChangeArgs, out: &mut impl Write) -> Result<u8, ClientErr
              messageId: one that had reached Segment unnoticed would show twice."
         )?;
     }
+    if dry.former_count > 0 {
+        writeln!(
+            out,
+            "{} dead letters are passed over: their integration was deleted, and they are never \
+             sent. They can be discarded.",
+            dry.former_count
+        )?;
+    }
     ask_for_yes(args, count, out)
 }
 

@@ -116,7 +116,7 @@ pub(super) fn check_access(caller: &Caller, id: &str) -> Result<(), RelayError> 
 /// Says on the call's span what it is about.
 pub(super) fn describe(integration: &IntegrationId, capture_id: &str) {
     Span::current()
-        .record("segment_relay.integration_id", integration.as_str())
+        .record("segment_relay.integration_id", integration.name())
         .record("segment_relay.capture_id", capture_id);
 }
 

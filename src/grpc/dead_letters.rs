@@ -61,7 +61,7 @@ impl DeadLetterService for DeadLetters {
             .filter(|_| more)
             .map(|last| last.id.to_string());
         Ok(Response::new(ListDeadLettersResponse {
-            dead_letters: listed.iter().map(to_proto).collect(),
+            dead_letters: listed.iter().map(|letter| self.to_proto(letter)).collect(),
             next_page_token: last.unwrap_or_default(),
         }))
     }
@@ -76,7 +76,7 @@ impl DeadLetterService for DeadLetters {
         let selection = parse_selection(&caller, request.filter, &request.dead_letter_ids, now)?;
         let count = self.count(&selection, now).await?;
         let event_count = if request.dry_run {
-            count.events
+            count.events - count.former
         } else {
             let this = self.clone();
             let replay = async move {
@@ -91,6 +91,7 @@ impl DeadLetterService for DeadLetters {
         Ok(Response::new(ReplayDeadLettersResponse {
             event_count,
             older_than_deduplication_count: count.older,
+            former_count: count.former,
         }))
     }
 
@@ -120,6 +121,20 @@ impl DeadLetterService for DeadLetters {
 }
 
 impl DeadLetters {
+    fn to_proto(&self, letter: &DeadLetter) -> proto::DeadLetter {
+        let record = &letter.record;
+        proto::DeadLetter {
+            dead_letter_id: letter.id.to_string(),
+            integration_id: record.integration_id.name().to_owned(),
+            capture_id: record.capture_id.clone(),
+            event: Some(convert::event_delivery(record, letter.event)),
+            data_region: record.region.to_proto().into(),
+            dead_letter_time: Some(letter.time.to_proto()),
+            former: self.0.registry.get(&record.integration_id).is_none(),
+            payload_bytes: u32::try_from(letter.payload_bytes).unwrap_or(u32::MAX),
+        }
+    }
+
     /// Notes what was done, also where it broke off half-way.
     fn note(&self, caller: &Caller, action: &str, events: u64, ended: &Result<(), RelayError>) {
         let broke_off = match ended {
@@ -274,17 +289,4 @@ fn parse_filter(
         start: time("start_time", &filter.start_time)?,
         end: time("end_time", &filter.end_time)?,
     })
-}
-
-fn to_proto(letter: &DeadLetter) -> proto::DeadLetter {
-    let record = &letter.record;
-    proto::DeadLetter {
-        dead_letter_id: letter.id.to_string(),
-        integration_id: record.integration_id.as_str().to_owned(),
-        capture_id: record.capture_id.clone(),
-        event: Some(convert::event_delivery(record, letter.event)),
-        data_region: record.region.to_proto().into(),
-        dead_letter_time: Some(letter.time.to_proto()),
-        payload_bytes: u32::try_from(letter.payload_bytes).unwrap_or(u32::MAX),
-    }
 }

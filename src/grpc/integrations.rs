@@ -92,7 +92,7 @@ impl IntegrationService for Integrations {
         let last = page
             .last()
             .filter(|_| more)
-            .map(|last| last.id().as_str().to_owned());
+            .map(|last| last.id().name().to_owned());
         Ok(Response::new(ListIntegrationsResponse {
             integrations: page.iter().map(|one| one.to_public()).collect(),
             next_page_token: last.unwrap_or_default(),
@@ -188,7 +188,7 @@ impl Integrations {
         self.0.audit.note(&Entry {
             caller: &caller.name,
             action: happening.as_str(),
-            integration: integration.id().as_str(),
+            integration: integration.id().name(),
             detail: detail.join("; "),
         });
         let mut all = vec![

@@ -84,7 +84,7 @@ impl SegmentRelay for Relay {
         let integration = self.0.integration(&caller, &request.integration_id).await?;
         let count = captures.len();
         Span::current()
-            .record("segment_relay.integration_id", integration.id().as_str())
+            .record("segment_relay.integration_id", integration.id().name())
             .record("segment_relay.captures", count);
         self.0.usage.capture(&caller, integration.id(), count)?;
         let mut answers = self.accept_batch(&integration, captures).await?;

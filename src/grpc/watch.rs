@@ -111,7 +111,7 @@ pub(super) fn serve(
 
 fn update(change: &Change) -> WatchDeliveriesResponse {
     WatchDeliveriesResponse {
-        integration_id: change.record.integration_id.as_str().to_owned(),
+        integration_id: change.record.integration_id.name().to_owned(),
         capture_id: change.record.capture_id.clone(),
         event: Some(convert::event_delivery(&change.record, change.event)),
         update_time: Some(change.time.to_proto()),

@@ -8,6 +8,7 @@ fn revision() -> Revision {
         create_time: UnixMillis(0),
         update_time: UnixMillis(0),
         read_only: false,
+        incarnation: 1,
     }
 }
 
@@ -208,4 +209,25 @@ fn an_update_takes_the_fields_of_its_mask_and_keeps_unnamed_keys() {
 
     let found = apply_update(current, change, &["etag".into()]).expect_err("not updatable");
     assert_eq!(found[0].field, "update_mask.paths[0]");
+}
+
+#[test]
+fn an_id_is_a_name_and_its_incarnation() {
+    let first = IntegrationId::new("acme-2").expect("valid");
+    assert_eq!((first.name(), first.incarnation()), ("acme-2", 1));
+    let third = first.of_incarnation(3);
+    assert_eq!(third.as_str(), "acme-2@3");
+    assert_eq!((third.name(), third.incarnation()), ("acme-2", 3));
+    assert_eq!(third.to_string(), "acme-2");
+    for id in [&first, &third] {
+        assert_eq!(IntegrationId::stored(id.as_str()).as_ref(), Some(id));
+        assert_eq!(id.of_incarnation(1), first);
+    }
+    // No caller names another incarnation.
+    assert_eq!(IntegrationId::new("acme-2@3"), None);
+    for damaged in [
+        "acme@", "acme@1", "acme@0", "acme@x", "@2", "acme@2@3", "Acme",
+    ] {
+        assert_eq!(IntegrationId::stored(damaged), None, "{damaged}");
+    }
 }

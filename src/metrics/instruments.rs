@@ -139,8 +139,7 @@ pub(super) fn observe(meter: &Meter, board: &Arc<BacklogBoard>, max_integrations
             .with_callback(move |gauge| {
                 let (named, others) = board.of_integrations(max_integrations);
                 for one in &named {
-                    let label =
-                        KeyValue::new("integration", one.integration_id.as_str().to_owned());
+                    let label = KeyValue::new("integration", one.integration_id.name().to_owned());
                     gauge.observe(read(one), &[label]);
                 }
                 if let Some(others) = others {

@@ -2,6 +2,7 @@
 //! `conformance::suite!(rig)` in an implementation's tests runs it.
 
 mod dead_letters;
+mod incarnations;
 mod privacy;
 
 use std::{sync::Arc, time::Duration};
@@ -28,6 +29,7 @@ pub(crate) use dead_letters::{
     dead_letters_are_listed_replayed_behind_live_captures_and_discarded,
     dead_letters_keep_their_payload_and_delivered_events_do_not,
 };
+pub(crate) use incarnations::a_later_integration_of_a_name_inherits_nothing;
 pub(crate) use privacy::{a_persons_data_is_erased_and_nobody_elses, try_erase};
 
 /// Bounds with which the suite opens an outbox.
@@ -57,6 +59,7 @@ macro_rules! names {
             waiting_callers_and_watchers_hear_of_what_is_durable
             dead_letters_are_listed_replayed_behind_live_captures_and_discarded
             integrations_are_kept
+            a_later_integration_of_a_name_inherits_nothing
             a_persons_data_is_erased_and_nobody_elses
             notices_are_kept_in_order_until_they_are_done
         );
@@ -86,7 +89,7 @@ pub(crate) use {suite, suite_tests};
 pub(crate) const NOW: UnixMillis = UnixMillis(1_800_000_000_000);
 
 pub(crate) fn id(name: &str) -> IntegrationId {
-    IntegrationId::new(name).expect("valid")
+    IntegrationId::stored(name).expect("valid")
 }
 
 pub(crate) fn lane(name: &str) -> LaneKey {
@@ -362,6 +365,7 @@ pub(crate) async fn integrations_are_kept(rig: &impl Rig) {
     let spec = |id: &str, name: &str| crate::proto::Integration {
         integration_id: id.into(),
         display_name: name.into(),
+        incarnation: 1,
         ..Default::default()
     };
     let outbox = rig.open().await;

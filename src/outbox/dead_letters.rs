@@ -9,7 +9,7 @@ use crate::{
 /// Which dead letters are meant. What is `None` lets everything through.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct DeadLetterFilter {
-    /// Of one of these integrations.
+    /// Of integrations of these names, deleted ones included.
     pub integrations: Option<Vec<IntegrationId>>,
     /// With this reason.
     pub reason: Option<DeliveryReason>,
@@ -28,7 +28,7 @@ pub enum Selection {
     Ids {
         /// The ids.
         ids: Vec<i64>,
-        /// Others than those of these integrations are passed over too.
+        /// Others than those of integrations of these names are passed over too.
         integrations: Option<Vec<IntegrationId>>,
     },
 }
@@ -57,4 +57,6 @@ pub struct DeadLetterCount {
     pub bytes: u64,
     /// How many of them were accepted before a given time.
     pub older: u64,
+    /// How many of them belong to deleted integrations.
+    pub former: u64,
 }

@@ -46,7 +46,11 @@ fn unreadable(what: &str, error: UnsealError) -> OutboxError {
 
 /// Where a payload belongs.
 pub(super) fn payload_place(id: &IntegrationId, capture_id: &str, event: EventType) -> String {
-    format!("payload/{id}/{capture_id}/{}", event.to_proto() as i32)
+    format!(
+        "payload/{}/{capture_id}/{}",
+        id.as_str(),
+        event.to_proto() as i32
+    )
 }
 
 impl Sealing {
@@ -130,7 +134,11 @@ impl Sealing {
 
     /// An integration with its write keys.
     pub(super) fn integration(&self, spec: &StoredIntegration) -> Result<Vec<u8>, OutboxError> {
-        let place = integration_place(&spec.integration_id);
+        let id = super::stored_id(spec);
+        let id = id
+            .as_ref()
+            .map_or(spec.integration_id.as_str(), |id| id.as_str());
+        let place = integration_place(id);
         let plain = zeroize::Zeroizing::new(spec.encode_to_vec());
         self.vault.seal(&place, &plain).map_err(failed)
     }

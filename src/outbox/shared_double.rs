@@ -151,7 +151,7 @@ impl SharedDouble {
 
     fn is_stale(&self, capture: &NewCapture) -> bool {
         let state = self.state();
-        let etag = state.etags.get(capture.integration_id.as_str());
+        let etag = state.etags.get(capture.integration_id.name());
         etag.is_none_or(|etag| revision_number(etag) != capture.revision)
     }
 }
@@ -312,10 +312,14 @@ impl Outbox for SharedDouble {
         Box::pin(async move {
             self.call("delete_integration")?;
             self.let_others_be_faster().await?;
-            self.compare(id.as_str(), Some(&replaces))?;
-            self.state().etags.remove(id.as_str());
+            self.compare(id.name(), Some(&replaces))?;
+            self.state().etags.remove(id.name());
             self.inner.delete_integration(&id, replaces).await
         })
+    }
+
+    fn last_incarnation(&self, name: &IntegrationId) -> BoxFuture<'_, Result<u32, OutboxError>> {
+        self.inner.last_incarnation(name)
     }
 
     fn claim_configuration(

@@ -8,7 +8,7 @@ use crate::{integration::IntegrationId, proto};
 pub struct SubjectQuery {
     /// The person's user ids: an address has one for each way to normalise it.
     pub user_ids: Vec<String>,
-    /// Only in this integration.
+    /// Only in integrations of this name, deleted ones included.
     pub integration_id: Option<IntegrationId>,
 }
 

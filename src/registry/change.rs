@@ -25,27 +25,32 @@ impl Registry {
     /// Stores a new integration.
     ///
     /// # Errors
-    /// It breaks rules, there is one of its name, or events of a deleted one of
-    /// its name still wait to be dead-lettered.
+    /// It breaks rules, or there is one of its name.
     pub async fn create(
         &self,
         spec: &proto::Integration,
         now: UnixMillis,
     ) -> Result<Arc<Integration>, RegistryError> {
-        let integration = make(spec, first_revision(now, false))?;
+        let checked = make(spec, first_revision(now, false, 1))?;
         let mut reads = self.changing.lock().await;
-        let id = integration.id().clone();
-        if self.stored(&id, &mut reads).await?.is_some() {
-            return Err(RegistryError::Exists(id));
+        let id = checked.id();
+        if self.stored(id, &mut reads).await?.is_some() {
+            return Err(RegistryError::Exists(id.clone()));
         }
-        let events = self.outbox.backlog(&id).await?.events;
-        if events > 0 {
-            return Err(RegistryError::EventsWaiting { id, events });
-        }
+        let incarnation = self.next_incarnation(id).await?;
+        let integration = make(spec, first_revision(now, false, incarnation))?;
         match self.store(integration, None).await {
             Err(RegistryError::StaleEtag(id)) => Err(RegistryError::Exists(id)),
             stored => stored,
         }
+    }
+
+    /// The incarnation of a new integration: nothing of a former one of its name is its own.
+    pub(super) async fn next_incarnation(
+        &self,
+        name: &IntegrationId,
+    ) -> Result<u32, RegistryError> {
+        Ok(self.outbox.last_incarnation(name).await?.saturating_add(1))
     }
 
     /// Changes the fields that the mask names.
@@ -115,7 +120,7 @@ impl Registry {
         }
         let replaces = gone.revision.etag.clone();
         self.outbox.delete_integration(id, replaces).await?;
-        self.change(|known| known.remove(id));
+        self.change(|known| known.remove(id.name()));
         // What waits is dead-lettered by its lanes.
         self.wake_lanes_of(id);
         Ok(events)
@@ -149,7 +154,7 @@ impl Registry {
         if self.shared {
             self.read(id, reads).await
         } else {
-            Ok(self.get(id))
+            Ok(self.named(id.name()))
         }
     }
 
@@ -164,8 +169,8 @@ impl Registry {
             .put_integration(integration.to_spec_with_secrets(), replaces)
             .await?;
         let integration = Arc::new(integration);
-        let (id, kept) = (integration.id().clone(), Arc::clone(&integration));
-        self.change(|known| known.insert(id, kept));
+        let (name, kept) = (integration.id().of_incarnation(1), Arc::clone(&integration));
+        self.change(|known| known.insert(name, kept));
         Ok(integration)
     }
 }

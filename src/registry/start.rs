@@ -76,12 +76,12 @@ impl Registry {
         now: UnixMillis,
     ) -> Result<Self, LoadError> {
         for spec in configured.integrations {
-            make(spec, first_revision(now, true))?;
+            make(spec, first_revision(now, true, 1))?;
         }
         let mut known = BTreeMap::new();
         for stored in outbox.integrations().await? {
             let integration = restore(&stored)?;
-            known.insert(integration.id().clone(), Arc::new(integration));
+            known.insert(integration.id().of_incarnation(1), Arc::new(integration));
         }
         let registry = Self::new(outbox, known);
         if configured.version == 0
@@ -126,7 +126,7 @@ impl Registry {
         let specs = configured.integrations;
         let stored = self.of_files();
         let gone = stored.iter().filter(|id| {
-            let named = |spec: &proto::Integration| spec.integration_id == id.as_str();
+            let named = |spec: &proto::Integration| spec.integration_id == id.name();
             !specs.iter().any(named)
         });
         let steps = gone.map(Step::LetGo).chain(specs.iter().map(Step::Store));
@@ -187,7 +187,7 @@ impl Registry {
         if waiting == 0 {
             let etag = gone.revision.etag.clone();
             self.outbox.delete_integration(id, etag).await?;
-            self.change(|known| known.remove(id));
+            self.change(|known| known.remove(id.name()));
             told.of(Happening::Deleted, id, "", now).await;
             return Ok(());
         }
@@ -207,9 +207,10 @@ impl Registry {
         told: &Told<'_>,
         now: UnixMillis,
     ) -> Result<(), RegistryError> {
-        let before = IntegrationId::new(&spec.integration_id).and_then(|id| self.get(&id));
-        let mut next = make(spec, first_revision(now, true))?;
+        let before = self.named(&spec.integration_id);
+        let mut next = make(spec, first_revision(now, true, 1))?;
         let (happening, changed) = if let Some(before) = &before {
+            next = make(spec, before.revision.clone())?;
             next.revision = next_revision(before, &next, now);
             next.revision.read_only = true;
             let mut same = next.clone();
@@ -222,6 +223,8 @@ impl Registry {
             let changed = changed_fields(before, &next).join(" ");
             (Happening::Updated, changed)
         } else {
+            let incarnation = self.next_incarnation(next.id()).await?;
+            next = make(spec, first_revision(now, true, incarnation))?;
             (Happening::Created, String::new())
         };
         let stored = self.store(next, before.as_deref()).await?;
@@ -260,7 +263,7 @@ impl Told<'_> {
         self.audit.note(&Entry {
             caller: CALLER,
             action: happening.as_str(),
-            integration: id.as_str(),
+            integration: id.name(),
             detail: changed.to_owned(),
         });
         let mut facts = vec![("caller", CALLER.into())];

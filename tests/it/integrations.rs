@@ -1,16 +1,18 @@
 use prost_types::FieldMask;
 use segment_relay::{
     proto::{
-        CreateIntegrationRequest, DataRegion, DeleteIntegrationRequest, DeliveryReason,
-        DeliveryState, GetIntegrationRequest, Integration, ListIntegrationsRequest,
+        CreateIntegrationRequest, DataRegion, DeadLetter, DeadLetterFilter,
+        DeleteIntegrationRequest, DeliveryState, DiscardDeadLettersRequest, GetIntegrationRequest,
+        Integration, ListDeadLettersRequest, ListIntegrationsRequest, ReplayDeadLettersRequest,
         TestIntegrationRequest, UpdateIntegrationRequest,
+        dead_letter_service_client::DeadLetterServiceClient,
     },
-    sandbox::{Region, Rule},
+    sandbox::{Outcome, Region, Rule},
 };
 use tonic::{Code, Status};
 
 use crate::harness::{
-    World, acme, credential, mapping, reason, states, violations, worked_example,
+    World, acme, credential, mapping, numbered, reason, states, violations, worked_example,
 };
 
 async fn get(world: &World, id: &str) -> Result<Integration, Status> {
@@ -269,7 +271,7 @@ async fn a_deletion_waits_for_the_backlog_or_dead_letters_it_by_force() {
         status: Some(500),
         ..Rule::default()
     });
-    let waiting = world.accept(worked_example()).await;
+    world.accept(worked_example()).await;
     let refused = delete(&world, "acme", false, "")
         .await
         .expect_err("events wait");
@@ -305,33 +307,92 @@ async fn a_deletion_waits_for_the_backlog_or_dead_letters_it_by_force() {
     );
     world.behave();
 
-    // A new integration of the same name may come once the old backlog is gone.
-    let mut left = 1_000;
-    let recreated = loop {
-        let request = CreateIntegrationRequest {
-            integration: Some(acme()),
-        };
-        match world.integrations().create_integration(request).await {
-            Ok(created) => break created.into_inner().integration.expect("an integration"),
-            Err(status) => {
-                assert_eq!(reason(&status), "EVENTS_WAITING");
-                left -= 1;
-                assert!(left > 0, "the backlog is never dead-lettered");
-                tokio::task::yield_now().await;
-            }
+    world.stop().await;
+}
+
+async fn letters(world: &World) -> Vec<DeadLetter> {
+    let mut client = DeadLetterServiceClient::new(world.channel.clone());
+    let request = ListDeadLettersRequest {
+        integration_id: "acme".into(),
+        ..Default::default()
+    };
+    let answer = client.list_dead_letters(request).await.expect("listed");
+    answer.into_inner().dead_letters
+}
+
+#[tokio::test]
+async fn a_new_integration_of_a_name_neither_sends_nor_knows_what_a_former_one_has_left() {
+    let mut world = World::start().await;
+    let first = world.create(acme()).await;
+    let delivered = world.deliver(numbered(1)).await;
+    world.misbehave(Rule {
+        status: Some(500),
+        ..Rule::default()
+    });
+    let waiting = world.accept(worked_example()).await;
+    delete(&world, "acme", true, "").await.expect("deleted");
+    world.behave();
+    let second = Integration {
+        credentials: vec![credential(DataRegion::NonEu, "another-owners-key-0002")],
+        ..acme()
+    };
+    let created = world.create(second).await;
+    assert_eq!((first.incarnation, created.incarnation), (1, 2));
+    assert_eq!(created.integration_id, "acme");
+
+    // What the former one had accepted, delivered or not, is none of this one's.
+    for capture in [&delivered, &waiting] {
+        let unknown = world
+            .status(&capture.capture_id)
+            .await
+            .expect_err("unknown");
+        assert_eq!(reason(&unknown), "CAPTURE_NOT_FOUND");
+    }
+    // What waited of it is given up, and is never sent again.
+    let former = loop {
+        match letters(&world).await {
+            letters if letters.len() == 2 => break letters,
+            _ => tokio::task::yield_now().await,
         }
     };
-    assert_ne!(recreated.etag, created.etag);
-    let events = world
-        .status(&waiting.capture_id)
-        .await
-        .expect("kept")
-        .result
-        .expect("a result")
-        .events;
-    assert_eq!(states(&events), [DeliveryState::DeadLettered; 2]);
-    assert_eq!(events[0].reason(), DeliveryReason::IntegrationDeleted);
-    assert_eq!(world.sandbox.stats().events_accepted, 0);
+    assert!(former.iter().all(|letter| letter.former));
+    world.restart().await;
+    let mut client = DeadLetterServiceClient::new(world.channel.clone());
+    let everything = || Some(DeadLetterFilter::default());
+    for dry_run in [true, false] {
+        let replay = ReplayDeadLettersRequest {
+            filter: everything(),
+            dry_run,
+            ..Default::default()
+        };
+        let answer = client.replay_dead_letters(replay).await.expect("replayed");
+        let answer = answer.into_inner();
+        assert_eq!((answer.event_count, answer.former_count), (0, 2));
+    }
+    // The same captures are this one's first, with ids of their own.
+    for (capture, before) in [(numbered(1), &delivered), (worked_example(), &waiting)] {
+        let result = world.deliver(capture).await;
+        assert!(!result.duplicate);
+        assert_eq!(states(&result.events), [DeliveryState::Delivered; 2]);
+        assert_eq!(result.capture_id, before.capture_id);
+        for (event, former) in result.events.iter().zip(&before.events) {
+            assert_ne!(event.message_id, former.message_id);
+        }
+    }
+    assert_eq!(letters(&world).await, former);
+    let entries = world.sandbox.entries();
+    let keys: Vec<&str> = entries
+        .iter()
+        .filter(|entry| entry.outcome == Outcome::Accepted)
+        .map(|entry| entry.request.write_key_hint.as_str())
+        .collect();
+    assert_eq!(keys, ["0001", "0001", "0002", "0002", "0002", "0002"]);
+    let discard = DiscardDeadLettersRequest {
+        filter: everything(),
+        ..Default::default()
+    };
+    let answer = client.discard_dead_letters(discard).await.expect("done");
+    assert_eq!(answer.into_inner().event_count, 2);
     world.stop().await;
 }
 

@@ -14,7 +14,7 @@ use crate::{
     outbox::{
         Backlog, BoxFuture, Claim, DeadLetter, DeadLetterCount, DeadLetterFilter, Erasure,
         FoundSubject, LaneKey, LeaseBudget, LeasedCapture, NewCapture, Outbox, OutboxError, Quota,
-        Receipt, Selection, Settlement, Signals, StoredIntegration, SubjectQuery,
+        Receipt, Selection, Settlement, Signals, StoredIntegration, SubjectQuery, stored_id,
     },
     proto::ErasureReceipt,
     status::CaptureRecord,
@@ -108,6 +108,7 @@ impl Outbox for PostgresOutbox {
                 sum.events += count.events;
                 sum.bytes += count.bytes;
                 sum.older += count.older;
+                sum.former += count.former;
             }
             Ok(sum)
         })
@@ -206,7 +207,7 @@ impl Outbox for PostgresOutbox {
             let mut all = Vec::new();
             for database in self.present()? {
                 for spec in database.integrations().await? {
-                    if let Some(id) = IntegrationId::new(&spec.integration_id) {
+                    if let Some(id) = stored_id(&spec) {
                         self.context.note_home(&id, database.place);
                     }
                     all.push(spec);
@@ -223,17 +224,17 @@ impl Outbox for PostgresOutbox {
     ) -> BoxFuture<'_, Result<Option<StoredIntegration>, OutboxError>> {
         let id = id.clone();
         Box::pin(async move {
+            let name = id.name();
             // Where it was last, first: others may be away.
             if let Some(home) = self.context.home(&id)
-                && let Some(Some(spec)) = self.databases[home].integration(&id).await?
+                && let Some((_, Some(spec))) = self.databases[home].integration(name).await?
             {
                 return Ok(Some(spec));
             }
-            let wanted = &id;
-            let found = self.each(|one| async move { one.integration(wanted).await });
+            let found = self.each(|one| async move { one.integration(name).await });
             let mut kept = None;
             for (place, found) in found.await?.into_iter().enumerate() {
-                if let Some(spec) = found
+                if let Some((id, spec)) = found
                     && (spec.is_some() || kept.is_none())
                 {
                     self.context.note_home(&id, place);
@@ -244,13 +245,22 @@ impl Outbox for PostgresOutbox {
         })
     }
 
+    fn last_incarnation(&self, name: &IntegrationId) -> BoxFuture<'_, Result<u32, OutboxError>> {
+        let id = name.clone();
+        Box::pin(async move {
+            let name = id.name();
+            let found = self.each(|one| async move { one.last_incarnation(name).await });
+            Ok(found.await?.into_iter().max().unwrap_or(0))
+        })
+    }
+
     fn put_integration(
         &self,
         integration: StoredIntegration,
         replaces: Option<String>,
     ) -> BoxFuture<'_, Result<(), OutboxError>> {
         Box::pin(async move {
-            let id = IntegrationId::new(&integration.integration_id);
+            let id = stored_id(&integration);
             let id = id.ok_or_else(|| damaged("integration"))?;
             if replaces.is_none() {
                 // It may be stored elsewhere than a new one of its name would be.

@@ -9,7 +9,7 @@ use super::{
     counts::{COUNT, Load, Loads, OTHER_SLOT},
     database::{Call, Database},
     news::Changed,
-    row::{RECORD_COLUMNS, RECORDS, events_of, record_of},
+    row::{NAME, RECORD_COLUMNS, RECORDS, events_of, record_of},
     settle::records,
     sql::{Arguments, Columns, Part, arguments},
 };
@@ -30,7 +30,7 @@ impl Database {
         limit: usize,
     ) -> Result<Vec<DeadLetter>, OutboxError> {
         let selection = Selection::Filter(filter);
-        let (picked, parameters) = pick(&selection, after, limit);
+        let (picked, parameters) = pick(&selection, after, limit, "true");
         let sql = format!(
             "SELECT d.id, d.event, d.dead_millis, d.bytes, {RECORD_COLUMNS}
              FROM {picked}, {RECORDS} WHERE c.seq = d.seq ORDER BY d.id"
@@ -58,10 +58,11 @@ impl Database {
         selection: &Selection,
         older_than: UnixMillis,
     ) -> Result<DeadLetterCount, OutboxError> {
-        let (picked, parameters) = pick(selection, 0, usize::MAX);
+        let (picked, parameters) = pick(selection, 0, usize::MAX, "true");
         let sql = format!(
             "SELECT count(*), coalesce(sum(d.bytes), 0)::int8,
-                count(*) FILTER (WHERE d.accept_millis < {})
+                count(*) FILTER (WHERE d.accept_millis < {} AND NOT d.deleted),
+                count(*) FILTER (WHERE d.deleted)
              FROM {picked}",
             older_than.0
         );
@@ -75,12 +76,13 @@ impl Database {
             events: number(0),
             bytes: number(1),
             older: number(2),
+            former: number(3),
         })
     }
 
     /// Removes the first of the selected dead letters; returns how many.
     pub(super) async fn discard(&self, selection: &Selection) -> Result<u64, OutboxError> {
-        let (picked, parameters) = pick(selection, 0, PIECE);
+        let (picked, parameters) = pick(selection, 0, PIECE, "true");
         let sql = format!("DELETE FROM dead_letters WHERE id IN (SELECT d.id FROM {picked})");
         self.call()
             .await?
@@ -95,7 +97,7 @@ impl Database {
         now: UnixMillis,
     ) -> Result<Result<u64, Quota>, OutboxError> {
         let call = self.call().await?;
-        let (picked, parameters) = pick(selection, 0, PIECE);
+        let (picked, parameters) = pick(selection, 0, PIECE, "NOT k.deleted");
         let sql = format!(
             "SELECT d.id, d.integration, 1::int8, d.bytes::int8, c.lane
              FROM {picked} JOIN captures c ON c.seq = d.seq ORDER BY d.id"
@@ -169,8 +171,14 @@ impl Call<'_> {
 }
 
 /// A subquery `d` of the first selected dead letters after an id, in the order of their ids,
-/// and its parameters. What moves to another database is left alone.
-fn pick(selection: &Selection, after: i64, limit: usize) -> (String, Columns<'_>) {
+/// and its parameters. What moves to another database is left alone; `which` is a condition
+/// on the integration `k`.
+fn pick<'a>(
+    selection: &'a Selection,
+    after: i64,
+    limit: usize,
+    which: &str,
+) -> (String, Columns<'a>) {
     let limit = i64::try_from(limit).unwrap_or(i64::MAX);
     let mut parameters: Columns<'_> = vec![Box::new(after), Box::new(limit)];
     let (integrations, condition) = match selection {
@@ -190,19 +198,19 @@ fn pick(selection: &Selection, after: i64, limit: usize) -> (String, Columns<'_>
     };
     let Some(ids) = integrations else {
         let sql = format!(
-            "(SELECT d.* FROM dead_letters d JOIN integrations k ON k.key = d.integration
-                WHERE k.state = 'active' AND {condition} ORDER BY d.id LIMIT $2) AS d"
+            "(SELECT d.*, k.deleted FROM dead_letters d JOIN integrations k ON k.key = d.integration
+                WHERE k.state = 'active' AND {which} AND {condition} ORDER BY d.id LIMIT $2) AS d"
         );
         return (sql, parameters);
     };
-    let ids: Vec<&str> = ids.iter().map(|id| id.as_str()).collect();
+    let ids: Vec<&str> = ids.iter().map(|id| id.name()).collect();
     parameters.push(Box::new(ids));
     // Each integration's own rows, by its index.
     let sql = format!(
-        "(SELECT own.* FROM integrations k, LATERAL (
+        "(SELECT own.*, k.deleted FROM integrations k, LATERAL (
             SELECT * FROM dead_letters d WHERE d.integration = k.key AND {condition}
             ORDER BY d.integration, d.id LIMIT $2) AS own
-            WHERE k.state = 'active' AND k.integration_id = ANY (${}::text[])
+            WHERE k.state = 'active' AND {which} AND {NAME} = ANY (${}::text[])
             ORDER BY own.id LIMIT $2) AS d",
         parameters.len()
     );

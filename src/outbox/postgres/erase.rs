@@ -33,13 +33,13 @@ impl Database {
         &self,
         query: &SubjectQuery,
     ) -> Result<FoundSubject, OutboxError> {
-        const SQL: &str = "
-            SELECT c.seq, c.lane FROM captures c
-            WHERE c.subject = ANY ($1) AND ($2::int8 IS NULL OR c.integration = $2)
-            ORDER BY c.seq LIMIT $3";
+        let sql = format!(
+            "SELECT seq, lane FROM captures
+             WHERE subject = ANY ($1) AND {IS_OF} ORDER BY seq LIMIT $3"
+        );
         let call = self.call().await?;
-        let (subjects, key) = call.subject(query).await?;
-        let rows = call.rows(SQL, &[&subjects, &key, &MAX_FOUND]).await?;
+        let (subjects, name) = (call.subjects(query), name_of(query));
+        let rows = call.rows(&sql, &[&subjects, &name, &MAX_FOUND]).await?;
         // All lanes: a dead letter may be replayed into its lane at any time.
         let mut lanes: Vec<i64> = rows.iter().map(|row| row.get(1)).collect();
         lanes.sort_unstable();
@@ -59,21 +59,20 @@ impl Database {
         receipt: &mut ErasureReceipt,
         is_last: bool,
     ) -> Result<(), OutboxError> {
-        const LANES: &str = "
-            SELECT DISTINCT lane FROM captures
-            WHERE seq = ANY ($1) AND subject = ANY ($2)
-                AND ($3::int8 IS NULL OR integration = $3)";
         const GO_ON: &str = "UPDATE lanes SET blocked_until = NULL WHERE lane = ANY ($1)";
         let call = self.call().await?;
-        let (subjects, key) = call.subject(&erasure.subject).await?;
-        let chosen: [&(dyn ToSql + Sync); 3] = [&erasure.captures, &subjects, &key];
-        let lanes = call.rows(LANES, &chosen).await?;
+        let (subjects, name) = (call.subjects(&erasure.subject), name_of(&erasure.subject));
+        let chosen: [&(dyn ToSql + Sync); 3] = [&subjects, &name, &erasure.captures];
+        let chosen_rows = format!("seq = ANY ($3) AND subject = ANY ($1) AND {IS_OF}");
+        let sql = format!("SELECT DISTINCT lane FROM captures WHERE {chosen_rows}");
+        let lanes = call.rows(&sql, &chosen).await?;
         let lanes: Vec<i64> = lanes.iter().map(|row| row.get(0)).collect();
         if lanes.is_empty() && !is_last {
             return Ok(());
         }
         call.lock_idle(&lanes).await?;
-        let sql = format!("{REMOVE} {RECORD_COLUMNS} {REMOVE_FROM}");
+        let remove = REMOVE.replace("{chosen}", &chosen_rows);
+        let sql = format!("{remove} {RECORD_COLUMNS} {REMOVE_FROM}");
         let (mut loads, mut counts) = (Loads::default(), ErasureReceipt::default());
         let mut changes = Vec::new();
         for row in call.rows(&sql, &chosen).await? {
@@ -131,16 +130,14 @@ impl Database {
 }
 
 impl Call<'_> {
-    /// The blinded subjects and the key of the only integration.
-    async fn subject(&self, query: &SubjectQuery) -> Result<(Vec<i64>, Option<i64>), OutboxError> {
+    /// The blinded subjects.
+    fn subjects(&self, query: &SubjectQuery) -> Vec<i64> {
         let sealing = &self.session.sealing;
-        let subjects = query.user_ids.iter().map(|id| sealing.subject(id));
-        let key = match &query.integration_id {
-            None => None,
-            // Nothing has the key of an integration that is not here.
-            Some(id) => Some(self.key(id).await?.unwrap_or(-1)),
-        };
-        Ok((subjects.collect(), key))
+        query
+            .user_ids
+            .iter()
+            .map(|id| sealing.subject(id))
+            .collect()
     }
 
     /// Begins a transaction that holds the lanes while no request of another relay carries
@@ -207,6 +204,14 @@ impl Call<'_> {
     }
 }
 
+/// Whether a capture belongs to the integrations of a name, $2, or all are meant.
+const IS_OF: &str = "($2::text IS NULL OR integration IN (
+    SELECT key FROM integrations WHERE split_part(integration_id, '@', 1) = $2))";
+
+fn name_of(query: &SubjectQuery) -> Option<&str> {
+    query.integration_id.as_ref().map(|id| id.name())
+}
+
 /// Adds the counts of one receipt to those of another.
 pub(super) fn add_counts(sum: &mut ErasureReceipt, more: &ErasureReceipt) {
     sum.waiting_event_count += more.waiting_event_count;
@@ -227,9 +232,7 @@ const NEXT_RECEIPT: &str = "
 
 const REMOVE: &str = "
     WITH c AS MATERIALIZED (
-        SELECT * FROM captures
-        WHERE seq = ANY ($1) AND subject = ANY ($2) AND ($3::int8 IS NULL OR integration = $3)
-        ORDER BY seq FOR UPDATE
+        SELECT * FROM captures WHERE {chosen} ORDER BY seq FOR UPDATE
     ), waited AS (
         DELETE FROM queue q USING c
         WHERE q.lane = c.lane AND q.replayed IN (false, true) AND q.seq = c.seq

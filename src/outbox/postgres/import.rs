@@ -84,6 +84,9 @@ async fn take_all(
             moved.integrations += 1;
         }
     }
+    for id in export.deleted()? {
+        outbox.home(&id)?.note_deleted(&id).await?;
+    }
     let plain = |receipt: &ErasureReceipt| ErasureReceipt {
         receipt_id: String::new(),
         ..receipt.clone()

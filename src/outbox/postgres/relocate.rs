@@ -15,6 +15,7 @@ use super::{
     PostgresConnection, PostgresError,
     connect::Connector,
     error::{Effect, damaged, in_database},
+    row::{NAME, id_of},
     schema::check,
     sql::{Arguments, Connection, Part},
 };
@@ -73,6 +74,7 @@ pub async fn move_integration(
         ));
     }
     let (mut databases, mut states) = (Vec::new(), Vec::new());
+    let id = &current(connection, id).await?;
     for place in 0..count {
         let connector = Connector::new(connection, place)?;
         let found = in_database(place, connector.get().await)?;
@@ -107,6 +109,25 @@ pub async fn move_integration(
     // Without a source it is here already, or all but open: an earlier run was interrupted.
     in_database(to, open(target, id).await)?;
     Ok(captures)
+}
+
+/// The integration of a name, of all its incarnations.
+async fn current(
+    connection: &PostgresConnection,
+    name: &IntegrationId,
+) -> Result<IntegrationId, PostgresError> {
+    let sql =
+        format!("SELECT integration_id FROM integrations WHERE {NAME} = $1 AND spec IS NOT NULL");
+    for place in 0..connection.urls.len() {
+        let connector = Connector::new(connection, place)?;
+        let found = in_database(place, connector.get().await)?;
+        check(&found, place, connection).await?;
+        let row = found.optional(&sql, &[&name.name()]).await;
+        if let Some(row) = in_database(place, row)? {
+            return in_database(place, id_of(&row, 0));
+        }
+    }
+    Ok(name.clone())
 }
 
 /// Lets the integration take captures and leases there.
@@ -165,7 +186,8 @@ impl Move<'_> {
             SELECT 1 FROM integrations i WHERE i.integration_id = $1 AND i.key <> $2
                 AND (i.spec IS NOT NULL
                     OR EXISTS (SELECT 1 FROM captures c WHERE c.integration = i.key))";
-        const SPEC: &str = "SELECT revision, etag, spec FROM integrations WHERE key = $1";
+        const SPEC: &str = "
+            SELECT revision, etag, spec, deleted FROM integrations WHERE key = $1";
         // Before the row that takes its name: a statement of its own.
         const EMPTY: &str = "DELETE FROM integrations WHERE integration_id = $1 AND key <> $2";
         const ROW: &str = "
@@ -173,10 +195,10 @@ impl Move<'_> {
                 INSERT INTO lanes (lane) SELECT $2::int8 * 8 + n FROM generate_series(0, 7) AS n
                 ON CONFLICT (lane) DO NOTHING
             )
-            INSERT INTO integrations (key, integration_id, state, revision, etag, spec)
-            VALUES ($2, $1, 'arriving', $3, $4, $5)
+            INSERT INTO integrations (key, integration_id, state, revision, etag, spec, deleted)
+            VALUES ($2, $1, 'arriving', $3, $4, $5, $6)
             ON CONFLICT (key) DO UPDATE SET state = 'arriving', revision = excluded.revision,
-                etag = excluded.etag, spec = excluded.spec";
+                etag = excluded.etag, spec = excluded.spec, deleted = excluded.deleted";
         let (name, key) = (id.as_str(), self.key);
         if self.target.optional(TAKEN, &[&name, &key]).await?.is_some() {
             let text = "the target has an integration of this name with captures of its own";
@@ -184,9 +206,9 @@ impl Move<'_> {
         }
         let row = self.source.row(SPEC, &[&key]).await?;
         let (revision, etag): (i64, Option<&str>) = (row.get(0), row.get(1));
-        let spec: Option<&[u8]> = row.get(2);
+        let (spec, deleted): (Option<&[u8]>, bool) = (row.get(2), row.get(3));
         self.target.apply(EMPTY, &[&name, &key]).await?;
-        let values: [&(dyn ToSql + Sync); 5] = [&name, &key, &revision, &etag, &spec];
+        let values: [&(dyn ToSql + Sync); 6] = [&name, &key, &revision, &etag, &spec, &deleted];
         self.target.apply(ROW, &values).await.map(drop)
     }
 

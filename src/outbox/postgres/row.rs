@@ -21,9 +21,12 @@ pub(super) const RECORD_COLUMNS: &str = "i.integration_id, c.capture_id, c.lane,
 /// Captures with their integrations.
 pub(super) const RECORDS: &str = "captures c JOIN integrations i ON i.key = c.integration";
 
+/// The name of an integration, as the index `integrations_name` has it.
+pub(super) const NAME: &str = "split_part(integration_id, '@', 1)";
+
 /// The id of an integration.
 pub(super) fn id_of(row: &Row, column: usize) -> Result<IntegrationId, OutboxError> {
-    IntegrationId::new(row.get(column)).ok_or_else(|| damaged("integration"))
+    IntegrationId::stored(row.get(column)).ok_or_else(|| damaged("integration"))
 }
 
 /// A record from [`RECORD_COLUMNS`], which begin at `first`.

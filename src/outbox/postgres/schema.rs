@@ -17,15 +17,18 @@ use crate::{
 };
 
 /// The text of each migration, from version 1 on.
-const MIGRATIONS: [&str; VERSION as usize] = [include_str!("schema/0001_outbox.sql")];
+const MIGRATIONS: [&str; VERSION as usize] = [
+    include_str!("schema/0001_outbox.sql"),
+    include_str!("schema/0002_incarnations.sql"),
+];
 /// The schema version that this relay reads and writes.
-const VERSION: i32 = 1;
+pub(super) const VERSION: i32 = 2;
 /// Databases of one outbox: sequences advance by as many.
 const MAX_DATABASES: i16 = 64;
 /// Oldest server, as `server_version_num` has it.
 const MIN_SERVER: i32 = 140_000;
 /// What the index key is sealed for.
-const INDEX_KEY_PLACE: &str = "postgres/index-key";
+pub(super) const INDEX_KEY_PLACE: &str = "postgres/index-key";
 /// Longest migration of one version.
 const MIGRATION_LIMIT: Duration = Duration::from_secs(3_600);
 
@@ -97,7 +100,7 @@ pub async fn init(
         let number = number.unwrap_or_default();
         let sealed = vault.seal(INDEX_KEY_PLACE, index_key.as_slice())?;
         let before = in_database(place, version(database).await)?;
-        let after = migrate(database, before, number, &sealed).await;
+        let after = migrate_to(database, VERSION, number, &sealed).await;
         let change = match (before, in_database(place, after)?) {
             (_, newer) if newer > VERSION => {
                 return Err(PostgresError::SchemaNewer(place, newer, VERSION));
@@ -115,10 +118,10 @@ pub async fn init(
     Ok(reports)
 }
 
-/// Brings the schema from a version to [`VERSION`]; returns the version that is there then.
-async fn migrate(
+/// Brings the schema to a version, if it is older; returns the version that is there then.
+pub(super) async fn migrate_to(
     connection: &Connection,
-    from: i32,
+    to: i32,
     number: i16,
     sealed_key: &[u8],
 ) -> Result<i32, OutboxError> {
@@ -127,8 +130,9 @@ async fn migrate(
         VALUES ('number', $1), ('store', $2), ('index_key', $3)";
     let first = if number == 0 { MAX_DATABASES } else { number };
     let (number, store) = (number.to_be_bytes(), fastrand::u128(..).to_be_bytes());
-    let mut at = from;
-    while let Some(sql) = usize::try_from(at).ok().and_then(|at| MIGRATIONS.get(at)) {
+    let mut at = version(connection).await?;
+    let known = &MIGRATIONS[..usize::try_from(to).unwrap_or(0).min(MIGRATIONS.len())];
+    while let Some(sql) = usize::try_from(at).ok().and_then(|at| known.get(at)) {
         let next = at + 1;
         // Another process may have been faster: it holds the lock until it is done.
         let sql = format!(

@@ -3,7 +3,7 @@
 use super::{
     accept::key_of_id,
     database::{Database, LANES},
-    row::{RECORD_COLUMNS, RECORDS, id_of, record_of},
+    row::{NAME, RECORD_COLUMNS, RECORDS, id_of, record_of},
 };
 use crate::{
     integration::{IntegrationId, revision_number},
@@ -35,23 +35,37 @@ impl Database {
         Ok(specs)
     }
 
-    /// Whether an integration has a row here, and its specification.
+    /// The integration of a name, or the last one that was deleted, without a specification.
     pub(super) async fn integration(
         &self,
-        id: &IntegrationId,
-    ) -> Result<Option<Option<StoredIntegration>>, OutboxError> {
-        const SQL: &str = "
-            SELECT key, spec, revision FROM integrations
-            WHERE integration_id = $1 AND state <> 'moved'";
+        name: &str,
+    ) -> Result<Option<(IntegrationId, Option<StoredIntegration>)>, OutboxError> {
+        let sql = format!(
+            "SELECT integration_id, spec, key, revision FROM integrations
+             WHERE {NAME} = $1 AND state <> 'moved' ORDER BY spec IS NULL, key DESC LIMIT 1"
+        );
         let call = self.call().await?;
-        let Some(row) = call.optional(SQL, &[&id.as_str()]).await? else {
+        let session = &call.session;
+        let Some(row) = call.optional(&sql, &[&name]).await? else {
             return Ok(None);
         };
-        call.session.learn(id, row.get(0));
-        call.session.note_revision(row.get(0), row.get(2));
+        let id = id_of(&row, 0)?;
+        session.learn(&id, row.get(2));
+        session.note_revision(row.get(2), row.get(3));
         let spec: Option<&[u8]> = row.get(1);
-        let open = |sealed| call.session.sealing.open_integration(id.as_str(), sealed);
-        Ok(Some(spec.map(open).transpose()?))
+        let spec = spec.map(|sealed| session.sealing.open_integration(id.as_str(), sealed));
+        Ok(Some((id, spec.transpose()?)))
+    }
+
+    /// The incarnation of the last integration of a name that is or was here; 0 without one.
+    pub(super) async fn last_incarnation(&self, name: &str) -> Result<u32, OutboxError> {
+        let sql = format!(
+            "SELECT integration_id FROM integrations
+             WHERE {NAME} = $1 AND (deleted OR spec IS NOT NULL)"
+        );
+        let rows = self.call().await?.rows(&sql, &[&name]).await?;
+        rows.iter()
+            .try_fold(0, |last, row| Ok(id_of(row, 0)?.incarnation().max(last)))
     }
 
     /// Stores an integration, or removes it, in the place of the one with this etag. One of a
@@ -65,8 +79,9 @@ impl Database {
     ) -> Result<(), OutboxError> {
         const SQL: &str = "
             WITH counted AS (UPDATE integration_changes SET count = count + 1)
-            UPDATE integrations SET spec = $2, etag = $3, revision = $4
-            WHERE integration_id = $1 AND state = 'active' AND etag IS NOT DISTINCT FROM $5
+            UPDATE integrations SET spec = $2, etag = $3, revision = $4, deleted = $2::bytea IS NULL
+            WHERE integration_id = $1 AND state = 'active' AND NOT deleted
+                AND etag IS NOT DISTINCT FROM $5
                 AND ($6::int8 IS NULL OR (SELECT version FROM configuration) <= $6)";
         let call = self.call().await?;
         call.make_keys(&[id]).await?;
@@ -89,6 +104,15 @@ impl Database {
             session.note_revision(key, revision);
         }
         Ok(())
+    }
+
+    /// Notes that an integration was deleted elsewhere.
+    pub(super) async fn note_deleted(&self, id: &IntegrationId) -> Result<(), OutboxError> {
+        const SQL: &str = "
+            UPDATE integrations SET deleted = true WHERE integration_id = $1 AND spec IS NULL";
+        let call = self.call().await?;
+        call.make_keys(&[id]).await?;
+        call.apply(SQL, &[&id.as_str()]).await.map(drop)
     }
 
     /// The record of a capture.

@@ -5,6 +5,7 @@
 #[path = "../../../tests/it/postgres_server.rs"]
 mod server;
 
+mod migrations;
 mod moving;
 mod outage;
 mod relays;

@@ -19,6 +19,7 @@ use crate::{
         Backlog, BoxFuture, DeadLetter, DeadLetterCount, DeadLetterFilter, Erasure, FoundSubject,
         LaneKey, LeaseBudget, LeasedCapture, NewCapture, Outbox, OutboxError, Quota, Receipt,
         Selection, Settlement, Signals, StoredIntegration, SubjectQuery, sealing::SealedCapture,
+        stored_id,
     },
     proto::ErasureReceipt,
     status::CaptureRecord,
@@ -223,6 +224,11 @@ impl Outbox for SqliteOutbox {
         })
     }
 
+    fn last_incarnation(&self, name: &IntegrationId) -> BoxFuture<'_, Result<u32, OutboxError>> {
+        let name = name.clone();
+        Box::pin(self.read(|reply| ReadCommand::LastIncarnation { name, reply }))
+    }
+
     fn put_integration(
         &self,
         integration: StoredIntegration,
@@ -230,7 +236,9 @@ impl Outbox for SqliteOutbox {
     ) -> BoxFuture<'_, Result<(), OutboxError>> {
         Box::pin(async move {
             let sealed = self.sealing.integration(&integration)?;
-            let id = integration.integration_id;
+            let id = stored_id(&integration).ok_or_else(|| {
+                OutboxError::Unavailable("an integration without a valid id".to_owned())
+            })?;
             self.write(move |reply| WriteCommand::PutIntegration { id, sealed, reply })
                 .await
         })

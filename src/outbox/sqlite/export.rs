@@ -128,10 +128,23 @@ impl Export {
         &self.index_key
     }
 
+    /// The integrations that were deleted.
+    pub(in crate::outbox) fn deleted(&self) -> Result<Vec<IntegrationId>, ExportError> {
+        let mut statement = self
+            .connection
+            .prepare("SELECT id FROM integration WHERE spec = x''")?;
+        let ids = statement.query_map([], |row| row.get::<_, String>(0))?;
+        let ids = ids.collect::<rusqlite::Result<Vec<_>>>()?;
+        Ok(ids
+            .iter()
+            .filter_map(|id| IntegrationId::stored(id))
+            .collect())
+    }
+
     pub(in crate::outbox) fn integrations(&self) -> Result<Vec<StoredIntegration>, ExportError> {
         let mut rows = self
             .connection
-            .prepare("SELECT id, spec FROM integration ORDER BY id")?;
+            .prepare("SELECT id, spec FROM integration WHERE spec <> x'' ORDER BY id")?;
         let rows: Vec<(String, Vec<u8>)> = rows
             .query_map([], |row| Ok((row.get(0)?, row.get(1)?)))?
             .collect::<Result<_, _>>()?;
@@ -193,7 +206,7 @@ impl Export {
         let mut captures = Vec::new();
         while let Some(row) = rows.next()? {
             let name: String = row.get(1)?;
-            let Some(integration_id) = IntegrationId::new(&name) else {
+            let Some(integration_id) = IntegrationId::stored(&name) else {
                 continue;
             };
             let sequence = row.get(0)?;
@@ -228,7 +241,7 @@ impl Export {
         statement.query_row(params![id], |row| {
             let name: String = row.get(0)?;
             let (region, shard) = (region_of(row.get(1)?), row.get(2)?);
-            Ok(IntegrationId::new(&name).map(|integration_id| LaneKey {
+            Ok(IntegrationId::stored(&name).map(|integration_id| LaneKey {
                 integration_id,
                 region,
                 shard,
@@ -257,7 +270,7 @@ impl Export {
             for sequence in sequences {
                 let (integration, capture): (String, String) =
                     named.query_row(params![sequence], |row| Ok((row.get(0)?, row.get(1)?)))?;
-                if let Some(integration) = IntegrationId::new(&integration) {
+                if let Some(integration) = IntegrationId::stored(&integration) {
                     let key = stored_key(key_of(&integration, &capture));
                     self.ids.remove(&transaction, (key, *sequence))?;
                 }

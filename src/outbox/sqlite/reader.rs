@@ -58,6 +58,10 @@ pub(super) enum ReadCommand {
         older_than: UnixMillis,
         reply: Reply<DeadLetterCount>,
     },
+    LastIncarnation {
+        name: IntegrationId,
+        reply: Reply<u32>,
+    },
     Integrations {
         reply: Reply<Vec<(String, Vec<u8>)>>,
     },
@@ -125,6 +129,9 @@ pub(super) fn run(
             } => {
                 let counted = selection::count(connection, &selection, older_than);
                 let _ = reply.send(counted.map_err(unavailable));
+            }
+            ReadCommand::LastIncarnation { name, reply } => {
+                let _ = reply.send(last_incarnation(connection, &name).map_err(unavailable));
             }
             ReadCommand::Integrations { reply } => {
                 let _ = reply.send(integrations(connection).map_err(unavailable));
@@ -367,11 +374,24 @@ fn backlog(
 
 /// The integrations as they are stored, with their ids.
 fn integrations(connection: &Connection) -> rusqlite::Result<Vec<(String, Vec<u8>)>> {
-    let mut statement =
-        connection.prepare_cached("SELECT id, spec FROM integration ORDER BY id")?;
+    let mut statement = connection
+        .prepare_cached("SELECT id, spec FROM integration WHERE spec <> x'' ORDER BY id")?;
     statement
         .query_map([], |row| Ok((row.get(0)?, row.get(1)?)))?
         .collect()
+}
+
+/// The incarnation of the last integration of a name.
+fn last_incarnation(connection: &Connection, name: &IntegrationId) -> rusqlite::Result<u32> {
+    const SQL: &str = "
+        SELECT id FROM integration
+        WHERE id = ?1 OR substr(id, 1, length(?1) + 1) = ?1 || '@'";
+    let mut statement = connection.prepare_cached(SQL)?;
+    let mut ids = statement.query_map([name.name()], |row| row.get::<_, String>(0))?;
+    ids.try_fold(0, |last, id| {
+        let number = IntegrationId::stored(&id?).map_or(0, |id| id.incarnation());
+        Ok(last.max(number))
+    })
 }
 
 fn notices(connection: &Connection, limit: usize) -> rusqlite::Result<Vec<Notice>> {

@@ -9,7 +9,7 @@ use super::OpenError;
 /// "SegR" in ASCII: marks the file as the relay's.
 const APPLICATION_ID: i64 = 0x5365_6752;
 /// Counts up with every change of the layout.
-const FORMAT_VERSION: i64 = 6;
+const FORMAT_VERSION: i64 = 7;
 /// Memory for the writer's pages, in KiB: what one flush touches.
 const WRITER_CACHE_KIB: i64 = 12 * 1024;
 /// The log is cut back to this size after a checkpoint, in bytes.
@@ -24,8 +24,9 @@ CREATE TABLE probe (                 -- written to find out whether the disk wor
 ) STRICT;
 
 CREATE TABLE integration (
-  id TEXT PRIMARY KEY,
-  spec BLOB NOT NULL                 -- jebbit.segmentrelay.v1.Integration, sealed
+  id TEXT PRIMARY KEY,               -- name, from the second incarnation on name@incarnation
+  spec BLOB NOT NULL                 -- jebbit.segmentrelay.v1.Integration, sealed; empty once
+                                     -- it is deleted: what is kept under the id is no later one's
 ) STRICT;
 
 CREATE TABLE vault (                 -- sqlite/keys.rs
@@ -122,6 +123,13 @@ CREATE TABLE dead_letter (
 CREATE INDEX dead_letter_by_lane ON dead_letter (lane);
 ";
 
+/// From version 6: integrations that were deleted are known by the lanes that they have left.
+const FROM_VERSION_6: &str = "
+INSERT INTO integration (id, spec)
+SELECT DISTINCT integration_id, x'' FROM lane WHERE integration_id NOT IN (SELECT id FROM integration);
+PRAGMA user_version = 7;
+";
+
 /// Opens the database for the writer; makes its layout where it is new.
 pub(super) fn open_for_writing(directory: &Path, database: &Path) -> Result<Connection, OpenError> {
     let failed = |source| OpenError::Database {
@@ -152,7 +160,11 @@ pub(super) fn open_for_writing(directory: &Path, database: &Path) -> Result<Conn
         if number(&connection, "application_id").map_err(failed)? != APPLICATION_ID {
             return Err(OpenError::Foreign(database.to_owned()));
         }
-        let found = number(&connection, "user_version").map_err(failed)?;
+        let mut found = number(&connection, "user_version").map_err(failed)?;
+        if found == 6 {
+            upgrade(&mut connection, FROM_VERSION_6).map_err(failed)?;
+            found = 7;
+        }
         if found != FORMAT_VERSION {
             let path = directory.to_owned();
             return Err(OpenError::Version {
@@ -164,6 +176,13 @@ pub(super) fn open_for_writing(directory: &Path, database: &Path) -> Result<Conn
     }
     prepare(&mut connection, is_new).map_err(failed)?;
     Ok(connection)
+}
+
+/// All of it or nothing.
+fn upgrade(connection: &mut Connection, statements: &str) -> rusqlite::Result<()> {
+    let transaction = connection.transaction_with_behavior(TransactionBehavior::Immediate)?;
+    transaction.execute_batch(statements)?;
+    transaction.commit()
 }
 
 /// Write keys and addresses are in there, so it is for the relay's user alone;

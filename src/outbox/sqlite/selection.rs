@@ -12,11 +12,17 @@ use crate::{
 
 /// The rows that a filter lets through: with `NULL` where it lets all.
 const FITS: &str = "
-    (?1 IS NULL OR l.integration_id IN (SELECT value FROM json_each(?1))) AND (?2 IS NULL OR d.reason = ?2)
+    (?1 IS NULL OR substr(l.integration_id, 1, instr(l.integration_id || '@', '@') - 1) IN (SELECT value FROM json_each(?1))) AND (?2 IS NULL OR d.reason = ?2)
     AND (?3 IS NULL OR d.millis >= ?3) AND (?4 IS NULL OR d.millis < ?4)";
 
 /// The rows of the integrations in `?2`, with `NULL` of all.
-const OWN: &str = "(?2 IS NULL OR l.integration_id IN (SELECT value FROM json_each(?2)))";
+const OWN: &str = "
+    (?2 IS NULL OR substr(l.integration_id, 1, instr(l.integration_id || '@', '@') - 1) IN
+        (SELECT value FROM json_each(?2)))";
+
+/// Whether the integration was deleted: its events are never sent again.
+const FORMER: &str =
+    "EXISTS (SELECT 1 FROM integration i WHERE i.id = l.integration_id AND i.spec = x'')";
 
 /// The values of [`FITS`].
 fn values(filter: &DeadLetterFilter) -> [Value; 4] {
@@ -65,7 +71,7 @@ pub(super) fn list(
 fn dead_letter(row: &Row<'_>) -> Result<DeadLetter, OutboxError> {
     let id: String = row.get(4).map_err(unavailable)?;
     let status: Vec<u8> = row.get(6).map_err(unavailable)?;
-    let integration_id = IntegrationId::new(&id)
+    let integration_id = IntegrationId::stored(&id)
         .ok_or_else(|| OutboxError::Unavailable("a damaged lane".to_owned()))?;
     Ok(DeadLetter {
         id: row.get(0).map_err(unavailable)?,
@@ -91,12 +97,14 @@ pub(super) fn count(
     selection: &Selection,
     older_than: UnixMillis,
 ) -> rusqlite::Result<DeadLetterCount> {
-    const COLUMNS: &str = "count(*), coalesce(sum(length(d.payload)), 0),
-        coalesce(sum(c.accept_millis < ?5), 0)";
+    let columns = format!(
+        "count(*), coalesce(sum(length(d.payload)), 0), coalesce(sum(c.accept_millis < ?5 AND NOT {FORMER}), 0),
+         coalesce(sum({FORMER}), 0)"
+    );
     match selection {
         Selection::Filter(filter) => {
             let sql = format!(
-                "SELECT {COLUMNS} FROM dead_letter d JOIN lane l ON l.id = d.lane
+                "SELECT {columns} FROM dead_letter d JOIN lane l ON l.id = d.lane
                  JOIN capture c ON c.sequence = d.sequence WHERE {FITS}"
             );
             let [integration, reason, start, end] = values(filter);
@@ -110,7 +118,7 @@ pub(super) fn count(
             let sql = format!(
                 "SELECT {} FROM dead_letter d JOIN lane l ON l.id = d.lane
                  JOIN capture c ON c.sequence = d.sequence WHERE d.id = ?1 AND {OWN}",
-                COLUMNS.replace("?5", "?3")
+                columns.replace("?5", "?3")
             );
             let own = named(integrations.as_deref());
             let mut sum = DeadLetterCount::default();
@@ -119,6 +127,7 @@ pub(super) fn count(
                 sum.events += one.events;
                 sum.bytes += one.bytes;
                 sum.older += one.older;
+                sum.former += one.former;
             }
             Ok(sum)
         }
@@ -135,22 +144,29 @@ fn counted(
             events: row.get(0)?,
             bytes: row.get(1)?,
             older: row.get(2)?,
+            former: row.get(3)?,
         })
     })
 }
 
-/// The ids of the first selected dead letters.
+/// The ids of the first selected dead letters; to be sent again where `replay` is set.
 pub(super) fn first_ids(
     connection: &Connection,
     selection: &Selection,
     limit: usize,
+    replay: bool,
 ) -> rusqlite::Result<Vec<i64>> {
+    let may = if replay {
+        format!("NOT {FORMER}")
+    } else {
+        "1".to_owned()
+    };
     let limit = i64::try_from(limit).unwrap_or(i64::MAX);
     match selection {
         Selection::Filter(filter) => {
             let sql = format!(
                 "SELECT d.id FROM dead_letter d JOIN lane l ON l.id = d.lane
-                 WHERE {FITS} ORDER BY d.id LIMIT ?5"
+                 WHERE {FITS} AND {may} ORDER BY d.id LIMIT ?5"
             );
             let [integration, reason, start, end] = values(filter);
             let mut statement = connection.prepare_cached(&sql)?;
@@ -163,7 +179,7 @@ pub(super) fn first_ids(
         Selection::Ids { ids, integrations } => {
             let sql = format!(
                 "SELECT d.id FROM dead_letter d JOIN lane l ON l.id = d.lane
-                 WHERE d.id = ?1 AND {OWN}"
+                 WHERE d.id = ?1 AND {OWN} AND {may}"
             );
             let mut statement = connection.prepare_cached(&sql)?;
             let own = named(integrations.as_deref());

@@ -82,8 +82,13 @@ fn lane_of(
         return Ok(None);
     };
     let id: String = row.get(0)?;
-    let wanted = |id: &IntegrationId| query.integration_id.as_ref().is_none_or(|only| only == id);
-    let Some(integration_id) = IntegrationId::new(&id).filter(wanted) else {
+    let wanted = |id: &IntegrationId| {
+        query
+            .integration_id
+            .as_ref()
+            .is_none_or(|only| only.name() == id.name())
+    };
+    let Some(integration_id) = IntegrationId::stored(&id).filter(wanted) else {
         return Ok(None);
     };
     let lane = match (row.get::<_, Option<i64>>(1)?, row.get(2)?) {

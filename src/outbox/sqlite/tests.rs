@@ -1,4 +1,5 @@
 mod admission;
+mod formats;
 mod keys;
 mod model;
 mod notices;

@@ -315,7 +315,8 @@ impl Work<'_> {
             }
             WriteCommand::PutIntegration { id, sealed, reply } => {
                 owed.push(Owed::Done(reply));
-                self.put_integration(&id, &sealed).map_err(unavailable)
+                self.put_integration(id.as_str(), &sealed)
+                    .map_err(unavailable)
             }
             WriteCommand::DeleteIntegration { id, reply } => {
                 owed.push(Owed::Done(reply));

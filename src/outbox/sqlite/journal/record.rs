@@ -146,7 +146,7 @@ pub(in crate::outbox::sqlite) fn read(record: &Record) -> io::Result<Said> {
 }
 
 fn integration(id: &str) -> io::Result<IntegrationId> {
-    IntegrationId::new(id).ok_or_else(|| damaged("an integration's id"))
+    IntegrationId::stored(id).ok_or_else(|| damaged("an integration's id"))
 }
 
 fn decoded(id: IntegrationId, capture_id: String, status: &[u8]) -> io::Result<CaptureRecord> {

@@ -56,9 +56,10 @@ impl Work<'_> {
     }
 
     pub(super) fn delete_integration(&self, id: &IntegrationId) -> rusqlite::Result<()> {
+        // The row stays: what is kept under the id belongs to no later one of its name.
         let mut statement = self
             .transaction
-            .prepare_cached("DELETE FROM integration WHERE id = ?1")?;
+            .prepare_cached("UPDATE integration SET spec = x'' WHERE id = ?1")?;
         statement.execute(params![id.as_str()])?;
         Ok(())
     }
@@ -121,7 +122,7 @@ impl Work<'_> {
                 forget.execute(params![reached])?;
                 forget_subject.execute(params![reached])?;
                 let id: String = row.get(3)?;
-                if let Some(id) = IntegrationId::new(&id) {
+                if let Some(id) = IntegrationId::stored(&id) {
                     let key = key_of(&id, &row.get::<_, String>(4)?);
                     self.ids
                         .remove(self.transaction, (stored_key(key), reached))?;

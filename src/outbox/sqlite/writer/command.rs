@@ -19,7 +19,7 @@ pub(in crate::outbox::sqlite) enum WriteCommand {
     /// While the committer waits, and all that was acknowledged is in the database.
     Alone(Box<WriteCommand>, channel::SyncSender<Done>),
     PutIntegration {
-        id: String,
+        id: IntegrationId,
         sealed: Vec<u8>,
         reply: Reply<()>,
     },

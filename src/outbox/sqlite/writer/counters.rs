@@ -41,7 +41,7 @@ impl Counters {
         while let Some(row) = rows.next()? {
             let integration_id: String = row.get(1)?;
             // Only valid ids are ever stored.
-            let Some(integration_id) = IntegrationId::new(&integration_id) else {
+            let Some(integration_id) = IntegrationId::stored(&integration_id) else {
                 continue;
             };
             let key = LaneKey {

@@ -60,9 +60,9 @@ impl Work<'_> {
         let Some((subject, integration, capture_id, status)) = found else {
             return Ok(());
         };
-        let Some(id) = IntegrationId::new(&integration).filter(|id| {
+        let Some(id) = IntegrationId::stored(&integration).filter(|id| {
             let only = erasure.subject.integration_id.as_ref();
-            subjects.contains(&subject) && only.is_none_or(|only| only == id)
+            subjects.contains(&subject) && only.is_none_or(|only| only.name() == id.name())
         }) else {
             return Ok(());
         };

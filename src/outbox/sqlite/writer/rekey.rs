@@ -108,7 +108,7 @@ impl Work<'_> {
     fn reseal(&mut self, in_queue: bool, row: &Row) -> Result<(), OutboxError> {
         let failed = |error: String| OutboxError::Unavailable(error);
         // Only valid ids are ever stored.
-        let Some(id) = IntegrationId::new(&row.integration) else {
+        let Some(id) = IntegrationId::stored(&row.integration) else {
             return Ok(());
         };
         let place = payload_place(&id, &row.capture_id, row.event);

@@ -39,7 +39,7 @@ impl Work<'_> {
         now: UnixMillis,
     ) -> Result<Result<u64, Quota>, OutboxError> {
         let mut replayed = 0;
-        for id in first_ids(self.transaction, selection, CHUNK).map_err(unavailable)? {
+        for id in first_ids(self.transaction, selection, CHUNK, true).map_err(unavailable)? {
             let Some(mut row) = self.dead_letter(id)? else {
                 continue;
             };
@@ -94,7 +94,7 @@ impl Work<'_> {
             SELECT EXISTS (SELECT 1 FROM dead_letter WHERE sequence = ?1)
                 OR EXISTS (SELECT 1 FROM queue WHERE sequence = ?1)";
         const CLOSE: &str = "UPDATE capture SET open = ?2 WHERE sequence = ?1";
-        let ids = first_ids(self.transaction, selection, CHUNK)?;
+        let ids = first_ids(self.transaction, selection, CHUNK, false)?;
         for id in &ids {
             let sequence: i64 = self
                 .transaction
@@ -129,7 +129,7 @@ impl Work<'_> {
         let Some((row, (integration, region, shard), (capture_id, status))) = found else {
             return Ok(None);
         };
-        let integration_id = IntegrationId::new(&integration)
+        let integration_id = IntegrationId::stored(&integration)
             .ok_or_else(|| OutboxError::Unavailable("a damaged lane".to_owned()))?;
         let region = region_of(region);
         let (sequence, lane_id, event, bytes) = row;
