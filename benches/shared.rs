@@ -2,8 +2,7 @@
 //! outbox: real processes on loopback that share the machine with the load and the endpoint.
 //!
 //! `cargo bench --bench shared -- 100000` sends 100,000 captures in each setting, in batches of
-//! 100; words after it choose settings by their names. It needs PostgreSQL and nats-server as
-//! the tests do.
+//! 100; words after it choose settings by their names. It needs PostgreSQL as the tests do.
 
 #![allow(
     clippy::unwrap_used,
@@ -12,10 +11,6 @@
     missing_docs,
     reason = "a measurement stops at the first thing that is not as it should be"
 )]
-
-#[allow(dead_code, reason = "shared with the tests")]
-#[path = "../tests/it/nats_server.rs"]
-mod nats_server;
 
 #[allow(dead_code, reason = "shared with the tests")]
 #[path = "../tests/it/postgres_server.rs"]
@@ -35,15 +30,11 @@ use std::{
 use http_body_util::{BodyExt, Full};
 use hyper::{Request, Response, body::Incoming, service::service_fn};
 use hyper_util::rt::TokioIo;
-use nats_server::Server;
 use postgres_server::OwnServer;
-use segment_relay::{
-    outbox::{Layout, NatsAuth, NatsConnection, NatsHandle},
-    proto::{
-        Capture, CaptureBatchRequest, CreateIntegrationRequest, Credential, DataRegion,
-        Integration, UnmappedAttributes, integration_service_client::IntegrationServiceClient,
-        segment_relay_client::SegmentRelayClient,
-    },
+use segment_relay::proto::{
+    Capture, CaptureBatchRequest, CreateIntegrationRequest, Credential, DataRegion, Integration,
+    UnmappedAttributes, integration_service_client::IntegrationServiceClient,
+    segment_relay_client::SegmentRelayClient,
 };
 use tokio::net::TcpListener;
 use tonic::transport::Channel;
@@ -53,23 +44,6 @@ const BATCH: usize = 100;
 const CALLS: usize = 16;
 const INTEGRATIONS: usize = 4;
 const TIMEOUT: Duration = Duration::from_secs(300);
-
-/// The servers of a setting.
-#[derive(Default)]
-struct Servers {
-    nats: Vec<Server>,
-    /// The primary, then its standby.
-    postgres: Vec<OwnServer>,
-}
-
-impl Servers {
-    fn ids(&self) -> Vec<u32> {
-        let postgres = self.postgres.iter().flat_map(OwnServer::processes);
-        let postgres = postgres.filter_map(|pid| u32::try_from(pid.as_raw_nonzero().get()).ok());
-        let nats = self.nats.iter().filter_map(Server::id);
-        nats.chain(postgres).collect()
-    }
-}
 
 struct Relay(Child);
 
@@ -109,7 +83,7 @@ async fn endpoint(arrived: Arc<AtomicU64>) -> String {
     url
 }
 
-async fn start(directory: &Path, endpoint: &str, servers: &Servers) -> (Relay, Channel) {
+async fn start(directory: &Path, endpoint: &str, servers: &[OwnServer]) -> (Relay, Channel) {
     let mut command = Command::new(env!("CARGO_BIN_EXE_segment-relay"));
     command
         .arg("serve")
@@ -136,18 +110,10 @@ async fn start(directory: &Path, endpoint: &str, servers: &Servers) -> (Relay, C
         .env("SEGMENT_RELAY__LOG__FILTER", "error")
         .stdin(Stdio::null())
         .stdout(Stdio::piped());
-    if let Some(primary) = servers.postgres.first() {
+    if let Some(primary) = servers.first() {
         command
             .env("SEGMENT_RELAY__OUTBOX__KIND", "postgres")
             .env("SEGMENT_RELAY__POSTGRES__URLS", primary.url());
-    }
-    let nats = &servers.nats;
-    if !nats.is_empty() {
-        let urls: Vec<String> = nats.iter().map(Server::url).collect();
-        command
-            .env("SEGMENT_RELAY__OUTBOX__KIND", "jetstream")
-            .env("SEGMENT_RELAY__NATS__SERVERS", urls.join(","))
-            .env("SEGMENT_RELAY__NATS__REPLICAS", nats.len().to_string());
     }
     let mut child = command.spawn().unwrap();
     let out = child.stdout.take().unwrap();
@@ -160,34 +126,6 @@ async fn start(directory: &Path, endpoint: &str, servers: &Servers) -> (Relay, C
     let address = line.trim().rsplit(' ').next().unwrap().to_owned();
     let channel = Channel::from_shared(format!("http://{address}")).unwrap();
     (Relay(child), channel.connect().await.unwrap())
-}
-
-async fn init(servers: &[Server]) {
-    let layout = Layout {
-        prefix: "segment-relay".to_owned(),
-        partitions: 1,
-        replicas: servers.len(),
-        max_bytes: None,
-        cluster: None,
-        tags: Vec::new(),
-    };
-    let connection = NatsConnection {
-        servers: servers.iter().map(Server::url).collect(),
-        auth: NatsAuth::None,
-        tls: None,
-    };
-    let begun = Instant::now();
-    loop {
-        let made = async {
-            let handle = NatsHandle::connect(&connection, layout.clone()).await?;
-            handle.init().await
-        };
-        match made.await {
-            Ok(_) => return,
-            Err(error) if begun.elapsed() > Duration::from_secs(60) => panic!("{error}"),
-            Err(_) => tokio::time::sleep(Duration::from_millis(200)).await,
-        }
-    }
 }
 
 fn integration(number: usize) -> Integration {
@@ -219,6 +157,11 @@ fn relay_ids(relays: &[Relay]) -> impl Iterator<Item = u32> {
     relays.iter().map(|relay| relay.0.id())
 }
 
+fn server_ids(servers: &[OwnServer]) -> impl Iterator<Item = u32> {
+    let processes = servers.iter().flat_map(OwnServer::processes);
+    processes.filter_map(|pid| u32::try_from(pid.as_raw_nonzero().get()).ok())
+}
+
 /// CPU seconds of processes so far, by the clock ticks of `/proc`: 100 a second on Linux.
 fn cpu(processes: impl Iterator<Item = u32>) -> f64 {
     let ticks = |id: u32| -> f64 {
@@ -236,19 +179,8 @@ fn cpu(processes: impl Iterator<Item = u32>) -> f64 {
     processes.map(ticks).sum::<f64>() / 100.0
 }
 
-fn nats(count: usize) -> Servers {
-    let nats = match count {
-        1 => vec![Server::start().unwrap()],
-        count => Server::cluster(count).unwrap(),
-    };
-    Servers {
-        nats,
-        ..Servers::default()
-    }
-}
-
 /// A primary, with a synchronous standby or without, and the schema.
-async fn postgres(standby: bool, directory: &Path) -> Servers {
+async fn postgres(standby: bool, directory: &Path) -> Vec<OwnServer> {
     const SETTINGS: [(&str, &str); 2] = [("shared_buffers", "1GB"), ("max_wal_size", "4GB")];
     let primary = postgres_server::Server::start_own(&SETTINGS).unwrap();
     let made = Command::new(env!("CARGO_BIN_EXE_segment-relay"))
@@ -258,15 +190,12 @@ async fn postgres(standby: bool, directory: &Path) -> Servers {
         .stdout(Stdio::null())
         .status();
     assert!(made.unwrap().success());
-    let mut postgres = vec![primary];
+    let mut servers = vec![primary];
     if standby {
-        postgres.push(postgres[0].standby(&SETTINGS));
-        postgres[0].require_standby();
+        servers.push(servers[0].standby(&SETTINGS));
+        servers[0].require_standby();
     }
-    Servers {
-        postgres,
-        ..Servers::default()
-    }
+    servers
 }
 
 async fn send(channels: &[Channel], captures: usize, next: &Arc<AtomicUsize>) {
@@ -297,26 +226,19 @@ async fn send(channels: &[Channel], captures: usize, next: &Arc<AtomicUsize>) {
     }
 }
 
-async fn measure(name: &str, captures: usize, servers: Servers, relays: usize) {
-    let directory = tempfile::tempdir().unwrap();
-    measure_in(directory.path(), name, captures, servers, relays).await;
-}
-
-async fn measure_in(
+/// Relays over a primary and its standby, or over the embedded outbox without any.
+async fn measure(
     directory: &Path,
     name: &str,
     captures: usize,
-    servers: Servers,
+    servers: &[OwnServer],
     relays: usize,
 ) {
-    if !servers.nats.is_empty() {
-        init(&servers.nats).await;
-    }
     let arrived = Arc::new(AtomicU64::new(0));
     let url = endpoint(Arc::clone(&arrived)).await;
     let (mut processes, mut channels) = (Vec::new(), Vec::new());
     for _ in 0..relays {
-        let (process, channel) = start(directory, &url, &servers).await;
+        let (process, channel) = start(directory, &url, servers).await;
         processes.push(process);
         channels.push(channel);
     }
@@ -329,7 +251,7 @@ async fn measure_in(
     }
     tokio::time::sleep(Duration::from_secs(2)).await;
     let next = Arc::new(AtomicUsize::new(0));
-    let before = (cpu(relay_ids(&processes)), cpu(servers.ids().into_iter()));
+    let before = (cpu(relay_ids(&processes)), cpu(server_ids(servers)));
     let begun = Instant::now();
     send(&channels, captures, &next).await;
     let accepted = begun.elapsed();
@@ -347,7 +269,7 @@ async fn measure_in(
         rate(accepted),
         rate(delivered),
         each(cpu(relay_ids(&processes)), before.0),
-        each(cpu(servers.ids().into_iter()), before.1),
+        each(cpu(server_ids(servers)), before.1),
     );
 }
 
@@ -363,7 +285,8 @@ async fn main() {
     let wanted = |name: &str| words.is_empty() || words.iter().any(|word| name.contains(word));
     let embedded = "embedded, one relay";
     if wanted(embedded) {
-        measure(embedded, captures, Servers::default(), 1).await;
+        let directory = tempfile::tempdir().unwrap();
+        measure(directory.path(), embedded, captures, &[], 1).await;
     }
     if postgres_server::database().is_some() {
         for (standby, word) in [
@@ -375,22 +298,8 @@ async fn main() {
                 if wanted(&name) {
                     let directory = tempfile::tempdir().unwrap();
                     let servers = postgres(standby, directory.path()).await;
-                    measure_in(directory.path(), &name, captures, servers, relays).await;
+                    measure(directory.path(), &name, captures, &servers, relays).await;
                 }
-            }
-        }
-    }
-    if nats_server::program().is_none() {
-        return;
-    }
-    for (servers, word) in [
-        (1, "JetStream, one server"),
-        (3, "JetStream, three servers"),
-    ] {
-        for relays in 1..=3 {
-            let name = format!("{word}, {relays} relays");
-            if wanted(&name) {
-                measure(&name, captures, nats(servers), relays).await;
             }
         }
     }

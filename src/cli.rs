@@ -2,7 +2,6 @@
 
 mod check;
 mod generate;
-mod nats;
 mod outbox;
 mod sandbox;
 mod serve;
@@ -43,8 +42,6 @@ enum Command {
     Sandbox(sandbox::SandboxArgs),
     /// Check a configuration file: all its faults at once, each with its line
     Check(check::CheckArgs),
-    /// Prepare NATS JetStream as the outbox of several relays
-    Nats(nats::NatsArgs),
     /// Prepare the shared outbox on PostgreSQL, and move what is stored
     Outbox(outbox::OutboxArgs),
     /// Print the commented default configuration
@@ -136,7 +133,6 @@ async fn run(command: Command) -> Result<u8, Failure> {
         }
         Command::Sandbox(args) => sandbox::run(args).await.map(|()| 0),
         Command::Check(args) => check::run(&args).map(|()| 0),
-        Command::Nats(args) => nats::run(&args).await,
         Command::Outbox(args) => outbox::run(&args).await,
         Command::Client(command) => Ok(client::run(*command, &mut std::io::stdout()).await?),
         Command::Token => generate::token().map(|()| 0),

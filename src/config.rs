@@ -31,9 +31,9 @@ mod endpoint;
 mod entry;
 mod fault;
 mod integrations;
-mod nats;
 mod postgres;
 mod reader;
+mod removed;
 mod sections;
 mod security;
 mod telemetry;
@@ -44,7 +44,6 @@ mod value;
 pub use callers::KnownCaller;
 pub use endpoint::{Endpoint, EndpointError};
 pub use fault::{Fault, Faults, MAX_FAULTS, Place};
-pub use nats::Nats;
 pub(crate) use postgres::hosts_in_clear;
 pub use sections::{Delivery, Endpoints, Outbox, OutboxKind, Segment, Server};
 pub use security::{JwksSource, Jwt, Limits, Notify, Secrets, Tls};
@@ -90,8 +89,6 @@ pub struct Config {
     pub delivery: Delivery,
     /// Where and how much is stored.
     pub outbox: Outbox,
-    /// The servers of the shared outbox.
-    pub nats: Nats,
     /// The databases of the shared outbox.
     pub postgres: PostgresConnection,
     /// The collector of traces and metrics; `None` without.
@@ -126,7 +123,6 @@ impl fmt::Debug for Config {
             .field("segment", &self.segment)
             .field("delivery", &self.delivery)
             .field("outbox", &self.outbox)
-            .field("nats", &self.nats)
             .field("postgres", &self.postgres)
             .field("otlp", &self.otlp)
             .field("traces", &self.traces)
@@ -236,14 +232,6 @@ impl Config {
         let segment = Segment::take(&mut reader);
         let delivery = Delivery::take(&mut reader);
         let outbox = Outbox::take(&mut reader);
-        let nats = Nats::take(&mut reader);
-        if let (Some(outbox), Some(nats)) = (&outbox, &nats) {
-            reader.check(
-                outbox.kind != OutboxKind::JetStream || !nats.servers.is_empty(),
-                ["outbox.kind", "nats.servers"],
-                "kind = \"jetstream\" needs [nats] servers",
-            );
-        }
         let postgres = postgres::take(&mut reader);
         if let (Some(outbox), Some(postgres)) = (&outbox, &postgres) {
             reader.check(
@@ -270,7 +258,6 @@ impl Config {
                 segment: segment?,
                 delivery: delivery?,
                 outbox: outbox?,
-                nats: nats?,
                 postgres: postgres?,
                 otlp: otlp?,
                 traces: traces?,

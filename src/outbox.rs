@@ -14,10 +14,10 @@ mod claim;
 pub(crate) mod conformance;
 mod dead_letters;
 mod event_set;
-mod jetstream;
 mod lease;
 #[cfg(test)]
 pub(crate) mod model;
+mod moved;
 mod postgres;
 mod record;
 mod sealing;
@@ -26,7 +26,6 @@ pub(crate) mod shared_double;
 mod signals;
 mod sqlite;
 mod subject;
-mod transfer;
 
 use std::{fmt, future::Future, pin::Pin, sync::Arc};
 
@@ -46,11 +45,8 @@ use crate::{
 pub use claim::Claim;
 pub use dead_letters::{DeadLetter, DeadLetterCount, DeadLetterFilter, Selection};
 pub use event_set::EventSet;
-pub use jetstream::{
-    Difference, JetStreamError, JetStreamOptions, JetStreamOutbox, Layout, LayoutReport, NatsAuth,
-    NatsConnection, NatsHandle, NatsTls,
-};
 pub use lease::{LeaseBudget, LeasedCapture, SettledCapture, Settlement};
+pub use moved::{MoveError, Moved};
 pub use postgres::{
     InitReport, PostgresConnection, PostgresError, PostgresOptions, PostgresOutbox, SchemaChange,
     SynchronousCommit, init, move_integration, move_to_postgres,
@@ -60,7 +56,6 @@ pub use record::{check_stored_record, sample_records};
 pub use signals::{Change, Signals};
 pub use sqlite::{ExportError, KeyError, OpenError, SqliteOptions, SqliteOutbox};
 pub use subject::{Erasure, FoundSubject, SubjectQuery};
-pub use transfer::{MoveError, Moved, move_outbox};
 
 /// Lanes of one integration and region. Fixed, since an event has to stay in
 /// the lane of its user for as long as it waits. Four requests at once of 2,500

@@ -26,7 +26,7 @@ use crate::{
     grpc::{Access, RELAY_SERVICE, Services},
     metrics::{self, BacklogBoard, MetricsError},
     notify::{self, Notices, SenderOptions},
-    outbox::{JetStreamError, OpenError, OutboxError, PostgresError},
+    outbox::{OpenError, OutboxError, PostgresError},
     proto,
     registry::{Configured, LoadError, Registry, Told},
     segment::SetupError,
@@ -37,7 +37,6 @@ use crate::{
 
 use connections::Connections;
 use store::Store;
-pub use store::{connection, jetstream_options, layout};
 use tls::Tls;
 pub use tls::TlsError;
 
@@ -52,9 +51,6 @@ pub enum RunError {
     /// The outbox can't be opened.
     #[error(transparent)]
     Open(#[from] OpenError),
-    /// The shared outbox can't be opened.
-    #[error(transparent)]
-    JetStream(#[from] JetStreamError),
     /// The shared outbox can't be opened.
     #[error(transparent)]
     Postgres(#[from] PostgresError),

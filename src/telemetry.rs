@@ -66,9 +66,7 @@ pub fn start(config: &Config) -> Result<Telemetry, OtlpError> {
         .with_ansi(std::io::stderr().is_terminal())
         .with_filter(
             filter
-                .and(filter_fn(|metadata| {
-                    metadata.target() != TARGET && may_be_logged(metadata)
-                }))
+                .and(filter_fn(|metadata| metadata.target() != TARGET))
                 .and(StormFilter(Arc::clone(&storm))),
         );
     let subscriber = tracing_subscriber::registry().with(lines);
@@ -153,14 +151,6 @@ fn tracers(config: &Config) -> Result<SdkTracerProvider, OtlpError> {
         .with_sampler(RelaySampler::new(config.traces))
         .with_span_processor(KeepErrors(exporter))
         .build())
-}
-
-/// Whether a line may stand in the log, whatever the directives say. Below INFO the NATS
-/// client tells what it sends and gets, payloads and credentials included.
-#[must_use]
-pub fn may_be_logged(metadata: &Metadata<'_>) -> bool {
-    let is_nats = metadata.target().starts_with("async_nats");
-    !is_nats || *metadata.level() <= LevelFilter::INFO
 }
 
 fn directives(filter: &str) -> EnvFilter {

@@ -12,8 +12,8 @@ use super::{Failure, spec_violations};
 use crate::{
     config::Config,
     integration::IntegrationId,
-    outbox::{self, MoveError, Moved, NatsHandle, PostgresError, PostgresOutbox, SchemaChange},
-    server::{self, RunError},
+    outbox::{self, MoveError, Moved, PostgresError, PostgresOutbox, SchemaChange},
+    server::RunError,
     telemetry,
     vault::Vault,
 };
@@ -33,9 +33,8 @@ enum OutboxCommand {
     /// keep running; meanwhile the integration takes no captures and its deliveries wait.
     /// Repeat an interrupted run
     MoveIntegration(MoveIntegrationArgs),
-    /// Move the embedded outbox in [outbox] path to the shared one: to the databases of
-    /// [postgres] where urls is set, otherwise to the JetStream of [nats]. Stop its relay first,
-    /// and start those on the shared outbox afterwards, so that each user's events keep their
+    /// Move the embedded outbox in [outbox] path to the databases of [postgres]. Stop its relay
+    /// first, and start those on PostgreSQL afterwards, so that each user's events keep their
     /// order. Repeat an interrupted run. Exit code 1 where something had to stay
     Move(ConfigArgs),
 }
@@ -78,7 +77,7 @@ pub(super) async fn run(args: &OutboxArgs) -> Result<u8, Failure> {
     match &args.command {
         OutboxCommand::Init(args) => init(args).await,
         OutboxCommand::MoveIntegration(args) => move_integration(args).await,
-        OutboxCommand::Move(args) => move_to_shared(args).await,
+        OutboxCommand::Move(args) => move_embedded(args).await,
     }
 }
 
@@ -139,28 +138,14 @@ async fn move_integration(args: &MoveIntegrationArgs) -> Result<u8, Failure> {
     Ok(0)
 }
 
-async fn move_to_shared(args: &ConfigArgs) -> Result<u8, Failure> {
-    let config = Config::read(args.config.as_deref(), &spec_violations)?;
-    let to_postgres = !config.postgres.urls.is_empty();
-    if !to_postgres && config.nats.servers.is_empty() {
-        return Err(Failure::Usage(
-            "neither [postgres] urls nor [nats] servers is set: name the databases in the file or \
-             in SEGMENT_RELAY__POSTGRES__URLS"
-                .to_owned(),
-        ));
-    }
+async fn move_embedded(args: &ConfigArgs) -> Result<u8, Failure> {
+    let config = with_databases(args.config.as_deref())?;
     let telemetry = telemetry::start(&config)?;
     let vault = Arc::new(Vault::load(&config.secrets, true)?);
     let (path, remember) = (&config.outbox.path, config.outbox.idempotency);
     let progress = Progress::new("captures");
     let shown = |done, total| progress.show(done, total);
-    let moved = if to_postgres {
-        outbox::move_to_postgres(path, &config.postgres, &vault, remember, shown).await
-    } else {
-        let connection = server::connection(&config.nats);
-        let handle = NatsHandle::connect(&connection, server::layout(&config.nats)).await?;
-        outbox::move_outbox(path, handle, &vault, remember, shown).await
-    };
+    let moved = outbox::move_to_postgres(path, &config.postgres, &vault, remember, shown).await;
     progress.end();
     telemetry.flush().await;
     report(&moved?, path)

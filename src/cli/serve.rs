@@ -50,7 +50,6 @@ pub(super) async fn run(args: &ServeArgs) -> Result<(), Failure> {
     panics::install();
     let outbox = match config.outbox.kind {
         OutboxKind::Embedded => config.outbox.path.display().to_string(),
-        OutboxKind::JetStream => format!("JetStream, {}", config.nats.prefix),
         OutboxKind::Postgres => format!("PostgreSQL, databases: {}", config.postgres.urls.len()),
     };
     let filter = config.log.filter.clone();

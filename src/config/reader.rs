@@ -11,6 +11,7 @@ use toml::de::{DeTable, DeValue};
 use super::{
     document::Document,
     fault::{Faults, Place, named, nearest, unknown},
+    removed,
     value::{Parsed, Raw},
 };
 
@@ -228,7 +229,8 @@ impl<'a> Reader<'a> {
                     let message = if is_section {
                         format!("is a section: write [{path}] and its settings below")
                     } else {
-                        unknown(self.meant(section, name))
+                        removed::section(&path)
+                            .unwrap_or_else(|| unknown(self.meant(section, name)))
                     };
                     let path = match section {
                         "" => named(name),
@@ -269,8 +271,11 @@ impl<'a> Reader<'a> {
                 let message = "integrations are taken from the file alone";
                 self.faults.add(Place::variable(name), "", message);
             } else if !known.contains(name) && !self.referred.contains(name) {
-                let meant = nearest(name, known.iter().map(String::as_str));
-                self.faults.add(Place::variable(name), "", unknown(meant));
+                let mut words = name.split("__").skip(1);
+                let message = words.next().and_then(removed::section);
+                let message = message
+                    .unwrap_or_else(|| unknown(nearest(name, known.iter().map(String::as_str))));
+                self.faults.add(Place::variable(name), "", message);
             }
         }
     }

@@ -6,8 +6,10 @@ use std::{net::SocketAddr, path::PathBuf, time::Duration};
 use super::{
     endpoint::Endpoint,
     reader::Reader,
+    removed::DRAIN,
     value::{
-        address, automatic, boolean, endpoint, hours, millis, number, one_of, optional_path, path,
+        Expected, Parsed, Raw, address, automatic, boolean, endpoint, hours, millis, number,
+        one_of, optional_path, path, text,
     },
 };
 
@@ -234,8 +236,6 @@ impl Delivery {
 pub enum OutboxKind {
     /// A directory of this relay alone.
     Embedded,
-    /// NATS JetStream, shared by several relays.
-    JetStream,
     /// PostgreSQL, shared by several relays.
     Postgres,
 }
@@ -271,12 +271,7 @@ impl Outbox {
     pub(super) fn take(from: &mut Reader<'_>) -> Option<Self> {
         const EVENTS: u64 = 1_000_000_000;
         const BYTES: u64 = 16 * MIB * MIB;
-        const KINDS: &[(&str, OutboxKind)] = &[
-            ("embedded", OutboxKind::Embedded),
-            ("jetstream", OutboxKind::JetStream),
-            ("postgres", OutboxKind::Postgres),
-        ];
-        let kind = from.take("outbox.kind", one_of(KINDS))?;
+        let kind = from.take("outbox.kind", kind)?;
         let encryption: Option<bool> = from.take("outbox.encryption", automatic)?;
         let outbox = Self {
             kind,
@@ -300,4 +295,17 @@ impl Outbox {
         };
         Some(outbox)
     }
+}
+
+fn kind(raw: Raw<'_>) -> Parsed<OutboxKind> {
+    const KINDS: &[(&str, OutboxKind)] = &[
+        ("embedded", OutboxKind::Embedded),
+        ("postgres", OutboxKind::Postgres),
+    ];
+    one_of(KINDS)(raw).map_err(|expected| match text(raw) {
+        Ok(given) if given.eq_ignore_ascii_case("jetstream") => Expected::new(format_args!(
+            "\"postgres\" (NATS JetStream was removed: {DRAIN})"
+        )),
+        _ => expected,
+    })
 }

@@ -6,7 +6,6 @@ use super::*;
 
 mod defaults;
 mod integrations;
-mod nats;
 mod postgres;
 mod security;
 mod telemetry;
@@ -137,6 +136,25 @@ fn unknown_keys_are_refused_wherever_they_hide() {
         assert_eq!(found.len(), 1, "{file}: {found:?}");
         assert!(found[0].starts_with(fault), "{} is not {fault}", found[0]);
     }
+}
+
+#[test]
+fn settings_of_the_outbox_on_jetstream_are_refused_with_the_remedy() {
+    let file = "[outbox]\nkind = \"JetStream\"\n[nats]\nservers = \"nats://u:planted@a:1\"\n";
+    let environment = [("SEGMENT_RELAY__NATS__PASSWORD", "planted")];
+    let remedy = "first empty its streams with the version that wrote them, see docs/scaling.md";
+    let section = "was removed with the outbox on NATS JetStream; set [postgres] instead, and";
+    assert_eq!(
+        faults(file, &environment),
+        [
+            format!(
+                "f.toml:2:1: outbox.kind: must be \"postgres\" (NATS JetStream was removed: \
+                 {remedy}), not \"JetStream\""
+            ),
+            format!("f.toml:3:2: nats: {section} {remedy}"),
+            format!("environment SEGMENT_RELAY__NATS__PASSWORD: {section} {remedy}"),
+        ]
+    );
 }
 
 #[test]

@@ -30,7 +30,7 @@ pub(crate) use dead_letters::{
     dead_letters_keep_their_payload_and_delivered_events_do_not,
 };
 pub(crate) use incarnations::a_later_integration_of_a_name_inherits_nothing;
-pub(crate) use privacy::{a_persons_data_is_erased_and_nobody_elses, try_erase};
+pub(crate) use privacy::a_persons_data_is_erased_and_nobody_elses;
 
 /// Bounds with which the suite opens an outbox.
 pub(crate) const LIMITS: Limits = Limits {

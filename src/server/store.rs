@@ -4,12 +4,9 @@ use std::{path::PathBuf, sync::Arc, time::Duration};
 
 use super::{RunError, parts};
 use crate::{
-    config::{self, Config, Nats, OutboxKind},
+    config::{self, Config, OutboxKind},
     metrics::Metrics,
-    outbox::{
-        JetStreamOptions, JetStreamOutbox, Layout, NatsAuth, NatsConnection, NatsHandle, NatsTls,
-        Outbox, OutboxError, PostgresOptions, PostgresOutbox, SqliteOutbox,
-    },
+    outbox::{Outbox, OutboxError, PostgresOptions, PostgresOutbox, SqliteOutbox},
     vault::Vault,
 };
 
@@ -31,20 +28,6 @@ pub(super) struct Store {
 impl Store {
     /// Opens it.
     pub(super) async fn open(config: &Config, metrics: &Metrics) -> Result<Self, RunError> {
-        if config.outbox.kind == OutboxKind::JetStream {
-            let handle =
-                NatsHandle::connect(&connection(&config.nats), layout(&config.nats)).await?;
-            let exists = handle.store_exists().await?;
-            let vault = Arc::new(Vault::load(&config.secrets, exists)?);
-            let options = jetstream_options(config, metrics);
-            let outbox = JetStreamOutbox::open(handle, options, &vault).await?;
-            let embedded = None;
-            return Ok(Self {
-                outbox: Arc::new(outbox),
-                embedded,
-                directory: None,
-            });
-        }
         if config.outbox.kind == OutboxKind::Postgres {
             return Self::open_postgres(config, metrics).await;
         }
@@ -98,59 +81,6 @@ impl Store {
                 maintain(outbox).await;
             }
         }
-    }
-}
-
-/// The servers of the shared outbox.
-#[must_use]
-pub fn connection(nats: &Nats) -> NatsConnection {
-    let auth = match (
-        &nats.credentials_file,
-        &nats.user,
-        &nats.password,
-        &nats.token,
-    ) {
-        (Some(path), ..) => NatsAuth::Credentials(path.clone()),
-        (_, Some(user), Some(password), _) => NatsAuth::User {
-            user: user.clone(),
-            password: password.clone(),
-        },
-        (.., Some(token)) => NatsAuth::Token(token.clone()),
-        _ => NatsAuth::None,
-    };
-    let tls = nats.tls.then(|| NatsTls {
-        ca_file: nats.ca_file.clone(),
-        identity: nats.identity.clone(),
-    });
-    NatsConnection {
-        servers: nats.servers.clone(),
-        auth,
-        tls,
-    }
-}
-
-/// The streams of the shared outbox.
-#[must_use]
-pub fn layout(nats: &Nats) -> Layout {
-    Layout {
-        prefix: nats.prefix.clone(),
-        partitions: nats.partitions,
-        replicas: nats.replicas,
-        max_bytes: nats.max_stream_bytes,
-        cluster: nats.cluster.clone(),
-        tags: nats.tags.clone(),
-    }
-}
-
-/// How the shared outbox works.
-#[must_use]
-pub fn jetstream_options(config: &Config, metrics: &Metrics) -> JetStreamOptions {
-    JetStreamOptions {
-        limits: parts::limits(&config.outbox),
-        remember: config.outbox.idempotency,
-        encrypt_payloads: config.outbox.encryption,
-        request_timeout: config.segment.request_timeout,
-        metrics: metrics.clone(),
     }
 }
 

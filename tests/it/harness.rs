@@ -7,13 +7,9 @@ use std::{
     time::Duration,
 };
 
-use crate::{
-    nats_server::Server,
-    postgres_server::{self, Database},
-};
+use crate::postgres_server::{self, Database};
 use segment_relay::{
     config::{Config, Outside},
-    outbox::{Layout, NatsAuth, NatsConnection, NatsHandle},
     proto::{
         self, AttributeValue, Capture, CaptureRequest, CaptureResult, Credential, DataRegion,
         DeliveryState, EventDelivery, FieldMapping, GetCaptureRequest, GetCaptureResponse,
@@ -161,7 +157,6 @@ impl World {
     pub(crate) fn outbox(&self) -> &Path {
         match &self.shared {
             Shared::None => &self.store,
-            Shared::Nats(server) => server.directory(),
             Shared::Postgres(database) => database.directory(),
         }
     }
@@ -260,11 +255,10 @@ impl World {
     }
 }
 
-/// Where the relay's outbox is shared: `SEGMENT_RELAY_TEST_OUTBOX` says jetstream or postgres,
-/// so that all tests of a relay run on each.
+/// The relay's shared outbox: with `SEGMENT_RELAY_TEST_OUTBOX=postgres` all tests of a relay run
+/// over PostgreSQL.
 enum Shared {
     None,
-    Nats(Server),
     Postgres(Database),
 }
 
@@ -272,11 +266,6 @@ impl Shared {
     async fn start(directory: &TempDir) -> Self {
         let kind = std::env::var_os("SEGMENT_RELAY_TEST_OUTBOX");
         match kind.as_ref().and_then(|kind| kind.to_str()) {
-            Some("jetstream") => {
-                let server = Server::start().expect("nats-server");
-                init_streams(&[server.url()], 1).await;
-                Self::Nats(server)
-            }
             Some("postgres") => {
                 let database = postgres_server::database().expect("PostgreSQL");
                 let made = std::process::Command::new(env!("CARGO_BIN_EXE_segment-relay"))
@@ -299,7 +288,6 @@ impl Shared {
     fn settings(&self) -> Vec<(String, String)> {
         match self {
             Self::None => Vec::new(),
-            Self::Nats(server) => nats_settings(server).into(),
             Self::Postgres(database) => vec![
                 (
                     "SEGMENT_RELAY__OUTBOX__KIND".to_owned(),
@@ -307,46 +295,6 @@ impl Shared {
                 ),
                 ("SEGMENT_RELAY__POSTGRES__URLS".to_owned(), database.url()),
             ],
-        }
-    }
-}
-
-/// The variables that lead a relay to a server.
-pub(crate) fn nats_settings(server: &Server) -> [(String, String); 3] {
-    let set = |name: &str, value: &str| (format!("SEGMENT_RELAY__{name}"), value.to_owned());
-    [
-        set("OUTBOX__KIND", "jetstream"),
-        set("NATS__SERVERS", &server.url()),
-        set("NATS__REPLICAS", "1"),
-    ]
-}
-
-/// Makes the streams as `segment-relay nats init` does.
-pub(crate) async fn init_streams(servers: &[String], replicas: usize) {
-    let connection = NatsConnection {
-        servers: servers.to_vec(),
-        auth: NatsAuth::None,
-        tls: None,
-    };
-    let layout = Layout {
-        prefix: "segment-relay".to_owned(),
-        partitions: 1,
-        replicas,
-        max_bytes: None,
-        cluster: None,
-        tags: Vec::new(),
-    };
-    let deadline = tokio::time::Instant::now() + PATIENCE;
-    loop {
-        // A cluster that has just started has no leader yet.
-        let made = async {
-            let handle = NatsHandle::connect(&connection, layout.clone()).await?;
-            handle.init().await
-        };
-        match made.await {
-            Ok(_) => return,
-            Err(error) if tokio::time::Instant::now() > deadline => panic!("{error}"),
-            Err(_) => tokio::time::sleep(Duration::from_millis(100)).await,
         }
     }
 }

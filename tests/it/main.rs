@@ -26,11 +26,9 @@ mod drain;
 mod faults;
 mod harness;
 mod integrations;
-mod jetstream;
 mod jwt;
 mod limits;
 mod log;
-mod nats_server;
 mod notify;
 mod postgres_command;
 #[allow(dead_code, reason = "shared with the crate's own tests")]

@@ -2,22 +2,15 @@
 
 use super::*;
 
-async fn erase(outbox: &dyn Outbox, subject: SubjectQuery) -> ErasureReceipt {
-    try_erase(outbox, subject).await.expect("erased")
-}
-
 /// Looks for a person's captures and erases them.
-pub(crate) async fn try_erase(
-    outbox: &dyn Outbox,
-    subject: SubjectQuery,
-) -> Result<ErasureReceipt, OutboxError> {
+async fn erase(outbox: &dyn Outbox, subject: SubjectQuery) -> ErasureReceipt {
     let found = outbox.find_subject(subject.clone()).await.expect("found");
     let erasure = Erasure {
         subject,
         captures: found.captures,
         receipt: ErasureReceipt::default(),
     };
-    outbox.erase(erasure).await
+    outbox.erase(erasure).await.expect("erased")
 }
 
 pub(crate) async fn a_persons_data_is_erased_and_nobody_elses(rig: &impl Rig) {

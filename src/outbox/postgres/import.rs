@@ -102,7 +102,7 @@ async fn take_all(
         outbox.put_notice(notice).await?;
         moved.notices += 1;
     }
-    let (total, _) = export.counts()?;
+    let total = export.count()?;
     let mut after = 0;
     loop {
         let piece = export.captures(after, PIECE)?;

@@ -73,7 +73,6 @@ pub(in crate::outbox) struct Exported {
 
 /// A payload with the CRC-32 under which it was stored: where the two differ it is
 /// damaged, and has to be known as such where it goes.
-#[derive(Clone)]
 pub(in crate::outbox) struct StoredPayload {
     pub(in crate::outbox) bytes: Vec<u8>,
     pub(in crate::outbox) crc: u32,
@@ -177,13 +176,10 @@ impl Export {
         Ok(notices.collect::<Result<_, _>>()?)
     }
 
-    /// How many captures there are, and how many of them wait.
-    pub(in crate::outbox) fn counts(&self) -> Result<(u64, u64), ExportError> {
-        let count = |sql: &str| self.connection.query_row(sql, [], |row| row.get(0));
-        Ok((
-            count("SELECT count(*) FROM capture")?,
-            count("SELECT count(*) FROM queue")?,
-        ))
+    /// How many captures there are.
+    pub(in crate::outbox) fn count(&self) -> Result<u64, ExportError> {
+        const SQL: &str = "SELECT count(*) FROM capture";
+        Ok(self.connection.query_row(SQL, [], |row| row.get(0))?)
     }
 
     /// The first captures after a sequence, in the order of acceptance.
