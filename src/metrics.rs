@@ -250,6 +250,16 @@ impl Metrics {
             .breaker_open
             .record(u64::from(is_open), &labels);
     }
+
+    /// A database of `[postgres] urls`, named by its place, answers or is away.
+    pub fn database(&self, place: usize, is_available: bool) {
+        let Some(inner) = &self.0 else { return };
+        let labels = [KeyValue::new("database", place.to_string())];
+        inner
+            .instruments
+            .database_available
+            .record(u64::from(is_available), &labels);
+    }
 }
 
 /// Gives integrations a label, as long as there are few.

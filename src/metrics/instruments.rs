@@ -33,6 +33,7 @@ pub(super) struct Instruments {
     pub(super) commit_duration: Histogram<f64>,
     pub(super) commit_captures: Histogram<u64>,
     pub(super) breaker_open: Gauge<u64>,
+    pub(super) database_available: Gauge<u64>,
 }
 
 impl Instruments {
@@ -102,6 +103,10 @@ impl Instruments {
             breaker_open: meter
                 .u64_gauge("segment_relay.breaker.open")
                 .with_description("1 while a region's endpoint is tried with one request at a time")
+                .build(),
+            database_available: meter
+                .u64_gauge("segment_relay.outbox.database.available")
+                .with_description("1 while the database of this place in [postgres] urls answers")
                 .build(),
         }
     }

@@ -67,6 +67,8 @@ fn every_instrument_is_read_with_its_unit() {
     });
     metrics.commit(64, Duration::from_millis(2), true);
     metrics.breaker(Region::Eu, true);
+    metrics.database(0, true);
+    metrics.database(1, false);
     let text = metrics.text();
     for line in [
         "rpc_server_call_duration_seconds_bucket{rpc_method=\"a.B/Capture\",rpc_response_status_code=\"OK\",rpc_system_name=\"grpc\",le=\"0.005\"} 1",
@@ -78,6 +80,8 @@ fn every_instrument_is_read_with_its_unit() {
         "segment_relay_outbox_commit_duration_seconds_count{result=\"ok\"} 1",
         "segment_relay_outbox_commit_captures_sum 64",
         "segment_relay_breaker_open{region=\"eu\"} 1",
+        "segment_relay_outbox_database_available{database=\"0\"} 1",
+        "segment_relay_outbox_database_available{database=\"1\"} 0",
     ] {
         assert!(
             text.contains(&format!("{line}\n")),

@@ -24,6 +24,8 @@ from pathlib import Path
 
 DEPLOY = Path(__file__).resolve().parents[2] / "deploy"
 PATIENCE_SECONDS = 60
+# Metrics of the outbox on PostgreSQL; the relay of this check has the embedded one.
+OF_POSTGRES = {"segment_relay_outbox_database_available"}
 
 relay_bin, prometheus_bin, promtool_bin = (str(Path(arg).resolve()) for arg in sys.argv[1:4])
 started = []
@@ -151,12 +153,14 @@ write_key = "a-key-for-the-sandbox"
     names = set()
     for rule in rules:
         names |= set(re.findall(r"\b((?:segment_relay|http_client|rpc_server|process)_\w+)", rule["query"]))
-    for name in sorted(names):
+    for name in sorted(names - OF_POSTGRES):
         eventually(f"the metric {name} of a rule exists", lambda name=name: query(f"count({name})"))
 
     board = json.loads((DEPLOY / "grafana/segment-relay.json").read_text())
     expressions = [one["expr"] for panel in board["panels"] for one in panel.get("targets", [])]
     for expression in expressions:
+        if any(name in expression for name in OF_POSTGRES):
+            continue
         asked = expression.replace("$__rate_interval", "1m")
         asked = asked.replace("$instance", ".*").replace("$integration", ".*")
         eventually(f"the dashboard's {expression} finds something", lambda asked=asked: query(asked))

@@ -158,6 +158,8 @@ impl Database {
 
     /// Notes whether it answers; returns whether that is new.
     pub(super) fn set_available(&self, available: bool) -> bool {
+        let metrics = &self.context.options.metrics;
+        metrics.database(self.place, available);
         self.available.swap(available, Ordering::AcqRel) != available
     }
 

@@ -4,8 +4,9 @@ use std::{sync::Arc, time::Duration};
 
 use super::{connection, open, options, server::Server};
 use crate::{
+    metrics::Metrics,
     outbox::{
-        Outbox, OutboxError, PostgresConnection, PostgresOutbox, Submitted,
+        Outbox, OutboxError, PostgresConnection, PostgresOptions, PostgresOutbox, Submitted,
         conformance::{id, lease, new_capture, settle, submit, submit_one},
         init,
     },
@@ -48,8 +49,18 @@ async fn a_killed_server_is_said_to_be_away_and_all_goes_on_when_it_is_back() {
     let Some(mut server) = Server::start_own(&[]) else {
         return;
     };
-    let outbox = open(&hasty(server.url()), options(), &vault()).await;
+    let metrics = Metrics::new(1, Arc::default(), None).expect("set up");
+    let options = PostgresOptions {
+        metrics: metrics.clone(),
+        ..options()
+    };
+    let is_available = |value: u8| {
+        let gauge = "segment_relay_outbox_database_available{database=\"0\"}";
+        metrics.text().contains(&format!("\n{gauge} {value}\n"))
+    };
+    let outbox = open(&hasty(server.url()), options, &vault()).await;
     submit_one(&outbox, "acme", "a").await;
+    assert!(is_available(1));
     let mut writable = outbox.signals().writable();
     server.kill9();
     let away = writable.wait_for(|writable| !writable);
@@ -57,6 +68,7 @@ async fn a_killed_server_is_said_to_be_away_and_all_goes_on_when_it_is_back() {
         .await
         .expect("noticed")
         .expect("open");
+    assert!(is_available(0));
     assert!(matches!(
         try_submit(&outbox, "b").await,
         Err(OutboxError::Unavailable(_))
@@ -74,6 +86,7 @@ async fn a_killed_server_is_said_to_be_away_and_all_goes_on_when_it_is_back() {
     assert_eq!(leased.len(), 2);
     settle(&outbox, leased, |_, _| Outcome::Delivered).await;
     assert!(*outbox.signals().writable().borrow());
+    assert!(is_available(1));
 }
 
 #[tokio::test]
@@ -121,7 +134,7 @@ async fn captures_are_refused_without_room_and_what_waits_is_delivered_and_makes
         max_integration_events: 1_000_000,
         max_integration_bytes: 1 << 40,
     };
-    let with_room = crate::outbox::PostgresOptions {
+    let with_room = PostgresOptions {
         limits,
         ..options()
     };
