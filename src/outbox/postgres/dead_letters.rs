@@ -82,12 +82,26 @@ impl Database {
 
     /// Removes the first of the selected dead letters; returns how many.
     pub(super) async fn discard(&self, selection: &Selection) -> Result<u64, OutboxError> {
-        let (picked, parameters) = pick(selection, 0, PIECE, "true");
-        let sql = format!("DELETE FROM dead_letters WHERE id IN (SELECT d.id FROM {picked})");
-        self.call()
-            .await?
-            .apply(&sql, &arguments(&parameters))
-            .await
+        // Rows of dead letters are locked in no order: a call that removes some has their lanes.
+        const SQL: &str = "
+            WITH gone AS (DELETE FROM dead_letters WHERE id = ANY ($1) RETURNING 1)
+            SELECT count(*) FROM gone";
+        let call = self.call().await?;
+        loop {
+            let rows = call.first(selection, "true").await?;
+            let ids: Vec<i64> = rows.iter().map(|row| row.get(0)).collect();
+            let lanes: Vec<i64> = rows.iter().map(|row| row.get(4)).collect();
+            if ids.is_empty() {
+                return Ok(0);
+            }
+            let statements: [(&str, Arguments<'_>); 2] = [(LOCK_LANES, &[&lanes]), (SQL, &[&ids])];
+            let answers = call.transact(Part::Whole, &statements).await?;
+            let gone = answers[1].first().map_or(0, |row| row.get::<_, i64>(0));
+            // At 0 another call was faster with these.
+            if gone > 0 {
+                return Ok(gone.cast_unsigned());
+            }
+        }
     }
 
     /// Queues the first of the selected dead letters again, as far as there is room.
@@ -97,34 +111,50 @@ impl Database {
         now: UnixMillis,
     ) -> Result<Result<u64, Quota>, OutboxError> {
         let call = self.call().await?;
-        let (picked, parameters) = pick(selection, 0, PIECE, "NOT k.deleted");
-        let sql = format!(
-            "SELECT d.id, d.integration, 1::int8, d.bytes::int8, c.lane
-             FROM {picked} JOIN captures c ON c.seq = d.seq ORDER BY d.id"
-        );
-        let rows = call.rows(&sql, &arguments(&parameters)).await?;
-        let (mut ids, mut lanes, mut full) = (Vec::<i64>::new(), Vec::new(), None);
-        {
-            let counts = self.counts();
-            let mut room = counts.room();
-            for row in &rows {
-                if let Err(quota) = room.take(row.get(1), Load::of(row, 2)) {
-                    full = Some(quota);
-                    break;
-                }
-                ids.push(row.get(0));
-                lanes.push(row.get(4));
+        loop {
+            let rows = call.first(selection, "NOT k.deleted").await?;
+            let (ids, lanes) = match self.with_room(&rows) {
+                Ok((ids, _)) if ids.is_empty() => return Ok(Ok(0)),
+                Ok(chosen) => chosen,
+                Err(quota) => return Ok(Err(quota)),
+            };
+            let replayed = call.requeue(&ids, &lanes, now).await?;
+            // At 0 another call was faster with these.
+            if replayed > 0 {
+                return Ok(Ok(replayed));
             }
         }
-        match full {
-            Some(quota) if ids.is_empty() => Ok(Err(quota)),
-            _ if ids.is_empty() => Ok(Ok(0)),
-            _ => call.requeue(&ids, &lanes, now).await.map(Ok),
+    }
+
+    /// The ids and lanes of those for which there is room; the bound, if that is none.
+    fn with_room(&self, rows: &[Row]) -> Result<(Vec<i64>, Vec<i64>), Quota> {
+        let counts = self.counts();
+        let mut room = counts.room();
+        let (mut ids, mut lanes) = (Vec::new(), Vec::new());
+        for row in rows {
+            match room.take(row.get(1), Load::of(row, 2)) {
+                Err(quota) if ids.is_empty() => return Err(quota),
+                Err(_) => break,
+                Ok(()) => {}
+            }
+            ids.push(row.get(0));
+            lanes.push(row.get(4));
         }
+        Ok((ids, lanes))
     }
 }
 
 impl Call<'_> {
+    /// Id, integration, events, bytes and lane of the first of the selected dead letters.
+    async fn first(&self, selection: &Selection, which: &str) -> Result<Vec<Row>, OutboxError> {
+        let (picked, parameters) = pick(selection, 0, PIECE, which);
+        let sql = format!(
+            "SELECT d.id, d.integration, 1::int8, d.bytes::int8, c.lane
+             FROM {picked} JOIN captures c ON c.seq = d.seq ORDER BY d.id"
+        );
+        self.rows(&sql, &arguments(&parameters)).await
+    }
+
     async fn requeue(
         &self,
         ids: &[i64],
