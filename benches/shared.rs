@@ -3,6 +3,8 @@
 //!
 //! `cargo bench --bench shared -- 100000` sends 100,000 captures in each setting, in batches of
 //! 100; words after it choose settings by their names. It needs PostgreSQL as the tests do.
+//! `cargo bench --bench shared -- 10000000 soak` sends ten million through three relays and
+//! prints a line for each million.
 
 #![allow(
     clippy::unwrap_used,
@@ -15,9 +17,11 @@
 #[allow(dead_code, reason = "shared with the tests")]
 #[path = "../tests/it/postgres_server.rs"]
 mod postgres_server;
+mod shared_soak;
 
 use std::{
     io::{BufRead, BufReader},
+    ops::Range,
     path::Path,
     process::{Child, Command, Stdio},
     sync::{
@@ -198,15 +202,16 @@ async fn postgres(standby: bool, directory: &Path) -> Vec<OwnServer> {
     servers
 }
 
-async fn send(channels: &[Channel], captures: usize, next: &Arc<AtomicUsize>) {
+async fn send(channels: &[Channel], captures: Range<usize>) {
+    let next = Arc::new(AtomicUsize::new(captures.start));
     let tasks: Vec<_> = (0..CALLS)
         .map(|call| {
             let mut client = SegmentRelayClient::new(channels[call % channels.len()].clone());
-            let next = Arc::clone(next);
+            let (next, end) = (Arc::clone(&next), captures.end);
             tokio::spawn(async move {
                 loop {
                     let first = next.fetch_add(BATCH, Ordering::Relaxed);
-                    if first >= captures {
+                    if first >= end {
                         return;
                     }
                     let request = CaptureBatchRequest {
@@ -227,38 +232,56 @@ async fn send(channels: &[Channel], captures: usize, next: &Arc<AtomicUsize>) {
 }
 
 /// Relays over a primary and its standby, or over the embedded outbox without any.
-async fn measure(
-    directory: &Path,
-    name: &str,
-    captures: usize,
-    servers: &[OwnServer],
-    relays: usize,
-) {
-    let arrived = Arc::new(AtomicU64::new(0));
-    let url = endpoint(Arc::clone(&arrived)).await;
-    let (mut processes, mut channels) = (Vec::new(), Vec::new());
-    for _ in 0..relays {
-        let (process, channel) = start(directory, &url, servers).await;
-        processes.push(process);
-        channels.push(channel);
+struct Fleet<'a> {
+    processes: Vec<Relay>,
+    channels: Vec<Channel>,
+    servers: &'a [OwnServer],
+    arrived: Arc<AtomicU64>,
+}
+
+impl<'a> Fleet<'a> {
+    async fn start(directory: &Path, servers: &'a [OwnServer], relays: usize) -> Self {
+        let arrived = Arc::new(AtomicU64::new(0));
+        let url = endpoint(Arc::clone(&arrived)).await;
+        let (mut processes, mut channels) = (Vec::new(), Vec::new());
+        for _ in 0..relays {
+            let (process, channel) = start(directory, &url, servers).await;
+            processes.push(process);
+            channels.push(channel);
+        }
+        for number in 0..INTEGRATIONS {
+            let request = CreateIntegrationRequest {
+                integration: Some(integration(number)),
+            };
+            let mut client = IntegrationServiceClient::new(channels[0].clone());
+            client.create_integration(request).await.unwrap();
+        }
+        tokio::time::sleep(Duration::from_secs(2)).await;
+        Self {
+            processes,
+            channels,
+            servers,
+            arrived,
+        }
     }
-    for number in 0..INTEGRATIONS {
-        let request = CreateIntegrationRequest {
-            integration: Some(integration(number)),
-        };
-        let mut client = IntegrationServiceClient::new(channels[0].clone());
-        client.create_integration(request).await.unwrap();
+
+    async fn is_delivered(&self, captures: usize) {
+        let begun = Instant::now();
+        while self.arrived.load(Ordering::Relaxed) < 2 * captures as u64 {
+            assert!(begun.elapsed() < TIMEOUT, "not delivered in time");
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
     }
-    tokio::time::sleep(Duration::from_secs(2)).await;
-    let next = Arc::new(AtomicUsize::new(0));
-    let before = (cpu(relay_ids(&processes)), cpu(server_ids(servers)));
+}
+
+async fn measure(name: &str, captures: usize, fleet: &Fleet<'_>) {
+    let servers = fleet.servers;
+    let processes = &fleet.processes;
+    let before = (cpu(relay_ids(processes)), cpu(server_ids(servers)));
     let begun = Instant::now();
-    send(&channels, captures, &next).await;
+    send(&fleet.channels, 0..captures).await;
     let accepted = begun.elapsed();
-    while arrived.load(Ordering::Relaxed) < 2 * captures as u64 {
-        assert!(begun.elapsed() < TIMEOUT, "not delivered in time");
-        tokio::time::sleep(Duration::from_millis(5)).await;
-    }
+    fleet.is_delivered(captures).await;
     let delivered = begun.elapsed();
     let rate = |time: Duration| captures as f64 / time.as_secs_f64();
     // What settles the last captures is part of their cost.
@@ -268,7 +291,7 @@ async fn measure(
         "{name:<34} {:>7.0} accepted/s {:>7.0} delivered/s, CPU a capture: relays {:>5.1} µs, servers {:>5.1} µs",
         rate(accepted),
         rate(delivered),
-        each(cpu(relay_ids(&processes)), before.0),
+        each(cpu(relay_ids(processes)), before.0),
         each(cpu(server_ids(servers)), before.1),
     );
 }
@@ -286,7 +309,14 @@ async fn main() {
     let embedded = "embedded, one relay";
     if wanted(embedded) {
         let directory = tempfile::tempdir().unwrap();
-        measure(directory.path(), embedded, captures, &[], 1).await;
+        let fleet = Fleet::start(directory.path(), &[], 1).await;
+        measure(embedded, captures, &fleet).await;
+    }
+    if words.iter().any(|word| word == "soak") {
+        let directory = tempfile::tempdir().unwrap();
+        let servers = postgres(true, directory.path()).await;
+        let fleet = Fleet::start(directory.path(), &servers, 3).await;
+        shared_soak::run(&fleet, captures).await;
     }
     if postgres_server::database().is_some() {
         for (standby, word) in [
@@ -298,7 +328,8 @@ async fn main() {
                 if wanted(&name) {
                     let directory = tempfile::tempdir().unwrap();
                     let servers = postgres(standby, directory.path()).await;
-                    measure(directory.path(), &name, captures, &servers, relays).await;
+                    let fleet = Fleet::start(directory.path(), &servers, relays).await;
+                    measure(&name, captures, &fleet).await;
                 }
             }
         }
