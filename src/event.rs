@@ -203,7 +203,7 @@ impl Pair<'_> {
         self.push_message_id(&mut out, EventType::Identify);
         self.push_time(&mut out);
         out.extend_from_slice(b",\"traits\":{\"email\":");
-        json::push_text(&mut out, self.subject.email)?;
+        json::push_text(&mut out, &self.subject.email)?;
         out.extend_from_slice(b",\"emailSha256Hash\":");
         json::push_quoted(&mut out, self.subject.user_id.as_bytes());
         let fields = out.len();

@@ -209,7 +209,7 @@ fn parse_subject(
                 RelayError::invalid("email", "INVALID_EMAIL", rule)
             })?;
             let hash = ids[0].clone();
-            (ids.to_vec(), hash)
+            (ids, hash)
         }
         Some(Subject::EmailSha256(hash)) => {
             check_hash(hash)?;

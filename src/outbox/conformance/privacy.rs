@@ -32,7 +32,7 @@ pub(crate) async fn a_persons_data_is_erased_and_nobody_elses(rig: &impl Rig) {
     })
     .await;
     let ann = SubjectQuery {
-        user_ids: vec![user_of("nobody"), user_of("ann")],
+        user_ids: ["nobody", "none", "neither", "ann"].map(user_of).to_vec(),
         integration_id: Some(id("acme")),
     };
     let found = outbox.find_subject(ann.clone()).await.expect("found");

@@ -36,21 +36,19 @@ pub(super) fn scan(connection: &Connection, scan: &SubjectScan) -> rusqlite::Res
         (SELECT sequence FROM subject WHERE sequence > ?1 ORDER BY sequence LIMIT ?2)";
     const FOUND: &str = "
         SELECT sequence FROM subject
-        WHERE sequence > ?1 AND sequence <= ?2 AND subject IN (?3, ?4) ORDER BY sequence";
+        WHERE sequence > ?1 AND sequence <= ?2 AND subject IN (SELECT value FROM json_each(?3))
+        ORDER BY sequence";
     let end: Option<i64> = connection
         .prepare_cached(END)?
         .query_row(params![scan.after, PIECE], |row| row.get(0))?;
     let Some(end) = end else {
         return Ok(Scanned::default());
     };
-    let [first, second] = match scan.subjects.as_slice() {
-        [] => return Ok(Scanned::default()),
-        [one] => [*one, *one],
-        [first, second, ..] => [*first, *second],
-    };
+    let subjects: Vec<String> = scan.subjects.iter().map(i64::to_string).collect();
+    let subjects = format!("[{}]", subjects.join(","));
     let mut statement = connection.prepare_cached(FOUND)?;
     let sequences: Vec<i64> = statement
-        .query_map(params![scan.after, end, first, second], |row| row.get(0))?
+        .query_map(params![scan.after, end, subjects], |row| row.get(0))?
         .collect::<rusqlite::Result<_>>()?;
     let mut found = Vec::new();
     for sequence in sequences {
