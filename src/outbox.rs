@@ -3,7 +3,8 @@
 //! Invariants that every implementation keeps:
 //! - A capture is answered only once it and both its events are durable.
 //! - A capture id is taken once for an integration, also by callers at the same
-//!   time; the same content again is a duplicate, other content a conflict.
+//!   time; the same content again is a duplicate, other content a conflict. A
+//!   capture that was skipped leaves its id free ([`Outbox::submit`]).
 //! - A lane's events come back in the order in which they were accepted, until
 //!   they are settled in a final state.
 //! - A refused submission leaves nothing behind.
@@ -118,6 +119,14 @@ pub struct NewCapture {
     pub room: Option<OwnedSemaphorePermit>,
 }
 
+impl NewCapture {
+    /// Whether it is stored in place of a capture with its id: see [`Outbox::submit`].
+    fn replaces(&self, stored: &CaptureRecord, digest: &[u8; 16]) -> bool {
+        let sends = matches!(self.content, Content::Send { .. });
+        !stored.binds_id() && (sends || self.digest != *digest)
+    }
+}
+
 /// What a capture gives to send.
 #[derive(Debug)]
 pub enum Content {
@@ -140,9 +149,9 @@ pub enum Content {
 pub enum Submitted {
     /// It is durable.
     Accepted(Arc<CaptureRecord>),
-    /// It had been accepted before; this is its current state.
+    /// It had been accepted before, and is not stored anew; this is its current state.
     Duplicate(Arc<CaptureRecord>),
-    /// Its id had been used for other content.
+    /// Its id had been used for other content that was not skipped.
     Conflict,
     /// There is no room.
     Full(Quota),
@@ -233,6 +242,17 @@ pub(crate) fn stored_id(spec: &StoredIntegration) -> Option<IntegrationId> {
 pub trait Outbox: Send + Sync + 'static {
     /// Hands captures over in order; waits for a place in the bounded queue of
     /// the writer. The receipt answers when they are durable.
+    ///
+    /// A known id is answered by the stored capture:
+    ///
+    /// | stored               | submitted      | same content | other content |
+    /// | -------------------- | -------------- | ------------ | ------------- |
+    /// | skipped, not erased  | to be sent     | Accepted     | Accepted      |
+    /// | skipped, not erased  | to be skipped  | Duplicate    | Accepted      |
+    /// | any other            | any            | Duplicate    | Conflict      |
+    ///
+    /// An accepted capture takes the place of the stored one, with a new place in the order
+    /// of acceptance. Where there is no room for it, the stored one stays.
     fn submit(&self, captures: Vec<NewCapture>) -> BoxFuture<'_, Result<Receipt, OutboxError>>;
 
     /// The bound that leaves no room for any new capture with events, as far as memory

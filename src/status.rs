@@ -6,7 +6,8 @@
 //! | Queued, Retrying    | Delivered | Retrying | DeadLettered |
 //! | Delivered, Skipped, DeadLettered | – | –   | –            |
 //!
-//! A replay by hand moves DeadLettered back to Queued.
+//! A replay by hand moves DeadLettered back to Queued. A skipped capture gives way to a new one
+//! with its id ([`CaptureRecord::binds_id`]).
 
 use std::time::Duration;
 
@@ -234,19 +235,32 @@ pub struct CaptureRecord {
 }
 
 impl CaptureRecord {
+    /// Whether another capture with this id is a repetition or a mistake. A capture that was
+    /// skipped has sent nothing and leaves its id free; one that was erased keeps it.
+    #[must_use]
+    pub fn binds_id(&self) -> bool {
+        EventType::ALL.into_iter().any(|event| {
+            let state = self.event(event).state;
+            !matches!(state, State::Skipped { reason } if reason != DeliveryReason::Erased)
+        })
+    }
+
     /// Leaves of a capture that is erased that it was there, and which events were delivered.
     /// Returns the events whose state has changed.
     pub fn forget_history(&mut self) -> Vec<EventType> {
         self.attempts.clear();
         let mut changed = Vec::new();
         for event in EventType::ALL {
+            let erased = State::Skipped {
+                reason: DeliveryReason::Erased,
+            };
             let state = match self.event(event).state {
-                state @ (State::Delivered { .. } | State::Skipped { .. }) => state,
-                State::Queued | State::Retrying { .. } | State::DeadLettered { .. } => {
-                    changed.push(event);
-                    State::Skipped {
-                        reason: DeliveryReason::Erased,
+                state @ State::Delivered { .. } => state,
+                state => {
+                    if state != erased {
+                        changed.push(event);
                     }
+                    erased
                 }
             };
             *self.event_mut(event) = EventStatus::new(state);

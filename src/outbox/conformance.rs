@@ -4,6 +4,7 @@
 mod dead_letters;
 mod incarnations;
 mod privacy;
+mod skipped;
 
 use std::{sync::Arc, time::Duration};
 
@@ -31,6 +32,11 @@ pub(crate) use dead_letters::{
 };
 pub(crate) use incarnations::a_later_integration_of_a_name_inherits_nothing;
 pub(crate) use privacy::a_persons_data_is_erased_and_nobody_elses;
+pub(crate) use skipped::{
+    a_skipped_capture_leaves_its_id_free, a_skipped_capture_of_an_erased_person_keeps_its_id,
+    a_skipped_capture_stays_where_there_is_no_room_for_the_next,
+    of_a_group_a_skipped_one_gives_way, skipped,
+};
 
 /// Bounds with which the suite opens an outbox.
 pub(crate) const LIMITS: Limits = Limits {
@@ -62,6 +68,10 @@ macro_rules! names {
             a_later_integration_of_a_name_inherits_nothing
             a_persons_data_is_erased_and_nobody_elses
             notices_are_kept_in_order_until_they_are_done
+            a_skipped_capture_leaves_its_id_free
+            of_a_group_a_skipped_one_gives_way
+            a_skipped_capture_stays_where_there_is_no_room_for_the_next
+            a_skipped_capture_of_an_erased_person_keeps_its_id
         );
     };
 }

@@ -83,11 +83,13 @@ impl Model {
         let key = (capture.integration_id.clone(), capture.capture_id.clone());
         if let Some(sequence) = self.ids.get(&key) {
             let stored = &self.captures[sequence];
-            return if stored.digest == capture.digest {
-                Submitted::Duplicate(Arc::new(stored.record.clone()))
-            } else {
-                Submitted::Conflict
-            };
+            if !capture.replaces(&stored.record, &stored.digest) {
+                return if stored.digest == capture.digest {
+                    Submitted::Duplicate(Arc::new(stored.record.clone()))
+                } else {
+                    Submitted::Conflict
+                };
+            }
         }
         let (state, lane, waiting) = match capture.content {
             Content::Skip { reason } => (State::Skipped { reason }, None, [None, None]),
@@ -139,7 +141,9 @@ impl Model {
                 .insert((false, sequence));
         }
         self.captures.insert(sequence, stored);
-        self.ids.insert(key, sequence);
+        if let Some(replaced) = self.ids.insert(key, sequence) {
+            self.captures.remove(&replaced);
+        }
         Submitted::Accepted(Arc::new(record))
     }
 

@@ -312,6 +312,15 @@ mod tests {
         )
     }
 
+    #[test]
+    fn a_skipped_state_begins_as_sql_expects_it() {
+        let status = |reason| encode_status(&EventStatus::new(State::Skipped { reason }));
+        let erased = status(DeliveryReason::Erased);
+        assert_eq!(erased, [0x08, 0x04, 0x10, 0x0e]);
+        assert_eq!(status(DeliveryReason::NoEmail), [0x08, 0x04, 0x10, 0x01]);
+        assert_ne!(encode_status(&EventStatus::new(State::Queued))[1], 4);
+    }
+
     proptest! {
         #[test]
         fn a_record_comes_back_as_it_was_stored(

@@ -207,6 +207,21 @@ async fn requests_without_integration_or_capture_say_what_is_missing() {
     world.stop().await;
 }
 
+async fn set_enabled(world: &World, enabled: bool) {
+    let change = segment_relay::proto::UpdateIntegrationRequest {
+        integration: Some(segment_relay::proto::Integration {
+            integration_id: "acme".into(),
+            enabled: Some(enabled),
+            ..Default::default()
+        }),
+        update_mask: Some(prost_types::FieldMask {
+            paths: vec!["enabled".into()],
+        }),
+    };
+    let updated = world.integrations().update_integration(change).await;
+    updated.expect("updated");
+}
+
 #[tokio::test]
 async fn without_an_address_or_while_disabled_both_events_are_skipped() {
     let world = World::start().await;
@@ -215,25 +230,12 @@ async fn without_an_address_or_while_disabled_both_events_are_skipped() {
         email: String::new(),
         ..numbered(1)
     };
-    let skipped = world.deliver(anonymous).await;
+    let skipped = world.deliver(anonymous.clone()).await;
     assert_eq!(states(&skipped.events), [DeliveryState::Skipped; 2]);
     assert_eq!(skipped.events[0].reason(), DeliveryReason::NoEmail);
+    assert!(world.deliver(anonymous).await.duplicate);
 
-    let change = segment_relay::proto::UpdateIntegrationRequest {
-        integration: Some(segment_relay::proto::Integration {
-            integration_id: "acme".into(),
-            enabled: Some(false),
-            ..Default::default()
-        }),
-        update_mask: Some(prost_types::FieldMask {
-            paths: vec!["enabled".into()],
-        }),
-    };
-    world
-        .integrations()
-        .update_integration(change)
-        .await
-        .expect("updated");
+    set_enabled(&world, false).await;
     let skipped = world.deliver(numbered(2)).await;
     assert_eq!(states(&skipped.events), [DeliveryState::Skipped; 2]);
     assert_eq!(
@@ -241,6 +243,15 @@ async fn without_an_address_or_while_disabled_both_events_are_skipped() {
         DeliveryReason::IntegrationDisabled
     );
     assert_eq!(world.sandbox.stats().requests, 0);
+
+    // Neither has taken its id: the session with an address, and the same after enabling.
+    set_enabled(&world, true).await;
+    for capture in [numbered(1), numbered(2)] {
+        let sent = world.deliver(capture.clone()).await;
+        assert_eq!(states(&sent.events), [DeliveryState::Delivered; 2]);
+        assert!(!sent.duplicate);
+        assert!(world.deliver(capture).await.duplicate);
+    }
     world.stop().await;
 }
 

@@ -3,7 +3,7 @@
 use super::*;
 
 /// Looks for a person's captures and erases them.
-async fn erase(outbox: &dyn Outbox, subject: SubjectQuery) -> ErasureReceipt {
+pub(super) async fn erase(outbox: &dyn Outbox, subject: SubjectQuery) -> ErasureReceipt {
     let found = outbox.find_subject(subject.clone()).await.expect("found");
     let erasure = Erasure {
         subject,

@@ -4,6 +4,9 @@
 //! 2. Past a bound: roll back, and again without what found no room.
 //! 3. Insert into `queue`, count, `COMMIT`. Then the callers are answered.
 //! 4. What was not inserted is a duplicate, a conflict, or mapped with an old integration.
+//!
+//! A skipped capture leaves its id free (`Outbox::submit`): the row is updated. Of several in a
+//! group the last one is stored, or the one before it where that finds no room.
 
 use std::{
     collections::{BTreeSet, HashMap},
@@ -90,6 +93,8 @@ struct Item {
     lane: i64,
     id: Uuid,
     load: Load,
+    /// An earlier item of the group with the same id in whose place this one is stored.
+    replaces: Option<usize>,
     fate: Fate,
 }
 
@@ -102,12 +107,43 @@ enum Fate {
     Full(Quota),
     /// The same id as an earlier item of the group.
     Repeats(usize),
+    /// A later item of the group is stored in its place, unless that finds no room.
+    Replaced(usize),
     Known(Submitted),
 }
 
 impl Item {
     fn is_new(&self) -> bool {
         matches!(self.fate, Fate::New)
+    }
+
+    /// Whether it is not known yet what became of an item.
+    fn is_open(items: &[Self], place: usize) -> bool {
+        match items[place].fate {
+            Fate::New | Fate::Full(_) => true,
+            Fate::Replaced(by) => Self::is_open(items, by),
+            Fate::Stored(..) | Fate::Repeats(_) | Fate::Known(_) => false,
+        }
+    }
+
+    /// What became of an item that was not inserted, by digest and record of what is stored.
+    fn known(&self, stored: Option<([u8; 16], CaptureRecord)>) -> Submitted {
+        if let Some((digest, record)) = stored {
+            if !self.capture.replaces(&record, &digest) {
+                return match digest == self.capture.digest {
+                    true => Submitted::Duplicate(Arc::new(record)),
+                    false => Submitted::Conflict,
+                };
+            }
+            if let Fate::Replaced(_) = self.fate {
+                // What replaced it repeats what is stored.
+                return Submitted::Accepted(Arc::new(self.record()));
+            }
+        }
+        match self.fate {
+            Fate::Full(quota) => Submitted::Full(quota),
+            _ => Submitted::Stale,
+        }
     }
 
     fn state(&self) -> State {
@@ -162,15 +198,17 @@ impl Database {
     /// Marks new items for which there is no room. Returns whether there are any.
     fn refuse_beyond_bounds(&self, items: &mut [Item]) -> bool {
         let counts = self.counts();
-        let (mut room, mut refused) = (counts.room(), false);
-        for item in items
-            .iter_mut()
-            .filter(|it| it.is_new() && it.load.events > 0)
-        {
+        let (mut room, mut refused, mut revived) = (counts.room(), false, Vec::new());
+        let with_events = items.iter_mut();
+        for item in with_events.filter(|it| it.is_new() && it.load.events > 0) {
             if let Err(quota) = room.take(item.integration, item.load) {
                 item.fate = Fate::Full(quota);
                 refused = true;
+                revived.extend(item.replaces);
             }
+        }
+        for place in revived {
+            items[place].fate = Fate::New;
         }
         refused
     }
@@ -182,12 +220,19 @@ impl Call<'_> {
         let ids: BTreeSet<&IntegrationId> = ids.collect();
         self.make_keys(&Vec::from_iter(ids)).await?;
         let mut first: HashMap<(i64, Uuid), usize> = HashMap::with_capacity(captures.len());
-        let mut items = Vec::with_capacity(captures.len());
+        let mut items: Vec<Item> = Vec::with_capacity(captures.len());
         for (place, SealedCapture { capture, subject }) in captures.into_iter().enumerate() {
             let integration = self.session.key(&capture.integration_id);
             let integration = integration.ok_or_else(|| self.database.away())?;
             let id = key_of_id(&capture.capture_id);
             let earlier = *first.entry((integration, id)).or_insert(place);
+            let before = items.get(earlier);
+            let replaces = before
+                .is_some_and(|before| capture.replaces(&before.record(), &before.capture.digest));
+            if replaces {
+                items[earlier].fate = Fate::Replaced(place);
+                first.insert((integration, id), place);
+            }
             let (shard, load) = match &capture.content {
                 Content::Skip { .. } => (0, Load::default()),
                 Content::Send { shard, events } => {
@@ -197,7 +242,7 @@ impl Call<'_> {
                 }
             };
             let lane = lane_number(integration, capture.region, shard);
-            let fate = match earlier < place {
+            let fate = match earlier < place && !replaces {
                 true => Fate::Repeats(earlier),
                 false => Fate::New,
             };
@@ -208,6 +253,7 @@ impl Call<'_> {
                 lane,
                 id,
                 load,
+                replaces: replaces.then_some(earlier),
                 fate,
             });
         }
@@ -321,8 +367,8 @@ impl Call<'_> {
 
     /// Finds out what became of items that were not inserted.
     async fn resolve(&self, items: &mut [Item]) -> Result<(), OutboxError> {
-        let is_open = |item: &&mut Item| matches!(item.fate, Fate::New | Fate::Full(_));
-        let open: Vec<&mut Item> = items.iter_mut().filter(is_open).collect();
+        let open = (0..items.len()).filter(|place| Item::is_open(items, *place));
+        let open: Vec<usize> = open.collect();
         if open.is_empty() {
             return Ok(());
         }
@@ -331,7 +377,7 @@ impl Call<'_> {
              FROM unnest($1::int8[], $2::uuid[]) AS o (integration, id), {RECORDS}
              WHERE c.integration = o.integration AND c.id = o.id"
         );
-        let keys = columns!(open, item => item.integration, item.id);
+        let keys = columns!(open, place => items[*place].integration, items[*place].id);
         let rows = self.rows(&sql, &arguments(&keys)).await?;
         drop(keys);
         let found = rows.iter().map(|row| ((row.get(1), row.get(2)), row));
@@ -342,16 +388,12 @@ impl Call<'_> {
             const COMMIT: &str = "SELECT pg_logical_emit_message(true, 'segment-relay', '')";
             self.apply(COMMIT, &[]).await?;
         }
-        for item in open {
-            let submitted = match (found.get(&(item.integration, item.id)), &item.fate) {
-                (Some(row), _) if *row.get::<_, Uuid>(0).as_bytes() == item.capture.digest => {
-                    Submitted::Duplicate(Arc::new(record_of(row, 3)?))
-                }
-                (Some(_), _) => Submitted::Conflict,
-                (None, Fate::Full(quota)) => Submitted::Full(*quota),
-                (None, _) => Submitted::Stale,
-            };
-            item.fate = Fate::Known(submitted);
+        for place in open {
+            let item = &mut items[place];
+            let stored = found.get(&(item.integration, item.id));
+            let stored =
+                stored.map(|row| Ok((row.get::<_, Uuid>(0).into_bytes(), record_of(row, 3)?)));
+            item.fate = Fate::Known(item.known(stored.transpose()?));
         }
         Ok(())
     }
@@ -379,6 +421,7 @@ fn answers(items: &[Item]) -> Vec<Submitted> {
     for item in items {
         let answer = match &item.fate {
             Fate::Stored(_, record) => Submitted::Accepted(Arc::clone(record)),
+            Fate::Replaced(_) => Submitted::Accepted(Arc::new(item.record())),
             Fate::Known(known) => known.clone(),
             Fate::Full(quota) => Submitted::Full(*quota),
             Fate::New => Submitted::Stale,
@@ -417,7 +460,19 @@ const INSERT: &str = "
     WHERE EXISTS (SELECT 1 FROM integrations own WHERE own.key = i.integration
         AND own.state = 'active' AND i.revision IN (0, own.revision))
     ORDER BY i.integration, i.id
-    ON CONFLICT (integration, id) DO NOTHING
+    ON CONFLICT (integration, id) DO UPDATE
+    SET seq = excluded.seq, lane = excluded.lane, digest = excluded.digest,
+        subject = excluded.subject, mapping_version = excluded.mapping_version,
+        accept_millis = excluded.accept_millis, queue_millis = excluded.queue_millis,
+        stored_at = excluded.stored_at, identify = excluded.identify, track = excluded.track,
+        attempts = NULL, trace = excluded.trace
+    -- Skipped (state 4) and not erased (reason 14): `CaptureRecord::binds_id`.
+    WHERE substring(captures.identify FOR 2) = '\\x0804'
+        AND substring(captures.track FOR 2) = '\\x0804'
+        AND '\\x0804100e' NOT IN
+            (substring(captures.identify FOR 4), substring(captures.track FOR 4))
+        AND (substring(excluded.identify FOR 2) <> '\\x0804'
+            OR captures.digest <> excluded.digest)
     RETURNING seq, integration, id";
 
 const SUMS: &str = "

@@ -113,13 +113,29 @@ impl Export {
             path: directory.to_owned(),
             source,
         })?;
-        Ok(Self {
+        let mut export = Self {
             connection,
             ids,
             sealing: recovered.sealing,
             index_key,
             _lock: recovered.lock,
-        })
+        };
+        let replaced = export.replaced()?;
+        export.remove(&replaced)?;
+        Ok(export)
+    }
+
+    /// Skipped captures in whose place a newer one with their id was stored.
+    fn replaced(&self) -> Result<Vec<i64>, ExportError> {
+        const SQL: &str = "
+            SELECT sequence FROM (
+                SELECT sequence, lead(sequence) OVER (
+                    PARTITION BY integration_id, capture_id ORDER BY sequence) AS newer
+                FROM capture)
+            WHERE newer IS NOT NULL";
+        let mut rows = self.connection.prepare(SQL)?;
+        let replaced = rows.query_map([], |row| row.get(0))?;
+        Ok(replaced.collect::<Result<_, _>>()?)
     }
 
     /// The key of what is blinded.

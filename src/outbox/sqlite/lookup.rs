@@ -29,7 +29,8 @@ pub(super) struct Lookup {
     departures: u64,
 }
 
-/// Digest and status of a capture by its id. `recent` are the captures that may be meant
+/// Digest and status of a capture by its id. Of several captures the newest counts: those
+/// before it were skipped, and it took their place. `recent` are the captures that may be meant
 /// according to memory.
 pub(super) fn find(
     connection: &Connection,
@@ -44,8 +45,9 @@ pub(super) fn find(
     const INDEXED: &str = "
         SELECT c.digest, c.status FROM capture_key k CROSS JOIN capture c
         WHERE k.key = ?1 AND c.sequence = k.sequence
-          AND c.integration_id = ?2 AND c.capture_id = ?3";
-    let recent = recent.iter().map(|sequence| (RECENT, *sequence));
+          AND c.integration_id = ?2 AND c.capture_id = ?3
+        ORDER BY k.sequence DESC LIMIT 1";
+    let recent = recent.iter().rev().map(|sequence| (RECENT, *sequence));
     for (sql, place) in recent.chain([(INDEXED, stored_key(key))]) {
         let mut statement = connection.prepare_cached(sql)?;
         let named = params![place, id.as_str(), capture_id];

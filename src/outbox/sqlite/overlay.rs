@@ -124,7 +124,10 @@ impl Overlay {
                 self.entries.insert(entry.sequence, Arc::new(stored));
             } else {
                 self.entries.remove(&entry.sequence);
-                self.keys.remove(&entry.key);
+                // A newer capture may have its place.
+                if self.keys.get(&entry.key) == Some(&entry.sequence) {
+                    self.keys.remove(&entry.key);
+                }
             }
             if let Some(lane) = &entry.lane {
                 self.count_fresh(lane, entry.sequence, was, 0);

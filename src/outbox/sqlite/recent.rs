@@ -28,7 +28,7 @@ struct State {
 /// What stands here of a key.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) struct Found {
-    /// Captures that may be meant.
+    /// Captures that may be meant, oldest first.
     pub(super) sequences: Vec<i64>,
     /// How often keys have left. A snapshot of the database that is older than the last time
     /// does not have what left then.

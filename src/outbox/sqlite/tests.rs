@@ -99,6 +99,24 @@ async fn what_is_old_and_done_is_forgotten_and_what_waits_is_not() {
 }
 
 #[tokio::test]
+async fn an_export_holds_the_newest_capture_of_each_id() {
+    let directory = tempfile::tempdir().expect("a directory");
+    let outbox = open(directory.path());
+    let skipped = |content| conformance::skipped("a", content);
+    submit(&outbox, vec![skipped(0), skipped(1), skipped(2)]).await;
+    outbox.flush().await.expect("flushed");
+    submit(&outbox, vec![new_capture("acme", "b", 0)]).await;
+    submit(&outbox, vec![new_capture("acme", "a", 3)]).await;
+    outbox.close().await;
+    assert_eq!(count(directory.path(), "capture"), 5);
+    let export = super::export::Export::open(directory.path(), &vault()).expect("opens");
+    assert_eq!(export.count().expect("counted"), 2);
+    let captures = export.captures(0, 10).expect("read");
+    let ids: Vec<_> = captures.iter().map(|one| one.capture_id.as_str()).collect();
+    assert_eq!(ids, ["b", "a"]);
+}
+
+#[tokio::test]
 async fn lanes_that_wait_are_looked_into_now_and_then() {
     let directory = tempfile::tempdir().expect("a directory");
     let outbox = open(directory.path());

@@ -15,7 +15,7 @@ use crate::{
         DeadLetterFilter, Erasure, Outbox, OutboxError, PostgresOutbox, Selection, SubjectQuery,
         Submitted,
         conformance::{
-            self, NOW, id, lane, lease, new_capture, settle, submit, submit_one, user_of,
+            self, NOW, id, lane, lease, new_capture, settle, skipped, submit, submit_one, user_of,
         },
     },
     proto::{DeliveryReason, ErasureReceipt, Integration},
@@ -98,6 +98,31 @@ async fn a_pair_that_is_replayed_event_by_event_at_two_relays_is_delivered_and_s
         assert_eq!(relay.waiting_lanes().await, Ok(Vec::new()));
         assert_eq!(relay.backlog(&id("acme")).await.expect("read").events, 0);
     }
+}
+
+#[tokio::test]
+async fn of_two_relays_that_take_a_skipped_capture_anew_one_has_it_sent() {
+    let Some(rig) = PostgresRig::new(1) else {
+        return;
+    };
+    let (holder, other) = two(&rig, "acme").await;
+    for round in 0..20 {
+        let capture_id = &format!("c-{round}");
+        submit(&holder, vec![skipped(capture_id, 9)]).await;
+        let send = async |relay: &PostgresOutbox, content| {
+            let capture = new_capture("acme", capture_id, content);
+            submit(relay, vec![skipped(capture_id, content), capture]).await
+        };
+        let (one, two) = join(send(&holder, round % 2), send(&other, 0)).await;
+        let queued = [&one[1], &two[1]].map(|answer| match answer {
+            Submitted::Accepted(record) => !record.is_final(),
+            _ => false,
+        });
+        assert_eq!(queued.iter().filter(|queued| **queued).count(), 1);
+    }
+    let backlog = holder.backlog(&id("acme")).await.expect("read");
+    assert_eq!(backlog.events, 40);
+    assert_eq!(lease_soon(&holder, "acme").await.len(), 20);
 }
 
 #[tokio::test]

@@ -43,7 +43,9 @@ impl Committer {
             mut capture,
             subject,
         } = incoming;
-        if let Some(known) = self.known(key, &capture)? {
+        if let Some(known) = self.known(key, &capture)?
+            && !capture.replaces(&known.record, &known.digest)
+        {
             return Ok(if known.digest == capture.digest {
                 Submitted::Duplicate(known.record)
             } else {

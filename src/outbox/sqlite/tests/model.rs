@@ -41,7 +41,7 @@ fn any_step() -> impl Strategy<Value = Step> {
         0..12_u8,
         0..2_u8,
         2..400_usize,
-        prop::bool::weighted(0.1),
+        prop::bool::weighted(0.3),
     );
     prop_oneof![
         6 => prop::collection::vec(capture, 1..5).prop_map(Step::Submit),
