@@ -170,7 +170,7 @@ fn spec_violations(spec: &proto::Integration) -> Vec<Violation> {
         create_time: UnixMillis(0),
         update_time: UnixMillis(0),
         read_only: true,
-        incarnation: 1,
+        ..Revision::default()
     };
     Integration::new(spec, revision).err().unwrap_or_default()
 }

@@ -9,6 +9,7 @@ mod erase;
 mod failure;
 mod input;
 pub mod json;
+mod pause;
 pub mod render;
 mod timestamp;
 

@@ -98,7 +98,7 @@ mod tests {
             create_time: UnixMillis(0),
             update_time: UnixMillis(0),
             read_only: false,
-            incarnation: 1,
+            ..Revision::default()
         };
         Integration::new(&spec, revision).expect("valid")
     }

@@ -131,7 +131,7 @@ pub enum Normalization {
 }
 
 /// What the store adds to a specification: counted and stamped by the registry.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Revision {
     /// Changes with every write.
     pub etag: String,
@@ -145,6 +145,8 @@ pub struct Revision {
     pub read_only: bool,
     /// Which of its name it is, from 1.
     pub incarnation: u32,
+    /// When deliveries went on after the last pause.
+    pub resume_time: Option<UnixMillis>,
 }
 
 impl Revision {
@@ -177,6 +179,8 @@ pub struct Integration {
     pub event_name: String,
     /// Whether new captures are sent.
     pub enabled: bool,
+    /// Whether deliveries are held.
+    pub paused: bool,
     /// What the store adds.
     pub revision: Revision,
 }
@@ -230,6 +234,7 @@ impl Integration {
             normalization,
             event_name,
             enabled: spec.enabled.unwrap_or(true),
+            paused: spec.paused.unwrap_or(false),
             revision,
         })
     }
@@ -314,6 +319,8 @@ impl Integration {
             health: None,
             read_only: self.revision.read_only,
             incarnation: self.id.incarnation(),
+            paused: Some(self.paused),
+            resume_time: self.revision.resume_time.map(UnixMillis::to_proto),
         }
     }
 

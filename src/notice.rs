@@ -2,7 +2,10 @@
 
 use serde_json::{Map, Value, json};
 
-use crate::{integration::IntegrationId, time::UnixMillis};
+use crate::{
+    integration::{Integration, IntegrationId},
+    time::UnixMillis,
+};
 
 /// What happened to an integration.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -13,6 +16,10 @@ pub enum Happening {
     Updated,
     /// It was deleted.
     Deleted,
+    /// Its deliveries are held.
+    Paused,
+    /// Its deliveries go on.
+    Resumed,
     /// A test pair was sent.
     Tested,
     /// Segment refuses its write key: its events wait for a person.
@@ -24,6 +31,16 @@ pub enum Happening {
 }
 
 impl Happening {
+    /// What an update means for deliveries, where it holds them or lets them go on.
+    #[must_use]
+    pub fn of_pause(before: &Integration, now: &Integration) -> Option<Self> {
+        match (before.paused, now.paused) {
+            (false, true) => Some(Self::Paused),
+            (true, false) => Some(Self::Resumed),
+            _ => None,
+        }
+    }
+
     /// Its name in webhooks and in the audit log.
     #[must_use]
     pub fn as_str(self) -> &'static str {
@@ -31,6 +48,8 @@ impl Happening {
             Self::Created => "integration.created",
             Self::Updated => "integration.updated",
             Self::Deleted => "integration.deleted",
+            Self::Paused => "integration.paused",
+            Self::Resumed => "integration.resumed",
             Self::Tested => "integration.tested",
             Self::Parked => "integration.parked",
             Self::Broken => "integration.broken",

@@ -330,6 +330,7 @@ fn restore(stored: &proto::Integration) -> Result<Integration, RegistryError> {
             update_time: time(&stored.update_time),
             read_only: stored.read_only,
             incarnation: stored.incarnation.max(1),
+            resume_time: stored.resume_time.as_ref().and_then(UnixMillis::from_proto),
         },
     )
 }
@@ -354,6 +355,7 @@ fn first_revision(now: UnixMillis, read_only: bool, incarnation: u32) -> Revisio
         update_time: now,
         read_only,
         incarnation,
+        resume_time: None,
     }
 }
 
@@ -363,6 +365,10 @@ fn next_revision(before: &Integration, next: &Integration, now: UnixMillis) -> R
         etag: new_etag(),
         mapping_version: before.revision.mapping_version + changed,
         update_time: now,
+        resume_time: match before.paused && !next.paused {
+            true => Some(now),
+            false => before.revision.resume_time,
+        },
         ..before.revision.clone()
     }
 }

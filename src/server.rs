@@ -261,6 +261,7 @@ impl Relay {
         if self.services.metrics.are_read() {
             tasks.spawn(backlog::follow(
                 Arc::clone(&self.services.outbox),
+                Arc::clone(&self.services.registry),
                 self.store.directory(),
                 Arc::clone(&self.board),
                 stop.clone(),

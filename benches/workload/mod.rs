@@ -122,7 +122,7 @@ pub(crate) fn integration() -> Integration {
         create_time: UnixMillis(0),
         update_time: UnixMillis(0),
         read_only: true,
-        incarnation: 1,
+        ..Revision::default()
     };
     Integration::new(&specification("bench-0"), revision).expect("a valid specification")
 }

@@ -89,7 +89,7 @@ fuzz_target!(|bytes: &[u8]| {
         create_time: NOW,
         update_time: NOW,
         read_only: false,
-        incarnation: 1,
+        ..Revision::default()
     };
     let spec = integration.integration.unwrap_or_default();
     if let Ok(integration) = Integration::new(&spec, revision) {

@@ -76,6 +76,27 @@ pub enum ClientCommand {
         #[arg(long, value_enum)]
         r#type: Vec<TypeArg>,
     },
+    /// Hold an integration's deliveries: captures are accepted and wait, nothing is sent
+    #[command(
+        after_help = "No event is given up for its age meanwhile.\n\nExample:\n  \
+        segment-relay pause acme"
+    )]
+    Pause {
+        /// The connection
+        #[command(flatten)]
+        connection: Connection,
+        /// Which integration
+        integration: String,
+    },
+    /// Let a paused integration's deliveries go on
+    #[command(after_help = "Example:\n  segment-relay resume acme")]
+    Resume {
+        /// The connection
+        #[command(flatten)]
+        connection: Connection,
+        /// Which integration
+        integration: String,
+    },
     /// List, replay or discard events that were refused for good or given up
     #[command(subcommand)]
     DeadLetters(DeadLettersCommand),

@@ -16,6 +16,7 @@ use super::{
     failure::ClientError,
     input,
     json::{to_json, write_json},
+    pause::pause,
     render,
 };
 use crate::proto::{
@@ -59,6 +60,14 @@ pub async fn run(command: ClientCommand, out: &mut impl Write) -> Result<u8, Cli
             let request = watch_request(integration, &state, &r#type);
             watch(&connection, request, out).await
         }
+        ClientCommand::Pause {
+            connection,
+            integration,
+        } => pause(&connection, integration, true, out).await,
+        ClientCommand::Resume {
+            connection,
+            integration,
+        } => pause(&connection, integration, false, out).await,
         ClientCommand::DeadLetters(command) => dead_letters::run(command, out).await,
         ClientCommand::Erase {
             connection,

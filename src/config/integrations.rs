@@ -59,6 +59,7 @@ fn integration(entry: &mut Entry<'_>, from: &mut Reader<'_>, outside: &Outside<'
         display_name: entry.take("display_name", text, faults),
         event_name: entry.take("event_name", text, faults),
         enabled: entry.take("enabled", |raw| boolean(raw).map(Some), faults),
+        paused: entry.take("paused", |raw| boolean(raw).map(Some), faults),
         unmapped_attributes: entry.take(
             "unmapped_attributes",
             word(UnmappedAttributes::as_str_name),

@@ -71,6 +71,8 @@ pub struct Lane {
     not_before: Option<(UnixMillis, Duration)>,
     /// Fewer events than the options allow, while a poisoned one is searched.
     narrowed_to: Option<usize>,
+    /// No age counts from before this moment.
+    age_from: Option<UnixMillis>,
 }
 
 impl Lane {
@@ -83,6 +85,7 @@ impl Lane {
             failures: 0,
             not_before: None,
             narrowed_to: None,
+            age_from: None,
         }
     }
 
@@ -134,7 +137,8 @@ impl Lane {
             let tried = EventType::ALL.iter().any(|event| {
                 capture.payload(*event).is_some() && capture.record.event(*event).attempt_count > 0
             });
-            tried && now.since(capture.record.queue_time) > self.options.max_age
+            let queued = Some(capture.record.queue_time).max(self.age_from);
+            tried && queued.is_some_and(|from| now.since(from) > self.options.max_age)
         };
         let damaged: Vec<_> = leased.extract_if(.., |capture| capture.damaged).collect();
         let (aside, reason) = if damaged.is_empty() {
@@ -147,6 +151,11 @@ impl Lane {
         };
         let outcome = Outcome::DeadLetter { reason };
         (!aside.is_empty()).then(|| self.settle_all(aside, None, outcome, now))
+    }
+
+    /// Ages count from this moment at the earliest: when the integration was last resumed.
+    pub fn count_ages_from(&mut self, moment: Option<UnixMillis>) {
+        self.age_from = moment;
     }
 
     /// Failures in a row: what Segment is told as `X-Retry-Count`.

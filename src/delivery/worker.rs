@@ -113,6 +113,9 @@ impl Worker {
             Plan::WaitUntil(moment) => return Turn::Wait(moment.since(UnixMillis::now())),
             Plan::Send(budget) => budget,
         };
+        if self.is_held() {
+            return Turn::Idle;
+        }
         self.fill_up().await;
         let shared = Arc::clone(&self.shared);
         let breaker = shared.breakers.get(self.key.region);
@@ -173,6 +176,11 @@ impl Worker {
         self.tried_with = integration
             .as_ref()
             .map(|found| found.revision.etag.clone());
+        if self.is_held() {
+            return Err(Duration::ZERO);
+        }
+        let resumed = integration.as_ref().and_then(|it| it.revision.resume_time);
+        self.lane.count_ages_from(resumed);
         let write_key = integration
             .as_ref()
             .map(|found| found.write_key(self.key.region));
@@ -200,6 +208,12 @@ impl Worker {
             // Nothing is sent without a write key.
             (Step::Send(_), None) => Err(OUTBOX_RETRY),
         }
+    }
+
+    /// Whether a person holds the integration's deliveries. A change of that wakes its lanes.
+    fn is_held(&self) -> bool {
+        let known = self.parts.registry.get(&self.key.integration_id);
+        known.is_some_and(|integration| integration.paused)
     }
 
     /// The integration. What is given up because it is missing is given up for good, so one

@@ -116,6 +116,9 @@ impl IntegrationService for Integrations {
             let facts = [("changed", changed.join(" ").into())];
             this.tell(&caller, Happening::Updated, &updated.now, &facts)
                 .await;
+            if let Some(happening) = Happening::of_pause(&updated.before, &updated.now) {
+                this.tell(&caller, happening, &updated.now, &[]).await;
+            }
             Ok(updated.now)
         };
         let updated = self.0.carry_out(permit, change).await?;

@@ -8,7 +8,7 @@ fn revision() -> Revision {
         create_time: UnixMillis(0),
         update_time: UnixMillis(0),
         read_only: false,
-        incarnation: 1,
+        ..Revision::default()
     }
 }
 

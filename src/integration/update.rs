@@ -4,7 +4,7 @@ use super::Integration;
 use crate::{proto, region::Region, violation::Violations};
 
 /// The fields that an update may name.
-pub const UPDATABLE_FIELDS: [&str; 7] = [
+pub const UPDATABLE_FIELDS: [&str; 8] = [
     "display_name",
     "credentials",
     "mappings",
@@ -12,6 +12,7 @@ pub const UPDATABLE_FIELDS: [&str; 7] = [
     "email_normalization",
     "event_name",
     "enabled",
+    "paused",
 ];
 
 /// The specification `current` with the fields of `mask` taken from `change`.
@@ -65,6 +66,9 @@ pub fn apply_update(
     if takes("enabled", change.enabled.is_some()) {
         next.enabled = change.enabled;
     }
+    if takes("paused", change.paused.is_some()) {
+        next.paused = change.paused;
+    }
     if takes("credentials", !change.credentials.is_empty()) {
         next.credentials = keep_unnamed_keys(&next.credentials, change.credentials);
     }
@@ -94,6 +98,7 @@ pub fn changed_fields(before: &Integration, now: &Integration) -> Vec<String> {
         ),
         ("event_name", old.event_name != new.event_name),
         ("enabled", old.enabled != new.enabled),
+        ("paused", old.paused != new.paused),
     ] {
         if differs {
             changed.push(field.to_owned());

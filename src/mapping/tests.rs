@@ -43,7 +43,7 @@ fn integration(spec: &proto::Integration) -> Integration {
         create_time: NOW,
         update_time: NOW,
         read_only: false,
-        incarnation: 1,
+        ..Revision::default()
     };
     Integration::new(spec, revision).expect("a valid specification")
 }

@@ -20,6 +20,8 @@ pub struct BacklogOf {
     pub bytes: u64,
     /// Age of the oldest event.
     pub oldest_age: Duration,
+    /// Whether its deliveries are paused.
+    pub paused: bool,
 }
 
 /// A disk, in bytes.
@@ -84,6 +86,7 @@ impl BacklogBoard {
             events: sum.events + one.events,
             bytes: sum.bytes + one.bytes,
             oldest_age: sum.oldest_age.max(one.oldest_age),
+            paused: sum.paused && one.paused,
             ..sum
         });
         (named, others)

@@ -115,7 +115,7 @@ impl Instruments {
 /// Gauges that are read when somebody asks: from a board that is kept up to date.
 pub(super) fn observe(meter: &Meter, board: &Arc<BacklogBoard>, max_integrations: usize) {
     type Read = fn(&super::BacklogOf) -> u64;
-    let gauges: [(&'static str, &'static str, &'static str, Read); 3] = [
+    let gauges: [(&'static str, &'static str, &'static str, Read); 4] = [
         (
             "segment_relay.backlog.events",
             "",
@@ -133,6 +133,12 @@ pub(super) fn observe(meter: &Meter, board: &Arc<BacklogBoard>, max_integrations
             "s",
             "Age of the oldest event that waits",
             |one| one.oldest_age.as_secs(),
+        ),
+        (
+            "segment_relay.backlog.paused",
+            "",
+            "1 while a person holds what waits",
+            |one| one.paused.into(),
         ),
     ];
     for (name, unit, description, read) in gauges {

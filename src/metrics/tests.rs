@@ -13,6 +13,7 @@ fn waiting(name: &str, events: u64) -> BacklogOf {
         events,
         bytes: events * 10,
         oldest_age: Duration::from_secs(events),
+        paused: false,
     }
 }
 

@@ -229,6 +229,10 @@ impl Registry {
         };
         let stored = self.store(next, before.as_deref()).await?;
         told.of(happening, stored.id(), &changed, now).await;
+        let before = before.as_deref();
+        if let Some(happening) = before.and_then(|it| Happening::of_pause(it, &stored)) {
+            told.of(happening, stored.id(), "", now).await;
+        }
         Ok(())
     }
 }

@@ -188,6 +188,31 @@ mod changes {
     }
 
     #[tokio::test]
+    async fn of_a_pause_note_when_it_ended() {
+        let outbox = SharedDouble::new();
+        let registry = relay(&outbox).await;
+        let made = registry.create(&spec("acme", "Acme"), NOW).await;
+        assert!(!made.expect("made").paused);
+        let at = |seconds: u64| NOW.plus(Duration::from_secs(seconds));
+        let mut resumed = Vec::new();
+        for (paused, seconds) in [(true, 1), (true, 2), (false, 3), (false, 4), (true, 5)] {
+            let change = Spec {
+                paused: Some(paused),
+                ..renamed("", "")
+            };
+            let updated = registry.update(&change, &[], at(seconds)).await;
+            let now = updated.expect("updated").now;
+            assert_eq!((now.paused, now.revision.mapping_version), (paused, 1));
+            resumed.push(now.revision.resume_time);
+        }
+        let end = Some(at(3));
+        assert_eq!(resumed, [None, None, end, end, end]);
+        // It is kept over a restart.
+        let kept = relay(&outbox).await.get(&acme()).expect("stored");
+        assert_eq!((kept.paused, kept.revision.resume_time), (true, end));
+    }
+
+    #[tokio::test]
     async fn with_an_etag_compare_it_with_what_is_stored() {
         let outbox = SharedDouble::new();
         let (one, other) = (relay(&outbox).await, relay(&outbox).await);

@@ -7,6 +7,7 @@ use tokio_util::sync::CancellationToken;
 use crate::{
     metrics::{BacklogBoard, BacklogOf, DiskSpace},
     outbox::{Outbox, OutboxError},
+    registry::Registry,
     time::UnixMillis,
 };
 
@@ -16,6 +17,7 @@ const INTERVAL: Duration = Duration::from_secs(5);
 /// Looks now and then, until `stop`; at a disk only where the outbox is on one of this machine.
 pub(super) async fn follow(
     outbox: Arc<dyn Outbox>,
+    registry: Arc<Registry>,
     directory: Option<PathBuf>,
     board: Arc<BacklogBoard>,
     stop: CancellationToken,
@@ -24,7 +26,7 @@ pub(super) async fn follow(
     loop {
         let place = directory.clone();
         let disk = tokio::task::spawn_blocking(move || DiskSpace::of(&place?).ok()).await;
-        match look(&*outbox).await {
+        match look(&*outbox, &registry).await {
             Ok(backlogs) => {
                 board.note(backlogs, disk.ok().flatten(), *writable.borrow());
             }
@@ -38,15 +40,17 @@ pub(super) async fn follow(
     }
 }
 
-async fn look(outbox: &dyn Outbox) -> Result<Vec<BacklogOf>, OutboxError> {
+async fn look(outbox: &dyn Outbox, registry: &Registry) -> Result<Vec<BacklogOf>, OutboxError> {
     let lanes = outbox.waiting_lanes().await?;
     let ids: BTreeSet<_> = lanes.into_iter().map(|lane| lane.integration_id).collect();
     let now = UnixMillis::now();
     let mut backlogs = Vec::with_capacity(ids.len());
     for integration_id in ids {
         let backlog = outbox.backlog(&integration_id).await?;
+        let paused = registry.get(&integration_id).is_some_and(|it| it.paused);
         backlogs.push(BacklogOf {
             integration_id,
+            paused,
             events: backlog.events,
             bytes: backlog.bytes,
             oldest_age: backlog

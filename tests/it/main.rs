@@ -30,6 +30,7 @@ mod jwt;
 mod limits;
 mod log;
 mod notify;
+mod paused;
 mod postgres;
 mod postgres_command;
 #[allow(dead_code, reason = "shared with the crate's own tests")]

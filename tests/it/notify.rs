@@ -29,7 +29,7 @@ use crate::{
 
 const SECRET: &str = "cGxhbnRlZC13ZWJob29rLXNlY3JldC1vZi10ZXN0cw==";
 
-fn settings(receiver: &Receiver) -> String {
+pub(crate) fn settings(receiver: &Receiver) -> String {
     format!(
         "[notify]\nurl = \"http://{}/hook\"\nsecret = \"whsec_{SECRET}\"\nbroken_after_ms = 100\n\
          [delivery]\nretry_base_ms = 10\nretry_max_ms = 50\nunauthorized_retry_ms = 20\n",
@@ -57,7 +57,7 @@ fn verified(received: &Received) -> Value {
     serde_json::from_slice(&received.body).expect("JSON")
 }
 
-fn types(received: &[Received]) -> Vec<String> {
+pub(crate) fn types(received: &[Received]) -> Vec<String> {
     let kind = |one| verified(one)["type"].as_str().expect("a type").to_owned();
     received.iter().map(kind).collect()
 }

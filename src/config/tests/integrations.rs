@@ -15,6 +15,7 @@ integration_id = "acme"
 display_name = "ACME"
 event_name = "Done"
 enabled = false
+paused = true
 unmapped_attributes = "Reject"
 email_normalization = "EMAIL_NORMALIZATION_EXACT"
 
@@ -89,6 +90,7 @@ fn an_integration_of_the_file_is_the_schemas_message() {
         display_name: "ACME".to_owned(),
         event_name: "Done".to_owned(),
         enabled: Some(false),
+        paused: Some(true),
         unmapped_attributes: UnmappedAttributes::Reject.into(),
         email_normalization: EmailNormalization::Exact.into(),
         credentials: vec![credential(DataRegion::NonEu), credential(DataRegion::Eu)],
@@ -160,11 +162,11 @@ fn violations_are_told_at_the_lines_of_their_fields() {
             "f.toml:2:1: integrations[0]: set it",
             "f.toml:2:1: integrations[0].etag: set it",
             "f.toml:5:1: integrations[0].event_name: set it",
-            "f.toml:12:1: integrations[0].credentials[0].write_key: set it",
-            "f.toml:16:1: integrations[0].credentials[1].write_key: set it",
-            "f.toml:18:16: integrations[0].mappings[9]: set it",
-            "f.toml:24:24: integrations[0].mappings[0].targets[1]: set it",
-            "f.toml:26:1: integrations[0].mappings[1].segment_key: set it",
+            "f.toml:13:1: integrations[0].credentials[0].write_key: set it",
+            "f.toml:17:1: integrations[0].credentials[1].write_key: set it",
+            "f.toml:19:16: integrations[0].mappings[9]: set it",
+            "f.toml:25:24: integrations[0].mappings[0].targets[1]: set it",
+            "f.toml:27:1: integrations[0].mappings[1].segment_key: set it",
         ]
     );
 }
@@ -215,7 +217,7 @@ fn an_integration_id_is_taken_once() {
     let file = format!("{ACME}[[integrations]]\nintegration_id = \"acme\"");
     assert_eq!(
         faults_breaking(&file, &[]),
-        ["f.toml:29:1: integrations[1].integration_id: \"acme\" is taken already, at f.toml:3:1"]
+        ["f.toml:30:1: integrations[1].integration_id: \"acme\" is taken already, at f.toml:3:1"]
     );
 }
 

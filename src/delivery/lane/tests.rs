@@ -201,6 +201,29 @@ fn an_event_is_given_up_when_it_is_too_old_but_never_untried() {
 }
 
 #[test]
+fn a_pause_is_no_part_of_an_events_age() {
+    let mut lane = lane();
+    let age = Duration::from_secs(3_600);
+    let mut tried = leased(1);
+    Arc::make_mut(&mut tried.record).identify.attempt_count = 1;
+    // Paused for ten times the maximum age.
+    let resumed = NOW.plus(10 * age);
+    lane.count_ages_from(Some(resumed));
+    let batch = || vec![tried.clone()];
+    let ready = Credentials::Ready;
+    assert_eq!(sent(lane.next_step(batch(), ready, resumed)), [1]);
+    let last = resumed.plus(age);
+    assert_eq!(sent(lane.next_step(batch(), ready, last)), [1]);
+    let later = last.plus(Duration::from_millis(1));
+    let expired = settled(lane.next_step(batch(), ready, later));
+    let state = expired.captures[0].record.track.state;
+    assert_eq!(state.reason(), DeliveryReason::Expired);
+    // One that was queued later has an age of its own.
+    lane.count_ages_from(Some(UnixMillis(0)));
+    assert_eq!(sent(lane.next_step(batch(), ready, NOW.plus(age))), [1]);
+}
+
+#[test]
 fn what_is_damaged_is_never_sent_and_holds_nobody_up() {
     let mut lane = lane();
     let mut damaged = leased(1);
