@@ -9,7 +9,7 @@
 mod field_mapping;
 mod update;
 
-use std::{borrow::Borrow, fmt, sync::Arc};
+use std::{borrow::Borrow, fmt, sync::Arc, time::Duration};
 
 use twox_hash::XxHash3_64;
 
@@ -147,6 +147,8 @@ pub struct Revision {
     pub incarnation: u32,
     /// When deliveries went on after the last pause.
     pub resume_time: Option<UnixMillis>,
+    /// When it was removed from the configuration file, while events waited.
+    pub removal_time: Option<UnixMillis>,
 }
 
 impl Revision {
@@ -321,7 +323,16 @@ impl Integration {
             incarnation: self.id.incarnation(),
             paused: Some(self.paused),
             resume_time: self.revision.resume_time.map(UnixMillis::to_proto),
+            removal_time: self.revision.removal_time.map(UnixMillis::to_proto),
         }
+    }
+
+    /// Whether it was removed from the configuration file so long ago that what still waits
+    /// is given up.
+    #[must_use]
+    pub fn is_overdue(&self, now: UnixMillis, max_age: Duration) -> bool {
+        let removed = self.revision.removal_time;
+        removed.is_some_and(|removed| now.since(removed) > max_age)
     }
 
     /// Whether both form the same events from the same capture.

@@ -16,6 +16,8 @@ pub enum Happening {
     Updated,
     /// It was deleted.
     Deleted,
+    /// It has gone from the configuration file while events wait.
+    Removed,
     /// Its deliveries are held.
     Paused,
     /// Its deliveries go on.
@@ -48,6 +50,7 @@ impl Happening {
             Self::Created => "integration.created",
             Self::Updated => "integration.updated",
             Self::Deleted => "integration.deleted",
+            Self::Removed => "integration.removed",
             Self::Paused => "integration.paused",
             Self::Resumed => "integration.resumed",
             Self::Tested => "integration.tested",

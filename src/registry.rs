@@ -2,6 +2,7 @@
 //! outbox for the next start.
 
 mod change;
+mod removal;
 mod start;
 #[cfg(test)]
 mod tests;
@@ -44,6 +45,12 @@ pub enum RegistryError {
     /// There is none of this name.
     #[error("there is no integration {0}")]
     NotFound(String),
+    /// It was removed from the configuration file, and takes nothing new.
+    #[error(
+        "the integration {0} was removed from the configuration file; it takes no captures, and \
+         is gone once what waits is delivered or given up"
+    )]
+    Removed(IntegrationId),
     /// There is one of this name.
     #[error("there is an integration {0} already")]
     Exists(IntegrationId),
@@ -331,6 +338,10 @@ fn restore(stored: &proto::Integration) -> Result<Integration, RegistryError> {
             read_only: stored.read_only,
             incarnation: stored.incarnation.max(1),
             resume_time: stored.resume_time.as_ref().and_then(UnixMillis::from_proto),
+            removal_time: stored
+                .removal_time
+                .as_ref()
+                .and_then(UnixMillis::from_proto),
         },
     )
 }
@@ -356,6 +367,7 @@ fn first_revision(now: UnixMillis, read_only: bool, incarnation: u32) -> Revisio
         read_only,
         incarnation,
         resume_time: None,
+        removal_time: None,
     }
 }
 

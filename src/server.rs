@@ -8,6 +8,7 @@
 mod backlog;
 mod connections;
 mod parts;
+mod removal;
 mod store;
 mod tls;
 mod transport;
@@ -258,6 +259,7 @@ impl Relay {
             tasks.spawn(Arc::clone(tls).follow(stop.clone()));
         }
         tasks.spawn(Arc::clone(&self.services.registry).follow(stop.clone()));
+        tasks.spawn(removal::follow(self.services.clone(), stop.clone()));
         if self.services.metrics.are_read() {
             tasks.spawn(backlog::follow(
                 Arc::clone(&self.services.outbox),

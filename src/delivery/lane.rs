@@ -50,6 +50,8 @@ pub enum Credentials {
     NoneForRegion,
     /// There is no such integration any more.
     IntegrationGone,
+    /// It was removed from the configuration file too long ago: all is given up.
+    Overdue,
 }
 
 /// What a lane does with what it has leased.
@@ -121,6 +123,10 @@ impl Lane {
             Credentials::Ready => Step::Send(leased),
             Credentials::IntegrationGone => {
                 let reason = DeliveryReason::IntegrationDeleted;
+                Step::Settle(self.settle_all(leased, None, Outcome::DeadLetter { reason }, now))
+            }
+            Credentials::Overdue => {
+                let reason = DeliveryReason::Expired;
                 Step::Settle(self.settle_all(leased, None, Outcome::DeadLetter { reason }, now))
             }
             Credentials::NoneForRegion => {

@@ -189,6 +189,11 @@ impl Worker {
             Some(None) => (Credentials::NoneForRegion, None),
             Some(key) => (Credentials::Ready, key),
         };
+        let overdue = integration.as_ref().is_some_and(|it| self.is_overdue(it));
+        let credentials = match overdue {
+            true => Credentials::Overdue,
+            false => credentials,
+        };
         if credentials == Credentials::IntegrationGone {
             self.parts.rates.forget(id);
             self.shared.turns.forget(id);
@@ -213,7 +218,11 @@ impl Worker {
     /// Whether a person holds the integration's deliveries. A change of that wakes its lanes.
     fn is_held(&self) -> bool {
         let known = self.parts.registry.get(&self.key.integration_id);
-        known.is_some_and(|integration| integration.paused)
+        known.is_some_and(|integration| integration.paused && !self.is_overdue(&integration))
+    }
+
+    fn is_overdue(&self, integration: &Integration) -> bool {
+        integration.is_overdue(UnixMillis::now(), self.parts.lanes.max_age)
     }
 
     /// The integration. What is given up because it is missing is given up for good, so one

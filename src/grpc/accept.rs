@@ -52,6 +52,16 @@ impl Services {
         Ok(self.registry.find(id).await?)
     }
 
+    /// The integration of a capture, if it is the caller's and takes captures.
+    pub(super) async fn open_integration(
+        &self,
+        caller: &Caller,
+        id: &str,
+    ) -> Result<Arc<Integration>, RelayError> {
+        check_access(caller, id)?;
+        Ok(self.registry.find_open(id).await?)
+    }
+
     /// Validates a capture and builds its events.
     pub(super) fn prepare(
         &self,

@@ -125,7 +125,7 @@ impl RelayError {
             Self::Unauthenticated(_) => Code::Unauthenticated,
             Self::PermissionMissing(_) | Self::OutOfScope => Code::PermissionDenied,
             Self::Registry(error) => match error {
-                RegistryError::NotFound(_) => Code::NotFound,
+                RegistryError::NotFound(_) | RegistryError::Removed(_) => Code::NotFound,
                 RegistryError::Exists(_) => Code::AlreadyExists,
                 RegistryError::StaleEtag(_) => Code::Aborted,
                 RegistryError::ReadOnly(_) | RegistryError::EventsWaiting { .. } => {
@@ -167,7 +167,7 @@ impl RelayError {
                 _ => "RELAY_LIMIT",
             },
             Self::Registry(error) => match error {
-                RegistryError::NotFound(_) => "INTEGRATION_NOT_FOUND",
+                RegistryError::NotFound(_) | RegistryError::Removed(_) => "INTEGRATION_NOT_FOUND",
                 RegistryError::Exists(_) => "INTEGRATION_EXISTS",
                 RegistryError::StaleEtag(_) => "STALE_ETAG",
                 RegistryError::ReadOnly(_) => "INTEGRATION_READ_ONLY",
@@ -276,6 +276,9 @@ impl RelayError {
                 details.set_resource_info("capture", id.as_str(), "", self.message());
             }
             Self::Registry(RegistryError::NotFound(id)) => {
+                details.set_resource_info("integration", id.as_str(), "", self.message());
+            }
+            Self::Registry(RegistryError::Removed(id)) => {
                 details.set_resource_info("integration", id.as_str(), "", self.message());
             }
             Self::Full(quota) => {

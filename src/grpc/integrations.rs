@@ -156,7 +156,7 @@ impl IntegrationService for Integrations {
         let (caller, permit) = self.0.enter(&request)?;
         let id = request.into_inner().integration_id;
         check_access(&caller, &id)?;
-        let found = self.0.registry.find_stored(&id).await;
+        let found = self.0.registry.find_stored_open(&id).await;
         let integration = found.map_err(RelayError::from)?;
         let this = self.clone();
         let test = async move {

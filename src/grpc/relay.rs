@@ -56,7 +56,10 @@ impl SegmentRelay for Relay {
         let request = request.into_inner();
         let capture = request.capture().map_err(malformed)?;
         let wait_for = wait_for(request.wait_for)?;
-        let integration = self.0.integration(&caller, &request.integration_id).await?;
+        let integration = self
+            .0
+            .open_integration(&caller, &request.integration_id)
+            .await?;
         self.0.usage.capture(&caller, integration.id(), 1)?;
         let answer = self.accept(&integration, &request, capture).await;
         tally(&self.0.metrics, integration.id(), std::iter::once(&answer));
@@ -81,7 +84,10 @@ impl SegmentRelay for Relay {
             let rule = format!("1 to {MAX_BATCH} captures; split a larger batch");
             return Err(RelayError::invalid("captures", "OUT_OF_RANGE", rule).into());
         }
-        let integration = self.0.integration(&caller, &request.integration_id).await?;
+        let integration = self
+            .0
+            .open_integration(&caller, &request.integration_id)
+            .await?;
         let count = captures.len();
         Span::current()
             .record("segment_relay.integration_id", integration.id().name())
@@ -130,7 +136,7 @@ impl SegmentRelay for Relay {
         let request = request.into_inner();
         let id = &request.integration_id;
         check_access(&caller, id)?;
-        let found = self.0.registry.find_stored(id).await;
+        let found = self.0.registry.find_stored_open(id).await;
         let integration = found.map_err(RelayError::from)?;
         let capture = required(request.capture)?;
         match preview(&integration, &capture) {

@@ -14,7 +14,6 @@ use super::{
 use crate::{
     integration::{Integration, IntegrationId},
     outbox::NewCapture,
-    registry::RegistryError,
 };
 
 /// Times that a capture is mapped again.
@@ -90,8 +89,6 @@ impl Services {
     }
 
     async fn integration_now(&self, id: &IntegrationId) -> Result<Arc<Integration>, RelayError> {
-        let found = self.registry.confirm(id).await?;
-        let gone = || RegistryError::NotFound(id.to_string()).into();
-        found.ok_or_else(gone)
+        Ok(self.registry.find_stored_open(id.as_str()).await?)
     }
 }

@@ -231,3 +231,20 @@ fn an_id_is_a_name_and_its_incarnation() {
         assert_eq!(IntegrationId::stored(damaged), None, "{damaged}");
     }
 }
+
+#[test]
+fn a_removed_integration_is_overdue_after_the_maximum_age() {
+    let age = Duration::from_secs(60);
+    let removed = UnixMillis(1_000_000);
+    let made = |removal_time| {
+        let revision = Revision {
+            removal_time,
+            ..revision()
+        };
+        Integration::new(&spec(Vec::new()), revision).expect("valid")
+    };
+    let last = removed.plus(age);
+    assert!(!made(Some(removed)).is_overdue(last, age));
+    assert!(made(Some(removed)).is_overdue(UnixMillis(last.0 + 1), age));
+    assert!(!made(None).is_overdue(UnixMillis(i64::MAX), age));
+}

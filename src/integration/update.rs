@@ -99,6 +99,7 @@ pub fn changed_fields(before: &Integration, now: &Integration) -> Vec<String> {
         ("event_name", old.event_name != new.event_name),
         ("enabled", old.enabled != new.enabled),
         ("paused", old.paused != new.paused),
+        ("removal_time", old.removal_time != new.removal_time),
     ] {
         if differs {
             changed.push(field.to_owned());

@@ -101,13 +101,13 @@ impl Registry {
     pub async fn delete(&self, id: &str, etag: &str, force: bool) -> Result<u64, RegistryError> {
         let mut reads = self.changing.lock().await;
         for _ in 1..MAX_TRIES {
-            let gone = self.changeable(id, etag, &mut reads).await?;
+            let gone = self.deletable(id, etag, &mut reads).await?;
             match self.try_delete(&gone, force).await {
                 Err(RegistryError::StaleEtag(_)) if etag.is_empty() => {}
                 ended => return ended,
             }
         }
-        let gone = self.changeable(id, etag, &mut reads).await?;
+        let gone = self.deletable(id, etag, &mut reads).await?;
         self.try_delete(&gone, force).await
     }
 
@@ -133,12 +133,37 @@ impl Registry {
         expected: &str,
         reads: &mut Reads,
     ) -> Result<Arc<Integration>, RegistryError> {
+        let found = self.unchanged(id, expected, reads).await?;
+        match found.revision.read_only {
+            true => Err(RegistryError::ReadOnly(found.id().clone())),
+            false => Ok(found),
+        }
+    }
+
+    /// An integration that a caller may delete: also one that has gone from the file.
+    async fn deletable(
+        &self,
+        id: &str,
+        expected: &str,
+        reads: &mut Reads,
+    ) -> Result<Arc<Integration>, RegistryError> {
+        let found = self.unchanged(id, expected, reads).await?;
+        match found.revision.read_only && found.revision.removal_time.is_none() {
+            true => Err(RegistryError::ReadOnly(found.id().clone())),
+            false => Ok(found),
+        }
+    }
+
+    /// An integration as it is stored, if it has the etag that a caller expects.
+    async fn unchanged(
+        &self,
+        id: &str,
+        expected: &str,
+        reads: &mut Reads,
+    ) -> Result<Arc<Integration>, RegistryError> {
         let known = IntegrationId::new(id).ok_or_else(|| not_found(id))?;
         let found = self.stored(&known, reads).await?;
         let found = found.ok_or_else(|| not_found(id))?;
-        if found.revision.read_only {
-            return Err(RegistryError::ReadOnly(known));
-        }
         if !expected.is_empty() && Some(expected) != etag(Some(&found)) {
             return Err(RegistryError::StaleEtag(known));
         }

@@ -9,7 +9,7 @@ use sha2::{Digest, Sha256};
 use super::{Registry, RegistryError, first_revision, make, next_revision, restore};
 use crate::{
     audit::{Audit, Entry},
-    integration::{Integration, IntegrationId, changed_fields},
+    integration::{IntegrationId, changed_fields},
     notice::{Happening, Notice},
     notify::Notices,
     outbox::{Claim, Outbox, OutboxError},
@@ -63,8 +63,7 @@ enum Step<'a> {
 impl Registry {
     /// Reads what is stored and puts the integrations of the configuration file
     /// in their place, unless another relay has brought a newer file. One that has gone
-    /// from the file goes here too, unless events wait for it: then it stays, to be deleted
-    /// by hand.
+    /// from the file goes here too, once no events wait for it (`removal`).
     ///
     /// # Errors
     /// The outbox failed, an integration of the file breaks rules, or another relay's file
@@ -174,33 +173,6 @@ impl Registry {
         Ok(true)
     }
 
-    async fn let_go(
-        &self,
-        id: &IntegrationId,
-        told: &Told<'_>,
-        now: UnixMillis,
-    ) -> Result<(), RegistryError> {
-        let Some(gone) = self.get(id).filter(|one| one.revision.read_only) else {
-            return Ok(());
-        };
-        let waiting = self.outbox.backlog(id).await?.events;
-        if waiting == 0 {
-            let etag = gone.revision.etag.clone();
-            self.outbox.delete_integration(id, etag).await?;
-            self.change(|known| known.remove(id.name()));
-            told.of(Happening::Deleted, id, "", now).await;
-            return Ok(());
-        }
-        tracing::warn!(
-            integration = %id, waiting,
-            "gone from the configuration file, but events wait: kept until it is deleted"
-        );
-        let mut kept = Integration::clone(&gone);
-        kept.revision.read_only = false;
-        self.store(kept, Some(&gone)).await?;
-        Ok(())
-    }
-
     async fn configure(
         &self,
         spec: &proto::Integration,
@@ -213,10 +185,12 @@ impl Registry {
             next = make(spec, before.revision.clone())?;
             next.revision = next_revision(before, &next, now);
             next.revision.read_only = true;
+            next.revision.removal_time = None;
             let mut same = next.clone();
             same.revision = before.revision.clone();
             if same.to_spec_with_secrets() == before.to_spec_with_secrets()
                 && before.revision.read_only
+                && before.revision.removal_time.is_none()
             {
                 return Ok(());
             }
@@ -262,7 +236,13 @@ pub struct Told<'a> {
 }
 
 impl Told<'_> {
-    async fn of(&self, happening: Happening, id: &IntegrationId, changed: &str, now: UnixMillis) {
+    pub(super) async fn of(
+        &self,
+        happening: Happening,
+        id: &IntegrationId,
+        changed: &str,
+        now: UnixMillis,
+    ) {
         const CALLER: &str = "configuration";
         self.audit.note(&Entry {
             caller: CALLER,

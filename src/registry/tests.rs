@@ -1,5 +1,7 @@
 //! Integrations that several relays change, over one shared outbox.
 
+mod removals;
+
 use super::*;
 use crate::{
     audit::Audit,

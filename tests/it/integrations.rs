@@ -15,7 +15,7 @@ use crate::harness::{
     World, acme, credential, mapping, numbered, reason, states, violations, worked_example,
 };
 
-async fn get(world: &World, id: &str) -> Result<Integration, Status> {
+pub(crate) async fn get(world: &World, id: &str) -> Result<Integration, Status> {
     let request = GetIntegrationRequest {
         integration_id: id.into(),
     };

@@ -38,6 +38,7 @@ mod postgres_server;
 mod privacy;
 mod process;
 mod receiver;
+mod removed;
 mod scan;
 mod scopes;
 mod secrets;

@@ -91,7 +91,8 @@ async fn a_pause_is_told_by_webhooks_and_comes_from_the_file_too() {
     let filed = |paused: bool| {
         format!(
             "{}[[integrations]]\nintegration_id = \"acme\"\npaused = {paused}\n\
-             [[integrations.credentials]]\ndata_region = \"non_eu\"\nwrite_key = \"key-of-the-file-01\"\n",
+             [[integrations.credentials]]\ndata_region = \"non_eu\"\n\
+             write_key = \"key-of-the-file-01\"\n",
             settings(&receiver)
         )
     };

@@ -224,6 +224,21 @@ fn a_pause_is_no_part_of_an_events_age() {
 }
 
 #[test]
+fn what_waits_too_long_after_a_removal_is_given_up_tried_or_not() {
+    let mut lane = lane();
+    let given_up = settled(lane.next_step(vec![leased(1)], Credentials::Overdue, NOW));
+    let record = &given_up.captures[0].record;
+    assert_eq!(record.identify.attempt_count, 0);
+    for event in EventType::ALL {
+        let state = State::DeadLettered {
+            reason: DeliveryReason::Expired,
+            at: NOW,
+        };
+        assert_eq!(record.event(event).state, state);
+    }
+}
+
+#[test]
 fn what_is_damaged_is_never_sent_and_holds_nobody_up() {
     let mut lane = lane();
     let mut damaged = leased(1);

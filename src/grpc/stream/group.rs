@@ -76,7 +76,7 @@ impl Group {
         if let Some(known) = known {
             return Ok(Arc::clone(known));
         }
-        let found = services.integration(caller, id).await?;
+        let found = services.open_integration(caller, id).await?;
         if services.registry.is_shared() {
             self.integrations.push(Arc::clone(&found));
         }
