@@ -279,7 +279,7 @@ impl RelayError {
                 details.set_resource_info("integration", id.as_str(), "", self.message());
             }
             Self::Registry(RegistryError::Removed(id)) => {
-                details.set_resource_info("integration", id.as_str(), "", self.message());
+                details.set_resource_info("integration", id.name(), "", self.message());
             }
             Self::Full(quota) => {
                 details.set_retry_info(Some(RETRY_DELAY));

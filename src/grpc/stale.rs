@@ -89,6 +89,6 @@ impl Services {
     }
 
     async fn integration_now(&self, id: &IntegrationId) -> Result<Arc<Integration>, RelayError> {
-        Ok(self.registry.find_stored_open(id.as_str()).await?)
+        Ok(self.registry.find_stored_open(id.name()).await?)
     }
 }

@@ -72,7 +72,7 @@ impl Group {
         caller: &Caller,
         id: &str,
     ) -> Result<Arc<Integration>, RelayError> {
-        let known = self.integrations.iter().find(|one| one.id().as_str() == id);
+        let known = self.integrations.iter().find(|one| one.id().name() == id);
         if let Some(known) = known {
             return Ok(Arc::clone(known));
         }

@@ -59,6 +59,29 @@ async fn a_change_holds_for_the_next_capture_of_a_stream() {
     }
 }
 
+#[tokio::test]
+async fn a_later_integration_of_the_name_takes_the_next_captures() {
+    for way in 0..3 {
+        let world = World::new().await;
+        world.delete().await;
+        let created = world
+            .one
+            .create_integration(request(CreateIntegrationRequest {
+                integration: Some(acme()),
+            }));
+        let created = created.await.expect("created").into_inner();
+        assert_eq!(created.integration.map(|one| one.incarnation), Some(2));
+        // The second relay knows the former one alone.
+        assert_eq!(world.capture_in(way, capture("a")).await, "");
+        world.disable().await;
+        assert_eq!(world.capture_in(way, capture("b")).await, "");
+        let ids: Vec<_> = world.waiting().await;
+        assert_eq!(ids, [("a".to_owned(), 1)]);
+        let lanes = world.outbox.waiting_lanes().await.expect("read");
+        assert_eq!(lanes[0].integration_id.as_str(), "acme@2");
+    }
+}
+
 /// A capture of a region whose write key is not known yet.
 fn european(id: &str) -> proto::Capture {
     proto::Capture {
