@@ -30,6 +30,7 @@ mod subject;
 
 use std::{fmt, future::Future, pin::Pin, sync::Arc};
 
+use async_trait::async_trait;
 use tokio::sync::{OwnedSemaphorePermit, oneshot, watch};
 
 use crate::{
@@ -239,6 +240,7 @@ pub(crate) fn stored_id(spec: &StoredIntegration) -> Option<IntegrationId> {
 }
 
 /// Durable storage between those who accept captures and those who deliver them.
+#[async_trait]
 pub trait Outbox: Send + Sync + 'static {
     /// Hands captures over in order; waits for a place in the bounded queue of
     /// the writer. The receipt answers when they are durable.
@@ -253,7 +255,7 @@ pub trait Outbox: Send + Sync + 'static {
     ///
     /// An accepted capture takes the place of the stored one, with a new place in the order
     /// of acceptance. Where there is no room for it, the stored one stays.
-    fn submit(&self, captures: Vec<NewCapture>) -> BoxFuture<'_, Result<Receipt, OutboxError>>;
+    async fn submit(&self, captures: Vec<NewCapture>) -> Result<Receipt, OutboxError>;
 
     /// The bound that leaves no room for any new capture with events, as far as memory
     /// tells. Callers ask first: events that can't be stored need not be built.
@@ -268,11 +270,11 @@ pub trait Outbox: Send + Sync + 'static {
 
     /// The first waiting events of a lane within a budget, in order. Empty
     /// where nothing waits. The lane has no other lease until it settles.
-    fn lease(
+    async fn lease(
         &self,
         lane: &LaneKey,
         budget: LeaseBudget,
-    ) -> BoxFuture<'_, Result<Vec<LeasedCapture>, OutboxError>>;
+    ) -> Result<Vec<LeasedCapture>, OutboxError>;
 
     /// Whether the lease of a lane lasts for a request that begins now.
     fn may_send(&self, _lane: &LaneKey) -> bool {
@@ -281,111 +283,104 @@ pub trait Outbox: Send + Sync + 'static {
 
     /// Makes the outcome of an attempt durable. Captures that are no longer
     /// waiting are left as they are.
-    fn settle(&self, settlement: Arc<Settlement>) -> BoxFuture<'_, Result<(), OutboxError>>;
+    async fn settle(&self, settlement: Arc<Settlement>) -> Result<(), OutboxError>;
 
     /// The current record of a capture.
-    fn find(
+    async fn find(
         &self,
         integration_id: &IntegrationId,
         capture_id: &str,
-    ) -> BoxFuture<'_, Result<Option<CaptureRecord>, OutboxError>>;
+    ) -> Result<Option<CaptureRecord>, OutboxError>;
 
     /// The lanes in which events wait.
-    fn waiting_lanes(&self) -> BoxFuture<'_, Result<Vec<LaneKey>, OutboxError>>;
+    async fn waiting_lanes(&self) -> Result<Vec<LaneKey>, OutboxError>;
 
     /// What waits for one integration.
-    fn backlog(
-        &self,
-        integration_id: &IntegrationId,
-    ) -> BoxFuture<'_, Result<Backlog, OutboxError>>;
+    async fn backlog(&self, integration_id: &IntegrationId) -> Result<Backlog, OutboxError>;
 
     /// Dead letters after an id, oldest first.
-    fn dead_letters(
+    async fn dead_letters(
         &self,
         filter: DeadLetterFilter,
         after: i64,
         limit: usize,
-    ) -> BoxFuture<'_, Result<Vec<DeadLetter>, OutboxError>>;
+    ) -> Result<Vec<DeadLetter>, OutboxError>;
 
     /// What a selection of dead letters weighs, and how many of them were
     /// accepted before a time.
-    fn count_dead_letters(
+    async fn count_dead_letters(
         &self,
         selection: Selection,
         older_than: UnixMillis,
-    ) -> BoxFuture<'_, Result<DeadLetterCount, OutboxError>>;
+    ) -> Result<DeadLetterCount, OutboxError>;
 
     /// Queues a bounded number of the selected dead letters again, behind what
     /// waits; returns how many. None are left when it returns 0 but those of deleted
     /// integrations, which are passed over.
-    fn replay(
+    async fn replay(
         &self,
         selection: Selection,
         now: UnixMillis,
-    ) -> BoxFuture<'_, Result<Result<u64, Quota>, OutboxError>>;
+    ) -> Result<Result<u64, Quota>, OutboxError>;
 
     /// Removes a bounded number of the selected dead letters with their payloads;
     /// returns how many. None are left when it returns 0.
-    fn discard(&self, selection: Selection) -> BoxFuture<'_, Result<u64, OutboxError>>;
+    async fn discard(&self, selection: Selection) -> Result<u64, OutboxError>;
 
     /// Where a person's data is: all that was accepted before this call, at most
     /// 100,000 captures.
-    fn find_subject(
-        &self,
-        subject: SubjectQuery,
-    ) -> BoxFuture<'_, Result<FoundSubject, OutboxError>>;
+    async fn find_subject(&self, subject: SubjectQuery) -> Result<FoundSubject, OutboxError>;
 
     /// Removes events, dead letters and history of captures, and notes how many in
     /// the receipt, which it returns. No lane of theirs may have a lease.
-    fn erase(&self, erasure: Erasure) -> BoxFuture<'_, Result<proto::ErasureReceipt, OutboxError>>;
+    async fn erase(&self, erasure: Erasure) -> Result<proto::ErasureReceipt, OutboxError>;
 
     /// Receipts before an id, newest first.
-    fn erasure_receipts(
+    async fn erasure_receipts(
         &self,
         before: Option<i64>,
         limit: usize,
-    ) -> BoxFuture<'_, Result<Vec<proto::ErasureReceipt>, OutboxError>>;
+    ) -> Result<Vec<proto::ErasureReceipt>, OutboxError>;
 
     /// All stored integrations.
-    fn integrations(&self) -> BoxFuture<'_, Result<Vec<StoredIntegration>, OutboxError>>;
+    async fn integrations(&self) -> Result<Vec<StoredIntegration>, OutboxError>;
 
     /// The integration of a name as it is stored at this moment, whoever has stored it, in
     /// whatever incarnation.
-    fn integration(
+    async fn integration(
         &self,
         id: &IntegrationId,
-    ) -> BoxFuture<'_, Result<Option<StoredIntegration>, OutboxError>> {
+    ) -> Result<Option<StoredIntegration>, OutboxError> {
         let id = id.clone();
-        Box::pin(async move {
-            let all = self.integrations().await?;
-            Ok(all.into_iter().find(|one| one.integration_id == id.name()))
-        })
+
+        let all = self.integrations().await?;
+        Ok(all.into_iter().find(|one| one.integration_id == id.name()))
     }
 
     /// The incarnation of the last integration of a name, also of a deleted one; 0 where there
     /// was none.
-    fn last_incarnation(&self, name: &IntegrationId) -> BoxFuture<'_, Result<u32, OutboxError>>;
+    async fn last_incarnation(&self, name: &IntegrationId) -> Result<u32, OutboxError>;
 
     /// Stores an integration in place of the one with the etag `replaces`; `None`: there was
     /// none of its id, in its incarnation.
     ///
     /// # Errors
     /// [`OutboxError::Changed`] where another relay may write and what is stored differs.
-    fn put_integration(
+    async fn put_integration(
         &self,
         integration: StoredIntegration,
         replaces: Option<String>,
-    ) -> BoxFuture<'_, Result<(), OutboxError>>;
+    ) -> Result<(), OutboxError>;
 
     /// Removes the integration with the etag `replaces`; that it was there is remembered.
     ///
     /// # Errors
     /// As [`Outbox::put_integration`].
-    fn delete_integration(
+    async fn delete_integration(
         &self,
         id: &IntegrationId,
         replaces: String,
-    ) -> BoxFuture<'_, Result<(), OutboxError>>;
+    ) -> Result<(), OutboxError>;
 
     /// Compares a relay's configuration file with the last one that was stored, and stores
     /// it where it is not older: `version` is the operator's number, `digest` a fingerprint
@@ -398,12 +393,12 @@ pub trait Outbox: Send + Sync + 'static {
     /// After an `Apply`, and until it claims again, this relay stores and removes
     /// integrations with `read_only` set. An outbox may refuse such a change with
     /// [`OutboxError::Changed`] once another relay has claimed a higher version.
-    fn claim_configuration(
+    async fn claim_configuration(
         &self,
         _version: u64,
         _digest: [u8; 16],
-    ) -> BoxFuture<'_, Result<Claim, OutboxError>> {
-        Box::pin(async { Ok(Claim::Apply) })
+    ) -> Result<Claim, OutboxError> {
+        Ok(Claim::Apply)
     }
 
     /// Counts up when somebody else may have changed an integration; `None` where
@@ -413,17 +408,17 @@ pub trait Outbox: Send + Sync + 'static {
     }
 
     /// Stores a notice; of too many the oldest go.
-    fn put_notice(&self, notice: Notice) -> BoxFuture<'_, Result<(), OutboxError>>;
+    async fn put_notice(&self, notice: Notice) -> Result<(), OutboxError>;
 
     /// The oldest notices.
-    fn notices(&self, limit: usize) -> BoxFuture<'_, Result<Vec<Notice>, OutboxError>>;
+    async fn notices(&self, limit: usize) -> Result<Vec<Notice>, OutboxError>;
 
     /// Removes a notice.
-    fn delete_notice(&self, id: &str) -> BoxFuture<'_, Result<(), OutboxError>>;
+    async fn delete_notice(&self, id: &str) -> Result<(), OutboxError>;
 
     /// Tells of new work and of changes.
     fn signals(&self) -> &Signals;
 
     /// Ends all work and closes the files. Later calls fail with `Closed`.
-    fn close(&self) -> BoxFuture<'_, ()>;
+    async fn close(&self);
 }

@@ -7,13 +7,14 @@ use std::{
     time::Duration,
 };
 
+use async_trait::async_trait;
 use tokio::sync::{oneshot, watch};
 
 use super::{
-    Backlog, BoxFuture, Claim, DeadLetter, DeadLetterCount, DeadLetterFilter, Erasure,
-    FoundSubject, LaneKey, LeaseBudget, LeasedCapture, NewCapture, Outbox, OutboxError, Quota,
-    Receipt, Selection, Settlement, Signals, SqliteOptions, SqliteOutbox, StoredIntegration,
-    SubjectQuery, Submitted, conformance::LIMITS,
+    Backlog, Claim, DeadLetter, DeadLetterCount, DeadLetterFilter, Erasure, FoundSubject, LaneKey,
+    LeaseBudget, LeasedCapture, NewCapture, Outbox, OutboxError, Quota, Receipt, Selection,
+    Settlement, Signals, SqliteOptions, SqliteOutbox, StoredIntegration, SubjectQuery, Submitted,
+    conformance::LIMITS,
 };
 use crate::{
     integration::{IntegrationId, revision_number},
@@ -156,216 +157,195 @@ impl SharedDouble {
     }
 }
 
+#[async_trait]
 impl Outbox for SharedDouble {
-    fn submit(&self, captures: Vec<NewCapture>) -> BoxFuture<'_, Result<Receipt, OutboxError>> {
-        Box::pin(async move {
-            self.call("submit")?;
-            self.let_others_be_faster().await?;
-            let stale: Vec<bool> = captures.iter().map(|one| self.is_stale(one)).collect();
-            let fresh = captures.into_iter().zip(&stale);
-            let fresh: Vec<_> = fresh.filter(|(_, stale)| !**stale).collect();
-            let fresh: Vec<_> = fresh.into_iter().map(|(capture, _)| capture).collect();
-            let submitted = match fresh.is_empty() {
-                true => Vec::new(),
-                false => self.inner.submit(fresh).await?.wait().await?,
-            };
-            let mut submitted = submitted.into_iter();
-            let answers = stale.into_iter().map(|stale| match stale {
-                true => Submitted::Stale,
-                false => submitted.next().expect("one answer each"),
-            });
-            let answers: Vec<_> = answers.collect();
-            let (reply, answer) = oneshot::channel();
-            let held = self.state().held.pop_front();
-            tokio::spawn(async move {
-                if let Some(held) = held {
-                    let _ = held.await;
-                }
-                let _ = reply.send(Ok(answers));
-            });
-            Ok(Receipt(answer))
-        })
+    async fn submit(&self, captures: Vec<NewCapture>) -> Result<Receipt, OutboxError> {
+        self.call("submit")?;
+        self.let_others_be_faster().await?;
+        let stale: Vec<bool> = captures.iter().map(|one| self.is_stale(one)).collect();
+        let fresh = captures.into_iter().zip(&stale);
+        let fresh: Vec<_> = fresh.filter(|(_, stale)| !**stale).collect();
+        let fresh: Vec<_> = fresh.into_iter().map(|(capture, _)| capture).collect();
+        let submitted = match fresh.is_empty() {
+            true => Vec::new(),
+            false => self.inner.submit(fresh).await?.wait().await?,
+        };
+        let mut submitted = submitted.into_iter();
+        let answers = stale.into_iter().map(|stale| match stale {
+            true => Submitted::Stale,
+            false => submitted.next().expect("one answer each"),
+        });
+        let answers: Vec<_> = answers.collect();
+        let (reply, answer) = oneshot::channel();
+        let held = self.state().held.pop_front();
+        tokio::spawn(async move {
+            if let Some(held) = held {
+                let _ = held.await;
+            }
+            let _ = reply.send(Ok(answers));
+        });
+        Ok(Receipt(answer))
     }
 
-    fn lease(
+    async fn lease(
         &self,
         lane: &LaneKey,
         budget: LeaseBudget,
-    ) -> BoxFuture<'_, Result<Vec<LeasedCapture>, OutboxError>> {
-        self.inner.lease(lane, budget)
+    ) -> Result<Vec<LeasedCapture>, OutboxError> {
+        self.inner.lease(lane, budget).await
     }
 
-    fn settle(&self, settlement: Arc<Settlement>) -> BoxFuture<'_, Result<(), OutboxError>> {
-        self.inner.settle(settlement)
+    async fn settle(&self, settlement: Arc<Settlement>) -> Result<(), OutboxError> {
+        self.inner.settle(settlement).await
     }
 
-    fn find(
+    async fn find(
         &self,
         integration_id: &IntegrationId,
         capture_id: &str,
-    ) -> BoxFuture<'_, Result<Option<CaptureRecord>, OutboxError>> {
-        self.inner.find(integration_id, capture_id)
+    ) -> Result<Option<CaptureRecord>, OutboxError> {
+        self.inner.find(integration_id, capture_id).await
     }
 
-    fn waiting_lanes(&self) -> BoxFuture<'_, Result<Vec<LaneKey>, OutboxError>> {
-        self.inner.waiting_lanes()
+    async fn waiting_lanes(&self) -> Result<Vec<LaneKey>, OutboxError> {
+        self.inner.waiting_lanes().await
     }
 
-    fn backlog(
-        &self,
-        integration_id: &IntegrationId,
-    ) -> BoxFuture<'_, Result<Backlog, OutboxError>> {
-        self.inner.backlog(integration_id)
+    async fn backlog(&self, integration_id: &IntegrationId) -> Result<Backlog, OutboxError> {
+        self.inner.backlog(integration_id).await
     }
 
-    fn dead_letters(
+    async fn dead_letters(
         &self,
         filter: DeadLetterFilter,
         after: i64,
         limit: usize,
-    ) -> BoxFuture<'_, Result<Vec<DeadLetter>, OutboxError>> {
-        self.inner.dead_letters(filter, after, limit)
+    ) -> Result<Vec<DeadLetter>, OutboxError> {
+        self.inner.dead_letters(filter, after, limit).await
     }
 
-    fn count_dead_letters(
+    async fn count_dead_letters(
         &self,
         selection: Selection,
         older_than: UnixMillis,
-    ) -> BoxFuture<'_, Result<DeadLetterCount, OutboxError>> {
-        self.inner.count_dead_letters(selection, older_than)
+    ) -> Result<DeadLetterCount, OutboxError> {
+        self.inner.count_dead_letters(selection, older_than).await
     }
 
-    fn replay(
+    async fn replay(
         &self,
         selection: Selection,
         now: UnixMillis,
-    ) -> BoxFuture<'_, Result<Result<u64, Quota>, OutboxError>> {
-        Box::pin(async move {
-            self.call("replay")?;
-            self.inner.replay(selection, now).await
-        })
+    ) -> Result<Result<u64, Quota>, OutboxError> {
+        self.call("replay")?;
+        self.inner.replay(selection, now).await
     }
 
-    fn discard(&self, selection: Selection) -> BoxFuture<'_, Result<u64, OutboxError>> {
-        Box::pin(async move {
-            self.call("discard")?;
-            self.inner.discard(selection).await
-        })
+    async fn discard(&self, selection: Selection) -> Result<u64, OutboxError> {
+        self.call("discard")?;
+        self.inner.discard(selection).await
     }
 
-    fn find_subject(
-        &self,
-        subject: SubjectQuery,
-    ) -> BoxFuture<'_, Result<FoundSubject, OutboxError>> {
-        self.inner.find_subject(subject)
+    async fn find_subject(&self, subject: SubjectQuery) -> Result<FoundSubject, OutboxError> {
+        self.inner.find_subject(subject).await
     }
 
-    fn erase(&self, erasure: Erasure) -> BoxFuture<'_, Result<ErasureReceipt, OutboxError>> {
-        self.inner.erase(erasure)
+    async fn erase(&self, erasure: Erasure) -> Result<ErasureReceipt, OutboxError> {
+        self.inner.erase(erasure).await
     }
 
-    fn erasure_receipts(
+    async fn erasure_receipts(
         &self,
         before: Option<i64>,
         limit: usize,
-    ) -> BoxFuture<'_, Result<Vec<ErasureReceipt>, OutboxError>> {
-        self.inner.erasure_receipts(before, limit)
+    ) -> Result<Vec<ErasureReceipt>, OutboxError> {
+        self.inner.erasure_receipts(before, limit).await
     }
 
-    fn integrations(&self) -> BoxFuture<'_, Result<Vec<StoredIntegration>, OutboxError>> {
-        Box::pin(async move {
-            self.call("integrations")?;
-            self.inner.integrations().await
-        })
+    async fn integrations(&self) -> Result<Vec<StoredIntegration>, OutboxError> {
+        self.call("integrations")?;
+        self.inner.integrations().await
     }
 
-    fn integration(
+    async fn integration(
         &self,
         id: &IntegrationId,
-    ) -> BoxFuture<'_, Result<Option<StoredIntegration>, OutboxError>> {
+    ) -> Result<Option<StoredIntegration>, OutboxError> {
         let id = id.clone();
-        Box::pin(async move {
-            self.call("integration")?;
-            // A store answers later: those who ask at the same time have asked by then.
-            tokio::task::yield_now().await;
-            self.inner.integration(&id).await
-        })
+
+        self.call("integration")?;
+        // A store answers later: those who ask at the same time have asked by then.
+        tokio::task::yield_now().await;
+        self.inner.integration(&id).await
     }
 
-    fn put_integration(
+    async fn put_integration(
         &self,
         integration: StoredIntegration,
         replaces: Option<String>,
-    ) -> BoxFuture<'_, Result<(), OutboxError>> {
-        Box::pin(async move {
-            self.call("put_integration")?;
-            self.let_others_be_faster().await?;
-            self.compare(&integration.integration_id, replaces.as_deref())?;
-            self.put(integration).await
-        })
+    ) -> Result<(), OutboxError> {
+        self.call("put_integration")?;
+        self.let_others_be_faster().await?;
+        self.compare(&integration.integration_id, replaces.as_deref())?;
+        self.put(integration).await
     }
 
-    fn delete_integration(
+    async fn delete_integration(
         &self,
         id: &IntegrationId,
         replaces: String,
-    ) -> BoxFuture<'_, Result<(), OutboxError>> {
+    ) -> Result<(), OutboxError> {
         let id = id.clone();
-        Box::pin(async move {
-            self.call("delete_integration")?;
-            self.let_others_be_faster().await?;
-            self.compare(id.name(), Some(&replaces))?;
-            self.state().etags.remove(id.name());
-            self.inner.delete_integration(&id, replaces).await
-        })
+
+        self.call("delete_integration")?;
+        self.let_others_be_faster().await?;
+        self.compare(id.name(), Some(&replaces))?;
+        self.state().etags.remove(id.name());
+        self.inner.delete_integration(&id, replaces).await
     }
 
-    fn last_incarnation(&self, name: &IntegrationId) -> BoxFuture<'_, Result<u32, OutboxError>> {
-        self.inner.last_incarnation(name)
+    async fn last_incarnation(&self, name: &IntegrationId) -> Result<u32, OutboxError> {
+        self.inner.last_incarnation(name).await
     }
 
-    fn claim_configuration(
+    async fn claim_configuration(
         &self,
         version: u64,
         digest: [u8; 16],
-    ) -> BoxFuture<'_, Result<Claim, OutboxError>> {
-        Box::pin(async move {
-            self.call("claim_configuration")?;
-            let claim = &mut self.state().claim;
-            match *claim {
-                Some((stored, _)) if stored > version => Ok(Claim::Older { stored }),
-                Some((stored, other)) if stored == version && other != digest => {
-                    Ok(Claim::Conflict)
-                }
-                _ => {
-                    *claim = Some((version, digest));
-                    Ok(Claim::Apply)
-                }
+    ) -> Result<Claim, OutboxError> {
+        self.call("claim_configuration")?;
+        let claim = &mut self.state().claim;
+        match *claim {
+            Some((stored, _)) if stored > version => Ok(Claim::Older { stored }),
+            Some((stored, other)) if stored == version && other != digest => Ok(Claim::Conflict),
+            _ => {
+                *claim = Some((version, digest));
+                Ok(Claim::Apply)
             }
-        })
+        }
     }
 
     fn integration_changes(&self) -> Option<watch::Receiver<u64>> {
         Some(self.changes.subscribe())
     }
 
-    fn put_notice(&self, notice: Notice) -> BoxFuture<'_, Result<(), OutboxError>> {
-        self.inner.put_notice(notice)
+    async fn put_notice(&self, notice: Notice) -> Result<(), OutboxError> {
+        self.inner.put_notice(notice).await
     }
 
-    fn notices(&self, limit: usize) -> BoxFuture<'_, Result<Vec<Notice>, OutboxError>> {
-        self.inner.notices(limit)
+    async fn notices(&self, limit: usize) -> Result<Vec<Notice>, OutboxError> {
+        self.inner.notices(limit).await
     }
 
-    fn delete_notice(&self, id: &str) -> BoxFuture<'_, Result<(), OutboxError>> {
-        self.inner.delete_notice(id)
+    async fn delete_notice(&self, id: &str) -> Result<(), OutboxError> {
+        self.inner.delete_notice(id).await
     }
 
     fn signals(&self) -> &Signals {
         self.inner.signals()
     }
 
-    fn close(&self) -> BoxFuture<'_, ()> {
-        self.inner.close()
+    async fn close(&self) {
+        self.inner.close().await
     }
 }
