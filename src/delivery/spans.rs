@@ -12,7 +12,7 @@ use crate::{
     config::Endpoint,
     outbox::{LaneKey, LeasedCapture, Settlement},
     proto::DeliveryReason,
-    segment::{Answer, Reply},
+    segment::Answer,
     trace::{TARGET, Traces},
 };
 
@@ -137,8 +137,8 @@ pub(super) fn attempt(
 
 /// Notes what came of the request, and what that means for its events.
 pub(super) fn answered(batch: &Span, attempt: &Span, answer: &Answer, reason: DeliveryReason) {
-    if let Reply::Status { status, .. } = answer.reply {
-        attempt.record("http.response.status_code", status);
+    if answer.http_status() > 0 {
+        attempt.record("http.response.status_code", answer.http_status());
     }
     if reason == DeliveryReason::Unspecified {
         return;

@@ -37,6 +37,7 @@ pub fn judge(answer: &Answer) -> Verdict {
             status,
             retry_after,
         } => (*status, *retry_after),
+        Reply::NotTaken { .. } => return Verdict::Retry(DeliveryReason::NotTaken),
         Reply::TimedOut => return Verdict::Retry(DeliveryReason::Timeout),
         Reply::Broken { .. } => return Verdict::Retry(DeliveryReason::Network),
     };

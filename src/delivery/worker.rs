@@ -306,7 +306,7 @@ impl Worker {
             .flat_map(|capture| EventType::ALL.map(|event| capture.payload(event).cloned()))
             .flatten()
             .collect();
-        let retries = self.lane.failures();
+        let retries = retries(&leased);
         let bytes: usize = events.iter().map(Bytes::len).sum();
         let (segment, traces) = (&self.parts.segment, self.parts.traces);
         let spans = BatchSpans::open(traces, &self.key, &leased);
@@ -390,4 +390,14 @@ impl Worker {
             () = tokio::time::sleep(IDLE) => !self.bell.leave(),
         }
     }
+}
+
+/// How often the events of a request were tried before: those that were tried most often.
+fn retries(leased: &[LeasedCapture]) -> u32 {
+    let tried = leased.iter().flat_map(|capture| {
+        let carried = |event: &EventType| capture.payload(*event).is_some();
+        let events = EventType::ALL.into_iter().filter(carried);
+        events.map(|event| capture.record.event(event).attempt_count)
+    });
+    tried.max().unwrap_or(0)
 }

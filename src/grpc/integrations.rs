@@ -214,6 +214,7 @@ impl Integrations {
             last_success_time: vitals.last_success.map(UnixMillis::to_proto),
             last_error_time: last_error_time.map(UnixMillis::to_proto),
             last_error: last_error.unwrap_or_default(),
+            condition: proto::SourceCondition::Unspecified.into(),
         })
     }
 

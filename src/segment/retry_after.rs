@@ -7,11 +7,10 @@ use http::HeaderMap;
 use crate::time::UnixMillis;
 
 /// `Retry-After` as seconds or as a date (RFC 9110, 10.2.3), else Segment's
-/// `X-RateLimit-Reset` in seconds. Nothing where neither can be read; the
-/// bounds are for the caller to set.
+/// `X-RateLimit-Reset` in seconds. Fractions are rounded up to whole seconds. Nothing
+/// where neither can be read; the bounds are for the caller to set.
 pub(super) fn parse(headers: &HeaderMap, now: UnixMillis) -> Option<Duration> {
     let text = |name: &str| headers.get(name)?.to_str().ok().map(str::trim);
-    let seconds = |text: &str| text.parse().map(Duration::from_secs).ok();
     let date = |text: &str| {
         let date = httpdate::parse_http_date(text).ok()?;
         let since_epoch = date.duration_since(UNIX_EPOCH).ok()?;
@@ -20,6 +19,14 @@ pub(super) fn parse(headers: &HeaderMap, now: UnixMillis) -> Option<Duration> {
     text("retry-after")
         .and_then(|text| seconds(text).or_else(|| date(text)))
         .or_else(|| text("x-ratelimit-reset").and_then(seconds))
+}
+
+fn seconds(text: &str) -> Option<Duration> {
+    if let Ok(whole) = text.parse() {
+        return Some(Duration::from_secs(whole));
+    }
+    let fraction: f64 = text.parse().ok()?;
+    Duration::try_from_secs_f64(fraction.ceil()).ok()
 }
 
 #[cfg(test)]
@@ -44,7 +51,13 @@ mod tests {
             parsed("retry-after", "Sun, 06 Nov 1994 08:48:00 GMT"),
             Some(Duration::ZERO)
         );
-        assert_eq!(parsed("retry-after", "-1"), None);
+        for (text, whole) in [("0.2", 1), ("1.5", 2), ("2.0", 2), ("1e1", 10)] {
+            let expected = Some(Duration::from_secs(whole));
+            assert_eq!(parsed("retry-after", text), expected, "{text}");
+        }
+        for text in ["-1", "-0.5e9", "NaN", "inf", "1e300"] {
+            assert_eq!(parsed("retry-after", text), None, "{text}");
+        }
         assert_eq!(parsed("retry-after", "soon"), None);
         assert_eq!(
             parsed("x-ratelimit-reset", "30"),

@@ -9,6 +9,7 @@
 )]
 
 mod allocations;
+mod attribution;
 mod auth;
 mod batch;
 mod capture;

@@ -223,6 +223,7 @@ impl Segment {
             _ => (
                 Reply::Broken {
                     error: "the connection broke".to_owned(),
+                    sent: true,
                 },
                 lost_late,
             ),
