@@ -76,7 +76,10 @@ async fn drain_once(outbox: &SqliteOutbox) -> usize {
         max_events: 2_500,
         max_bytes: 490_000,
     };
-    let leased = outbox.lease(&lane(), budget).await.unwrap();
+    let leased = outbox
+        .lease(&lane(), budget, segment_relay::outbox::LeaseScope::All)
+        .await
+        .unwrap();
     let count = leased.len();
     if count == 0 {
         return 0;

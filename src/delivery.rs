@@ -12,10 +12,13 @@
 //!   which a single integration can't open: nobody's trouble holds others up.
 
 mod backoff;
+mod batch_size;
 mod bell;
 mod breaker;
+mod classify;
 mod condition;
 mod dispatcher;
+mod evidence;
 mod holds;
 mod lane;
 mod parts;
@@ -24,17 +27,18 @@ mod report;
 #[cfg(test)]
 mod simulation;
 mod spans;
+mod suspects;
 mod turns;
-mod verdict;
 mod vitals;
 mod worker;
 
 pub use backoff::Backoff;
-pub use condition::{Condition, Conditions};
+pub use classify::{Disposition, Failure, FaultKind, classify};
+pub use condition::Condition;
 pub use dispatcher::Delivery;
+pub use evidence::{Begun, Change, Evidence, Finding, Sources};
 pub use holds::LaneHolds;
-pub use lane::{Credentials, Lane, LaneOptions, Plan, Step};
+pub use lane::{Credentials, Ended, Lane, LaneOptions, Plan, Step};
 pub use parts::DeliveryParts;
 pub use rate::RateLimits;
-pub use verdict::{Verdict, judge};
 pub use vitals::{Vitals, VitalsBoard};

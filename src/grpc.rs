@@ -35,7 +35,7 @@ use tonic::service::Routes;
 use crate::{
     audit::Audit,
     config,
-    delivery::{Conditions, LaneHolds, VitalsBoard},
+    delivery::{LaneHolds, Sources, VitalsBoard},
     metrics::Metrics,
     notify::Notices,
     outbox::Outbox,
@@ -89,7 +89,7 @@ pub struct Services {
     /// How delivery goes.
     pub vitals: Arc<VitalsBoard>,
     /// Whether sources work.
-    pub conditions: Arc<Conditions>,
+    pub sources: Arc<Sources>,
     /// Who works with which lane.
     pub holds: Arc<LaneHolds>,
     /// Who is told of changes.

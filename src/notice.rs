@@ -26,6 +26,8 @@ pub enum Happening {
     Tested,
     /// Segment refuses its write key: its events wait for a person.
     Parked,
+    /// Segment refuses all of its events: they wait for a person.
+    Suspended,
     /// Its deliveries have failed for long.
     Broken,
     /// It delivers again.
@@ -55,6 +57,7 @@ impl Happening {
             Self::Resumed => "integration.resumed",
             Self::Tested => "integration.tested",
             Self::Parked => "integration.parked",
+            Self::Suspended => "integration.suspended",
             Self::Broken => "integration.broken",
             Self::Healthy => "integration.healthy",
         }

@@ -47,7 +47,7 @@ use crate::{
 pub use claim::Claim;
 pub use dead_letters::{DeadLetter, DeadLetterCount, DeadLetterFilter, Selection};
 pub use event_set::EventSet;
-pub use lease::{LeaseBudget, LeasedCapture, SettledCapture, Settlement};
+pub use lease::{LeaseBudget, LeaseScope, LeasedCapture, SettledCapture, Settlement};
 pub use moved::{MoveError, Moved};
 pub use postgres::{
     InitReport, PostgresConnection, PostgresError, PostgresOptions, PostgresOutbox, SchemaChange,
@@ -268,12 +268,13 @@ pub trait Outbox: Send + Sync + 'static {
         true
     }
 
-    /// The first waiting events of a lane within a budget, in order. Empty
+    /// The first waiting events of a lane within a scope and a budget, in order. Empty
     /// where nothing waits. The lane has no other lease until it settles.
     async fn lease(
         &self,
         lane: &LaneKey,
         budget: LeaseBudget,
+        scope: LeaseScope,
     ) -> Result<Vec<LeasedCapture>, OutboxError>;
 
     /// Whether the lease of a lane lasts for a request that begins now.

@@ -159,6 +159,8 @@ pub struct EventStatus {
     pub last_http_status: u16,
     /// What went wrong at the last attempt; empty after a success.
     pub last_error: String,
+    /// Since when it has failed alone, while its source took others: its own failures.
+    pub failing_since: Option<UnixMillis>,
 }
 
 impl EventStatus {
@@ -170,6 +172,7 @@ impl EventStatus {
             attempt_count: 0,
             last_http_status: 0,
             last_error: String::new(),
+            failing_since: None,
         }
     }
 
@@ -198,6 +201,7 @@ impl EventStatus {
         let dead = matches!(self.state, State::DeadLettered { .. });
         if dead {
             self.state = State::Queued;
+            self.failing_since = None;
         }
         dead
     }

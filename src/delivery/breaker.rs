@@ -14,7 +14,7 @@ use std::{
 
 use tokio::sync::Notify;
 
-use super::verdict::Verdict;
+use super::classify::{Disposition, FaultKind};
 use crate::{integration::IntegrationId, proto::DeliveryReason};
 
 /// Failures in a row that open a breaker.
@@ -33,15 +33,14 @@ pub(super) enum Sign {
 
 impl Sign {
     /// A refusal is an answer, too; a fault is none.
-    pub(super) fn of(verdict: Verdict) -> Self {
-        match verdict {
-            Verdict::Retry(DeliveryReason::RateLimited) => Self::Alive,
-            Verdict::Retry(_) => Self::Down,
-            Verdict::Delivered
-            | Verdict::Pause(_)
-            | Verdict::Unauthorized
-            | Verdict::Poisoned
-            | Verdict::Rejected => Self::Alive,
+    pub(super) fn of(disposition: Disposition) -> Self {
+        match disposition {
+            Disposition::Hold(failure) if failure.reason == DeliveryReason::Network => Self::Down,
+            Disposition::Fault(FaultKind::Transient | FaultKind::TimedOut, _) => Self::Down,
+            Disposition::Delivered
+            | Disposition::Pause(_)
+            | Disposition::Hold(_)
+            | Disposition::Fault(FaultKind::Final | FaultKind::Key, _) => Self::Alive,
         }
     }
 }
@@ -150,6 +149,7 @@ mod tests {
     use futures_util::FutureExt;
 
     use super::*;
+    use crate::delivery::Failure;
 
     fn id(name: &str) -> IntegrationId {
         IntegrationId::new(name).expect("valid")
@@ -199,21 +199,27 @@ mod tests {
 
     #[test]
     fn refusals_are_signs_of_life_and_faults_are_not() {
-        for verdict in [
-            Verdict::Delivered,
-            Verdict::Poisoned,
-            Verdict::Rejected,
-            Verdict::Unauthorized,
-            Verdict::Retry(DeliveryReason::RateLimited),
+        let failure = |reason| Failure {
+            reason,
+            retry_after: None,
+        };
+        let refused = failure(DeliveryReason::PayloadRejected);
+        for alive in [
+            Disposition::Delivered,
+            Disposition::Fault(FaultKind::Final, refused),
+            Disposition::Fault(FaultKind::Key, refused),
+            Disposition::Hold(failure(DeliveryReason::RateLimited)),
+            Disposition::Hold(failure(DeliveryReason::ServerError)),
         ] {
-            assert_eq!(Sign::of(verdict), Sign::Alive);
+            assert_eq!(Sign::of(alive), Sign::Alive, "{alive:?}");
         }
-        for reason in [
-            DeliveryReason::Network,
-            DeliveryReason::Timeout,
-            DeliveryReason::ServerError,
+        for down in [
+            Disposition::Hold(failure(DeliveryReason::Network)),
+            Disposition::Fault(FaultKind::Transient, failure(DeliveryReason::Network)),
+            Disposition::Fault(FaultKind::TimedOut, failure(DeliveryReason::Timeout)),
+            Disposition::Fault(FaultKind::Transient, failure(DeliveryReason::ServerError)),
         ] {
-            assert_eq!(Sign::of(Verdict::Retry(reason)), Sign::Down);
+            assert_eq!(Sign::of(down), Sign::Down, "{down:?}");
         }
     }
 }

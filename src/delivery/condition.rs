@@ -1,35 +1,46 @@
-//! When an integration's deliveries stop working, and when they work again: what
-//! people are told.
+//! How a source takes its events: what people are told.
 
-use std::{
-    collections::HashMap,
-    sync::{Mutex, PoisonError},
-    time::Duration,
-};
+use std::time::Duration;
 
-use super::verdict::Verdict;
+use super::{classify::FaultKind, evidence::Finding};
 use crate::{
-    integration::IntegrationId,
-    outbox::{LaneKey, LeasedCapture},
-    proto::DeliveryReason,
-    region::Region,
+    outbox::SHARDS,
+    proto::{DeliveryReason, SourceCondition},
     status::CaptureRecord,
     time::UnixMillis,
 };
 
-/// How a source takes its events.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+/// Refused keys of single events in a row, with nothing taken in between, that park a source.
+const KEYS_IN_ROW: u32 = 2;
+
+/// How a source or a lane takes its events, from the best to the worst.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Condition {
     /// It takes them, or nothing is known yet.
     #[default]
     Healthy,
-    /// The write key is refused.
-    Parked,
     /// Deliveries have failed for long.
     Broken,
+    /// Several events in a row were refused alone, and none was taken.
+    Suspended,
+    /// The same, and it is the write key that is refused.
+    Parked,
 }
 
-/// One source's history, as far as it matters.
+impl Condition {
+    /// The schema's condition.
+    #[must_use]
+    pub fn to_proto(self) -> SourceCondition {
+        match self {
+            Self::Healthy => SourceCondition::Healthy,
+            Self::Broken => SourceCondition::Broken,
+            Self::Suspended => SourceCondition::Suspended,
+            Self::Parked => SourceCondition::Parked,
+        }
+    }
+}
+
+/// One lane's history, as far as it matters.
 #[derive(Clone, Copy, Debug, Default)]
 struct Track {
     condition: Condition,
@@ -37,105 +48,110 @@ struct Track {
 }
 
 impl Track {
-    /// Notes what an answer means; returns a change of the condition.
-    fn note(&mut self, verdict: Verdict, now: UnixMillis, after: Duration) -> Option<Condition> {
-        let next = match verdict {
-            // Segment has looked at the events, so the source works.
-            Verdict::Delivered | Verdict::Poisoned => {
-                self.failing_since = None;
-                Condition::Healthy
-            }
-            Verdict::Unauthorized => Condition::Parked,
-            // Segment is busy; that is no fault.
-            Verdict::Pause(_) => self.condition,
-            Verdict::Retry(_) | Verdict::Rejected => {
-                let since = *self.failing_since.get_or_insert(now);
-                if self.condition == Condition::Healthy && now.since(since) >= after {
-                    Condition::Broken
-                } else {
-                    self.condition
-                }
-            }
+    fn fail(&mut self, worse: Condition, now: UnixMillis, after: Duration) {
+        let since = *self.failing_since.get_or_insert(now);
+        let by_time = match now.since(since) >= after {
+            true => Condition::Broken,
+            false => Condition::Healthy,
         };
-        let changed = next != self.condition;
-        self.condition = next;
-        changed.then_some(next)
+        self.condition = self.condition.max(worse).max(by_time);
     }
 
-    /// How a source stood before the relay was started, by what its events have
-    /// been through since they were queued.
+    /// How a lane stood before the relay was started, by what an event of it has been
+    /// through since it was queued.
     fn of_history(record: &CaptureRecord, after: Duration) -> Option<Self> {
-        let mut attempts = record.attempts.iter();
-        let first = attempts.find(|attempt| attempt.time >= record.queue_time)?;
+        let own = |attempt: &&crate::status::Attempt| attempt.time >= record.queue_time;
+        let mut attempts = record.attempts.iter().filter(own);
+        let first = attempts.next()?;
+        let refused = |one: &&crate::status::Attempt| one.reason == DeliveryReason::Unauthorized;
+        let keys = record.attempts.iter().filter(own).filter(refused).count();
         let last = attempts.next_back().unwrap_or(first);
-        let failing_since = Some(first.time);
-        let condition = match last.reason {
-            DeliveryReason::Unauthorized => Condition::Parked,
-            DeliveryReason::Network | DeliveryReason::Timeout | DeliveryReason::ServerError => {
-                if last.time.since(first.time) >= after {
-                    Condition::Broken
-                } else {
-                    Condition::Healthy
-                }
-            }
-            _ => return None,
+        if last.reason == DeliveryReason::Unspecified {
+            return None;
+        }
+        let condition = if last.reason == DeliveryReason::Unauthorized && keys > 1 {
+            Condition::Parked
+        } else if last.time.since(first.time) >= after {
+            Condition::Broken
+        } else {
+            Condition::Healthy
         };
         Some(Self {
             condition,
-            failing_since,
+            failing_since: Some(first.time),
         })
     }
 }
 
-/// The conditions of all sources.
-#[derive(Debug)]
-pub struct Conditions {
-    broken_after: Duration,
-    tracks: Mutex<HashMap<(IntegrationId, Region), Track>>,
+/// A source's condition: that of its worst lane.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct SourceTrack {
+    lanes: [Option<Track>; SHARDS as usize],
+    keys_in_row: u32,
 }
 
-impl Conditions {
-    /// A source is broken when its deliveries have failed for so long.
-    #[must_use]
-    pub fn new(broken_after: Duration) -> Self {
-        Self {
-            broken_after,
-            tracks: Mutex::default(),
-        }
+impl SourceTrack {
+    pub(super) fn condition(&self) -> Condition {
+        let lanes = self.lanes.iter().flatten();
+        lanes.map(|lane| lane.condition).max().unwrap_or_default()
     }
 
-    /// Remembers how a source stood before the relay was started, so that people are
-    /// told once that it fails, and that it works again.
-    pub(super) fn recall(&self, lane: &LaneKey, leased: &[LeasedCapture]) {
-        let source = (lane.integration_id.clone(), lane.region);
-        let mut tracks = self.tracks.lock().unwrap_or_else(PoisonError::into_inner);
-        if tracks.contains_key(&source) {
-            return;
-        }
-        let mut records = leased.iter().map(|capture| &capture.record);
-        let known = records.find_map(|record| Track::of_history(record, self.broken_after));
-        if let Some(track) = known {
-            tracks.insert(source, track);
-        }
-    }
-
-    /// Notes what an answer means; returns a change of the condition.
+    /// Notes what came of a request of a lane. `sick`: several suspects in a row.
     pub(super) fn note(
-        &self,
-        id: &IntegrationId,
-        region: Region,
-        verdict: Verdict,
+        &mut self,
+        shard: u16,
+        finding: Finding,
+        sick: bool,
         now: UnixMillis,
-    ) -> Option<Condition> {
-        let mut tracks = self.tracks.lock().unwrap_or_else(PoisonError::into_inner);
-        let track = tracks.entry((id.clone(), region)).or_default();
-        track.note(verdict, now, self.broken_after)
+        after: Duration,
+    ) {
+        let Some(lane) = self.lanes.get_mut(usize::from(shard)) else {
+            return;
+        };
+        let worse = match finding {
+            Finding::Nothing => return,
+            Finding::Taken | Finding::GivenUp => {
+                self.keys_in_row = 0;
+                *lane = Some(Track::default());
+                return;
+            }
+            Finding::Alone {
+                kind: FaultKind::Key,
+                ..
+            } => {
+                self.keys_in_row = self.keys_in_row.saturating_add(1);
+                match self.keys_in_row >= KEYS_IN_ROW {
+                    true => Condition::Parked,
+                    false => Condition::Healthy,
+                }
+            }
+            Finding::Alone {
+                kind: FaultKind::Final,
+                ..
+            } if sick => Condition::Suspended,
+            Finding::Alone { .. } | Finding::Together(_) | Finding::Held => Condition::Healthy,
+        };
+        lane.get_or_insert_default().fail(worse, now, after);
     }
 
-    /// Forgets an integration that is no more.
-    pub fn forget(&self, id: &IntegrationId) {
-        let mut tracks = self.tracks.lock().unwrap_or_else(PoisonError::into_inner);
-        tracks.retain(|(known, _), _| known != id);
+    /// Nothing waits in a lane any more.
+    pub(super) fn emptied(&mut self, shard: u16) {
+        if let Some(lane) = self.lanes.get_mut(usize::from(shard)) {
+            *lane = Some(Track::default());
+        }
+    }
+
+    /// Remembers how a lane stood before the relay was started, so that people are told once
+    /// that it fails, and that it works again.
+    pub(super) fn recall<'a>(
+        &mut self,
+        shard: u16,
+        mut records: impl Iterator<Item = &'a CaptureRecord>,
+        after: Duration,
+    ) {
+        if let Some(lane @ None) = self.lanes.get_mut(usize::from(shard)) {
+            *lane = records.find_map(|record| Track::of_history(record, after));
+        }
     }
 }
 
@@ -143,31 +159,88 @@ impl Conditions {
 mod tests {
     use super::*;
 
-    #[test]
-    fn a_source_is_parked_at_once_broken_after_a_while_and_healthy_with_one_success() {
-        let after = Duration::from_secs(10);
-        let failed = Verdict::Retry(DeliveryReason::Network);
-        let mut track = Track::default();
-        let at = |seconds: i64| UnixMillis(seconds * 1_000);
-        for (verdict, seconds, change) in [
-            (Verdict::Delivered, 0, None),
-            (failed, 1, None),
-            (failed, 10, None),
-            (failed, 11, Some(Condition::Broken)),
-            (failed, 50, None),
-            (Verdict::Delivered, 51, Some(Condition::Healthy)),
-            (failed, 52, None),
-            (Verdict::Unauthorized, 53, Some(Condition::Parked)),
-            (Verdict::Unauthorized, 54, None),
-            (failed, 100, None),
-            (Verdict::Pause(after), 101, None),
-            (Verdict::Poisoned, 102, Some(Condition::Healthy)),
-        ] {
-            assert_eq!(
-                track.note(verdict, at(seconds), after),
-                change,
-                "at {seconds}"
-            );
+    const AFTER: Duration = Duration::from_secs(10);
+
+    fn alone(kind: FaultKind) -> Finding {
+        Finding::Alone {
+            kind,
+            is_new: false,
         }
+    }
+
+    /// Notes findings of lanes at seconds; the condition after each.
+    fn conditions(findings: &[(u16, Finding, bool, i64)]) -> Vec<Condition> {
+        let mut track = SourceTrack::default();
+        let note = |(shard, finding, sick, seconds): &(u16, Finding, bool, i64)| {
+            track.note(*shard, *finding, *sick, UnixMillis(seconds * 1_000), AFTER);
+            track.condition()
+        };
+        findings.iter().map(note).collect()
+    }
+
+    #[test]
+    fn one_lane_that_fails_for_long_breaks_a_source_whose_other_lanes_work() {
+        use Condition::{Broken, Healthy};
+        let failed = Finding::Together(FaultKind::Transient);
+        assert_eq!(
+            conditions(&[
+                (0, Finding::Taken, false, 0),
+                (1, failed, false, 1),
+                (0, Finding::Taken, false, 10),
+                (1, failed, false, 11),
+                (0, Finding::Taken, false, 12),
+                (2, Finding::Taken, false, 13),
+                (1, Finding::Held, false, 14),
+                (1, Finding::Taken, false, 15),
+                (1, failed, false, 16),
+            ]),
+            [
+                Healthy, Healthy, Healthy, Broken, Broken, Broken, Broken, Healthy, Healthy
+            ]
+        );
+    }
+
+    #[test]
+    fn a_refused_key_parks_once_and_a_refused_lane_beside_good_ones_does_not_flap() {
+        use Condition::{Broken, Healthy, Parked};
+        let refused = alone(FaultKind::Key);
+        assert_eq!(
+            conditions(&[
+                (0, refused, false, 1),
+                (1, refused, false, 2),
+                (0, Finding::Together(FaultKind::Key), false, 3),
+                (2, Finding::Taken, false, 4),
+                (1, Finding::Taken, false, 5),
+            ]),
+            [Healthy, Parked, Parked, Parked, Healthy]
+        );
+        let mut beside = Vec::new();
+        for turn in 0..20 {
+            beside.push((0, refused, false, turn));
+            beside.push((1, Finding::Taken, false, turn));
+        }
+        let conditions = conditions(&beside);
+        let changes = conditions.windows(2).filter(|pair| pair[0] != pair[1]);
+        assert_eq!(changes.count(), 1);
+        assert_eq!(conditions.last(), Some(&Broken));
+    }
+
+    #[test]
+    fn a_source_that_refuses_everything_is_suspended_until_what_failed_is_settled() {
+        use Condition::{Healthy, Suspended};
+        let refused = alone(FaultKind::Final);
+        assert_eq!(
+            conditions(&[
+                (0, refused, false, 1),
+                (0, refused, true, 2),
+                (1, Finding::Taken, false, 3),
+                (0, Finding::GivenUp, false, 4),
+            ]),
+            [Healthy, Suspended, Suspended, Healthy]
+        );
+        let mut track = SourceTrack::default();
+        track.note(3, refused, true, UnixMillis(0), AFTER);
+        track.emptied(3);
+        assert_eq!(track.condition(), Healthy);
     }
 }

@@ -1,20 +1,31 @@
 //! A lane's state machine: what to take next, and what an answer changes.
-//! Pure: clock and jitter are passed in.
+//! Pure: clock, jitter and what is known of the source are passed in.
+//!
+//! A failure is booked on what caused it:
+//! - Several events that fail together are halved until one of them fails alone.
+//! - An event that fails alone is a suspect: it is set aside, and others pass it.
+//! - A suspect is given up for a final answer only if others were taken after its first
+//!   refusal; otherwise, if several suspects follow each other, the source is sick: its
+//!   backlog waits and is tried slowly.
+//! - A suspect is given up for its age when it has failed alone for so long.
 
-use std::{sync::Arc, time::Duration};
+use std::{collections::VecDeque, sync::Arc, time::Duration};
 
 use crate::{
     event::EventType,
-    outbox::{LaneKey, LeaseBudget, LeasedCapture, SettledCapture, Settlement},
+    outbox::{LaneKey, LeaseBudget, LeaseScope, LeasedCapture, SettledCapture, Settlement},
     proto::DeliveryReason,
     segment::Answer,
-    status::{Attempt, Outcome},
+    status::{Attempt, CaptureRecord, Outcome},
     time::UnixMillis,
 };
 
 use super::{
     backoff::Backoff,
-    verdict::{Verdict, judge},
+    batch_size::BatchSize,
+    classify::{Disposition, Failure, FaultKind, classify},
+    evidence::{Begun, Evidence, Finding},
+    suspects::{MAX_SUSPECTS, Suspects},
 };
 
 /// Bounds that all lanes keep.
@@ -26,19 +37,22 @@ pub struct LaneOptions {
     pub max_batch_bytes: usize,
     /// Waits after failures.
     pub backoff: Backoff,
-    /// Wait after a refused write key.
+    /// Longest wait of a source that refuses everything.
     pub unauthorized_retry: Duration,
-    /// An event that was tried and is older than this is given up.
+    /// An event that has failed by itself for longer is given up, and one that fails while
+    /// its whole source has failed for longer.
     pub max_age: Duration,
 }
 
 /// What a lane does next.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub enum Plan {
-    /// Take events within this budget and send them.
-    Send(LeaseBudget),
+    /// Take events within this budget and scope and send them.
+    Send(LeaseBudget, LeaseScope),
     /// Nothing before this moment.
     WaitUntil(UnixMillis),
+    /// Nothing before this moment, unless new captures come.
+    RestUntil(UnixMillis),
 }
 
 /// Whether a lane's integration can send into its region.
@@ -63,16 +77,49 @@ pub enum Step {
     Send(Vec<LeasedCapture>),
 }
 
+/// A request that has ended.
+#[derive(Clone, Copy, Debug)]
+pub struct Ended<'a> {
+    /// Its place among the requests of its source.
+    pub begun: Begun,
+    /// What came of it.
+    pub answer: &'a Answer,
+    /// When.
+    pub now: UnixMillis,
+    /// A share of waits, from 0 to 1.
+    pub jitter: f64,
+}
+
+/// A request with several events that was refused for good.
+#[derive(Clone, Copy, Debug)]
+struct RefusedBatch {
+    request: u64,
+    started: UnixMillis,
+    /// Its events that have not been taken since.
+    left: u32,
+}
+
 /// The state of one lane. It holds no events: those are leased for each request.
 #[derive(Debug)]
 pub struct Lane {
     key: LaneKey,
     options: LaneOptions,
+    /// Failures in a row.
     failures: u32,
+    /// How the last request failed.
+    last: Option<(FaultKind, DeliveryReason)>,
     /// No request before this moment, and how long that was to be.
     not_before: Option<(UnixMillis, Duration)>,
-    /// Fewer events than the options allow, while a poisoned one is searched.
-    narrowed_to: Option<usize>,
+    size: BatchSize,
+    /// Requests with several events that were refused for good.
+    refused: VecDeque<RefusedBatch>,
+    suspects: Suspects,
+    /// The suspect that is being tried.
+    trying: Option<String>,
+    /// Whether events of others may wait.
+    others_wait: bool,
+    /// Recoveries of the source that this lane has taken notice of.
+    recoveries: u64,
     /// No age counts from before this moment.
     age_from: Option<UnixMillis>,
 }
@@ -85,27 +132,83 @@ impl Lane {
             key,
             options,
             failures: 0,
+            last: None,
             not_before: None,
-            narrowed_to: None,
+            size: BatchSize::new(options.max_batch_events),
+            refused: VecDeque::new(),
+            suspects: Suspects::default(),
+            trying: None,
+            others_wait: true,
+            recoveries: 0,
             age_from: None,
         }
     }
 
     /// What to do at `now`.
     #[must_use]
-    pub fn plan(&mut self, now: UnixMillis) -> Plan {
-        match self.not_before {
-            Some((moment, wait)) if moment > now => {
-                // A clock that was put back must not make a wait longer.
-                let moment = moment.min(now.plus(wait));
-                self.not_before = Some((moment, wait));
-                Plan::WaitUntil(moment)
-            }
-            _ => Plan::Send(LeaseBudget {
-                max_events: self.narrowed_to.unwrap_or(self.options.max_batch_events),
-                max_bytes: self.options.max_batch_bytes,
-            }),
+    pub fn plan(&mut self, now: UnixMillis, evidence: &Evidence) -> Plan {
+        if self.recoveries != evidence.recoveries {
+            self.recoveries = evidence.recoveries;
+            self.not_before = None;
+            self.suspects.forget_waits();
         }
+        if let Some((moment, wait)) = self.not_before
+            && moment > now
+        {
+            // A clock that was put back must not make a wait longer.
+            let moment = moment.min(now.plus(wait));
+            self.not_before = Some((moment, wait));
+            return Plan::WaitUntil(moment);
+        }
+        // Suspects and others take turns, so that neither holds the other up.
+        let has_room = evidence.set_aside + self.suspects.count() < MAX_SUSPECTS;
+        let others =
+            self.others_wait && (self.trying.is_some() || (evidence.is_sick() && has_room));
+        self.trying = if others {
+            None
+        } else if evidence.is_sick() {
+            self.suspects.oldest()
+        } else {
+            self.suspects.due(now, evidence.taken)
+        };
+        let max_bytes = self.options.max_batch_bytes;
+        if let Some(user) = &self.trying {
+            let alone = LeaseBudget {
+                max_events: 1,
+                max_bytes,
+            };
+            return Plan::Send(alone, LeaseScope::Only(user.clone()));
+        }
+        if !self.others_wait
+            && let Some(moment) = self.suspects.next_moment(now)
+        {
+            return Plan::RestUntil(moment);
+        }
+        let budget = LeaseBudget {
+            max_events: self.size.get(),
+            max_bytes,
+        };
+        Plan::Send(budget, self.suspects.others())
+    }
+
+    /// Nothing waits of what the plan would take. Returns whether nothing waits at all.
+    pub fn found_nothing(&mut self) -> bool {
+        match self.trying.take() {
+            Some(user) => self.release(&user),
+            None => self.others_wait = false,
+        }
+        self.suspects.count() == 0 && !self.others_wait
+    }
+
+    /// New captures may wait.
+    pub fn hear_of_captures(&mut self) {
+        self.others_wait = true;
+    }
+
+    /// Users of this lane whose events are set aside.
+    #[must_use]
+    pub fn set_aside(&self) -> usize {
+        self.suspects.count()
     }
 
     /// What to do with what was leased.
@@ -116,8 +219,11 @@ impl Lane {
         credentials: Credentials,
         now: UnixMillis,
     ) -> Step {
-        if let Some(settlement) = self.set_aside(&mut leased, now) {
-            return Step::Settle(settlement);
+        let damaged: Vec<_> = leased.extract_if(.., |capture| capture.damaged).collect();
+        if !damaged.is_empty() {
+            let reason = DeliveryReason::Damaged;
+            let outcome = Outcome::DeadLetter { reason };
+            return Step::Settle(self.settle_all(damaged, None, outcome, now));
         }
         match credentials {
             Credentials::Ready => Step::Send(leased),
@@ -137,117 +243,105 @@ impl Lane {
         }
     }
 
-    /// Gives up what is damaged, or was tried and is too old.
-    fn set_aside(&self, leased: &mut Vec<LeasedCapture>, now: UnixMillis) -> Option<Settlement> {
-        let too_old = |capture: &mut LeasedCapture| {
-            let tried = EventType::ALL.iter().any(|event| {
-                capture.payload(*event).is_some() && capture.record.event(*event).attempt_count > 0
-            });
-            let queued = Some(capture.record.queue_time).max(self.age_from);
-            tried && queued.is_some_and(|from| now.since(from) > self.options.max_age)
-        };
-        let damaged: Vec<_> = leased.extract_if(.., |capture| capture.damaged).collect();
-        let (aside, reason) = if damaged.is_empty() {
-            (
-                leased.extract_if(.., too_old).collect(),
-                DeliveryReason::Expired,
-            )
-        } else {
-            (damaged, DeliveryReason::Damaged)
-        };
-        let outcome = Outcome::DeadLetter { reason };
-        (!aside.is_empty()).then(|| self.settle_all(aside, None, outcome, now))
-    }
-
     /// Ages count from this moment at the earliest: when the integration was last resumed.
     pub fn count_ages_from(&mut self, moment: Option<UnixMillis>) {
         self.age_from = moment;
     }
 
-    /// Failures in a row: what Segment is told as `X-Retry-Count`.
-    #[must_use]
-    pub fn failures(&self) -> u32 {
-        self.failures
+    /// Whether what has gone on since a moment has gone on for longer than the maximum age.
+    fn is_too_old(&self, since: UnixMillis, now: UnixMillis) -> bool {
+        let since = self.age_from.map_or(since, |from| from.max(since));
+        now.since(since) > self.options.max_age
     }
 
-    /// Forgets a wait, since what it waited for may have changed.
+    /// Forgets all waits, since what they waited for may have changed.
     pub fn resume(&mut self) {
+        self.failures = 0;
         self.not_before = None;
+        self.suspects.forget_waits();
     }
 
-    /// What the answer to a request with all of `sent` changes.
+    /// What the answer to a request with all of `sent` changes, and what it says of the
+    /// source, of which `evidence` is known so far.
     #[must_use]
     pub fn settle(
         &mut self,
-        sent: Vec<LeasedCapture>,
-        answer: &Answer,
-        now: UnixMillis,
-        jitter: f64,
-    ) -> Settlement {
-        let events: u32 = sent.iter().map(LeasedCapture::event_count).sum();
-        let verdict = judge(answer);
-        let outcome = self.decide(verdict, events as usize, now, jitter);
-        let reason = match (verdict, outcome) {
-            (_, Outcome::Delivered) => DeliveryReason::Unspecified,
-            (Verdict::Poisoned, _) => DeliveryReason::PayloadRejected,
-            (_, Outcome::Retry { reason, .. } | Outcome::DeadLetter { reason }) => reason,
+        mut sent: Vec<LeasedCapture>,
+        ended: Ended<'_>,
+        evidence: &Evidence,
+    ) -> (Settlement, Finding) {
+        let now = ended.now;
+        let disposition = classify(ended.answer);
+        let (outcome, finding) = match disposition {
+            Disposition::Delivered => (self.taken(&sent), Finding::Taken),
+            Disposition::Pause(wait) => {
+                let outcome = self.wait(DeliveryReason::RateLimited, now, wait);
+                (outcome, Finding::Nothing)
+            }
+            Disposition::Hold(failure) => (self.hold(failure, ended), Finding::Held),
+            Disposition::Fault(kind, failure) => {
+                self.fault(&mut sent, kind, failure, ended, evidence)
+            }
         };
-        self.settle_all(sent, Some((answer, reason)), outcome, now)
+        let reason = match (disposition, outcome) {
+            (Disposition::Hold(failure) | Disposition::Fault(_, failure), _) => failure.reason,
+            (_, Outcome::Retry { reason, .. } | Outcome::DeadLetter { reason }) => reason,
+            (_, Outcome::Delivered) => DeliveryReason::Unspecified,
+        };
+        let attempt = Some((ended.answer, reason));
+        let mut settlement = self.settle_all(sent, attempt, outcome, now);
+        if finding == Finding::Held {
+            self.expire_held(&mut settlement, evidence, now);
+        }
+        (settlement, finding)
     }
 
-    fn decide(&mut self, verdict: Verdict, events: usize, now: UnixMillis, jitter: f64) -> Outcome {
-        match verdict {
-            Verdict::Delivered => {
-                self.succeed();
-                // Back to full batches, step by step: there may be more poison.
-                self.narrowed_to = self
-                    .narrowed_to
-                    .map(|narrow| narrow.saturating_mul(2))
-                    .filter(|narrow| *narrow < self.options.max_batch_events);
-                Outcome::Delivered
-            }
-            Verdict::Retry(reason) => {
-                self.failures = self.failures.saturating_add(1);
-                let wait = self.options.backoff.wait(self.failures, jitter);
-                self.wait(reason, now, wait)
-            }
-            Verdict::Pause(wait) => self.wait(DeliveryReason::RateLimited, now, wait),
-            Verdict::Unauthorized => {
-                self.failures = self.failures.saturating_add(1);
-                let wait = self.options.unauthorized_retry;
-                self.wait(DeliveryReason::Unauthorized, now, wait)
-            }
-            Verdict::Poisoned if events > 1 => {
-                self.succeed();
-                self.narrowed_to = Some(events.div_ceil(2));
-                Outcome::Retry {
-                    reason: DeliveryReason::PayloadRejected,
-                    next_attempt: now,
-                }
-            }
-            Verdict::Poisoned => {
-                self.succeed();
-                Outcome::DeadLetter {
-                    reason: DeliveryReason::PayloadRejected,
-                }
-            }
-            Verdict::Rejected => {
-                self.succeed();
-                Outcome::DeadLetter {
-                    reason: DeliveryReason::RequestRejected,
+    fn taken(&mut self, sent: &[LeasedCapture]) -> Outcome {
+        self.clear_of_refusals(sent);
+        self.failures = 0;
+        self.last = None;
+        self.not_before = None;
+        self.size.grow();
+        if let Some(user) = self.trying.clone() {
+            self.release(&user);
+        }
+        Outcome::Delivered
+    }
+
+    /// A user's events go with the others again.
+    fn release(&mut self, user: &str) {
+        self.suspects.release(user);
+        self.others_wait = true;
+    }
+
+    fn hold(&mut self, failure: Failure, ended: Ended<'_>) -> Outcome {
+        self.failures = self.failures.saturating_add(1);
+        let wait = self.options.backoff.wait(self.failures, ended.jitter);
+        let wait = wait.max(failure.retry_after.unwrap_or_default());
+        self.wait(failure.reason, ended.now, wait)
+    }
+
+    /// Gives up what failed while nothing was taken for longer than the maximum age.
+    fn expire_held(&self, settlement: &mut Settlement, evidence: &Evidence, now: UnixMillis) {
+        let failing = |since: UnixMillis| self.is_too_old(since, now);
+        if !evidence.sick_since.is_some_and(failing) {
+            return;
+        }
+        let reason = DeliveryReason::Expired;
+        for capture in &mut settlement.captures {
+            if failing(capture.record.queue_time) {
+                let record: &mut CaptureRecord = Arc::make_mut(&mut capture.record);
+                for event in capture.changed.iter() {
+                    let outcome = Outcome::DeadLetter { reason };
+                    record.event_mut(event).advance(outcome, now);
                 }
             }
         }
     }
 
-    fn succeed(&mut self) {
-        self.failures = 0;
-        self.not_before = None;
-    }
-
     fn wait(&mut self, reason: DeliveryReason, now: UnixMillis, wait: Duration) -> Outcome {
         let next_attempt = now.plus(wait);
-        self.not_before = Some((next_attempt, wait));
+        self.not_before = (!wait.is_zero()).then_some((next_attempt, wait));
         Outcome::Retry {
             reason,
             next_attempt,
@@ -297,5 +391,6 @@ impl Lane {
     }
 }
 
+mod attribution;
 #[cfg(test)]
 mod tests;

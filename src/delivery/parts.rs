@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use super::{
-    Conditions, LaneHolds, LaneOptions, RateLimits, VitalsBoard, breaker::Breaker, turns::Turns,
+    LaneHolds, LaneOptions, RateLimits, Sources, VitalsBoard, breaker::Breaker, turns::Turns,
 };
 use crate::{
     metrics::Metrics, notify::Notices, outbox::Outbox, region::PerRegion, registry::Registry,
@@ -21,8 +21,8 @@ pub struct DeliveryParts {
     pub registry: Arc<Registry>,
     /// How it went.
     pub vitals: Arc<VitalsBoard>,
-    /// Whether their sources work.
-    pub conditions: Arc<Conditions>,
+    /// What is known of their sources.
+    pub sources: Arc<Sources>,
     /// Counts and times.
     pub metrics: Metrics,
     /// Whether somebody gets the spans.

@@ -1,5 +1,7 @@
 //! One lane's work: lease -> send -> settle, until nothing waits.
 
+mod conclude;
+
 use std::{sync::Arc, time::Duration};
 
 use bytes::Bytes;
@@ -8,19 +10,17 @@ use tokio_util::sync::CancellationToken;
 use tracing::Instrument;
 
 use super::{
-    Condition, Credentials, Lane, Plan, Step,
+    Credentials, Disposition, Ended, Finding, Lane, Plan, Step,
     bell::Bell,
-    breaker::{Admission, Sign},
+    classify::classify,
     parts::{DeliveryParts, Shared},
     report,
     spans::{self, BatchSpans},
-    verdict::{Verdict, judge},
 };
 use crate::{
     event::EventType,
     integration::Integration,
     metrics::AttemptFacts,
-    notice::{Happening, Notice},
     outbox::{LaneKey, LeasedCapture, Settlement},
     secret::WriteKey,
     segment::Answer,
@@ -53,9 +53,16 @@ pub(super) struct Worker {
 /// What is to be settled, and how that came about.
 struct Attempted {
     settlement: Settlement,
-    /// Segment's answer, if something was sent.
-    answer: Option<Answer>,
+    /// If something was sent.
+    sent: Option<Sent>,
     spans: BatchSpans,
+}
+
+/// A request that was sent.
+struct Sent {
+    request: u64,
+    answer: Answer,
+    finding: Finding,
 }
 
 /// What came of one turn.
@@ -66,6 +73,8 @@ enum Turn {
     Idle,
     /// Not now.
     Wait(Duration),
+    /// Not now, unless new captures come.
+    Rest(Duration),
 }
 
 impl Worker {
@@ -94,7 +103,8 @@ impl Worker {
         while !self.stop.is_cancelled() {
             match self.turn().await {
                 Turn::Worked => {}
-                Turn::Wait(wait) => self.wait(wait).await,
+                Turn::Wait(wait) => self.wait(wait, false).await,
+                Turn::Rest(wait) => self.wait(wait, true).await,
                 Turn::Idle => {
                     if !self.rest().await {
                         return;
@@ -109,9 +119,11 @@ impl Worker {
     }
 
     async fn turn(&mut self) -> Turn {
-        let budget = match self.lane.plan(UnixMillis::now()) {
+        let evidence = self.parts.sources.evidence(&self.key);
+        let (budget, scope) = match self.lane.plan(UnixMillis::now(), &evidence) {
             Plan::WaitUntil(moment) => return Turn::Wait(moment.since(UnixMillis::now())),
-            Plan::Send(budget) => budget,
+            Plan::RestUntil(moment) => return Turn::Rest(moment.since(UnixMillis::now())),
+            Plan::Send(budget, scope) => (budget, scope),
         };
         if self.is_held() {
             return Turn::Idle;
@@ -127,8 +139,8 @@ impl Worker {
             } => both,
         };
         let hold = self.parts.holds.hold(&self.key).await;
-        let leased = match self.parts.outbox.lease(&self.key, budget).await {
-            Ok(leased) if leased.is_empty() => return Turn::Idle,
+        let leased = match self.parts.outbox.lease(&self.key, budget, scope).await {
+            Ok(leased) if leased.is_empty() => return self.found_nothing().await,
             Ok(leased) => leased,
             Err(error) => {
                 tracing::warn!(lane = %self.key, %error, "cannot lease; trying again");
@@ -142,11 +154,11 @@ impl Worker {
         };
         let Attempted {
             settlement,
-            answer,
+            sent,
             spans,
         } = attempted;
-        if let Some(answer) = &answer {
-            self.note(&admission, answer);
+        if let Some(sent) = &sent {
+            self.note(&admission, &sent.answer);
         }
         drop((admission, permit));
         let settlement = Arc::new(settlement);
@@ -159,10 +171,21 @@ impl Worker {
         drop(hold);
         spans.close(&settlement);
         report::settled(&self.parts.metrics, &settlement);
-        if let Some(answer) = answer {
-            self.tell_of_change(&answer).await;
+        if let Some(sent) = sent {
+            self.conclude(&sent).await;
         }
         Turn::Worked
+    }
+
+    /// A lease was empty.
+    async fn found_nothing(&mut self) -> Turn {
+        if !self.lane.found_nothing() {
+            return Turn::Worked;
+        }
+        if let Some(condition) = self.parts.sources.emptied(&self.key) {
+            self.tell(condition, None).await;
+        }
+        Turn::Idle
     }
 
     /// Sends what was leased, or decides without sending; returns what is to be
@@ -206,7 +229,7 @@ impl Worker {
                 tracing::warn!(lane = %self.key, captures, ?credentials, "settled unsent");
                 Ok(Attempted {
                     settlement,
-                    answer: None,
+                    sent: None,
                     spans: BatchSpans::open(Traces::Off, &self.key, &[]),
                 })
             }
@@ -243,44 +266,6 @@ impl Worker {
         })
     }
 
-    fn note(&self, admission: &Admission<'_>, answer: &Answer) {
-        let id = &self.key.integration_id;
-        self.parts.vitals.note(id, answer);
-        let changed = admission.note(id, Sign::of(judge(answer)));
-        if let Some(answers) = changed {
-            self.parts.metrics.breaker(self.key.region, !answers);
-        }
-        match changed {
-            Some(true) => tracing::info!(region = %self.key.region, "the endpoint answers again"),
-            Some(false) => tracing::error!(
-                region = %self.key.region,
-                "the endpoint does not answer; it is tried with one request at a time"
-            ),
-            None => {}
-        }
-    }
-
-    /// Tells people when the source stops working, or works again.
-    async fn tell_of_change(&self, answer: &Answer) {
-        let (id, region) = (&self.key.integration_id, self.key.region);
-        let now = UnixMillis::now();
-        let changed = self.parts.conditions.note(id, region, judge(answer), now);
-        let Some(condition) = changed else { return };
-        let happening = match condition {
-            Condition::Healthy => Happening::Healthy,
-            Condition::Parked => Happening::Parked,
-            Condition::Broken => Happening::Broken,
-        };
-        tracing::warn!(integration = %id, %region, ?condition, "the source's condition has changed");
-        let facts = [
-            ("data_region", region.to_string().into()),
-            ("http_status", answer.http_status().into()),
-            ("error", answer.error().into()),
-        ];
-        let notice = Notice::new(happening, id, &facts, now);
-        self.parts.notices.tell(notice).await;
-    }
-
     /// Sends what was leased, if the rate allows.
     ///
     /// # Errors
@@ -299,7 +284,9 @@ impl Worker {
         if !self.parts.outbox.may_send(&self.key) {
             return Err(Duration::ZERO);
         }
-        self.parts.conditions.recall(&self.key, &leased);
+        let sources = &self.parts.sources;
+        sources.recall(&self.key, &leased);
+        let begun = sources.begin(&self.key, self.tried_with.as_deref().unwrap_or_default());
         // Shared with what is leased, and not copied before they are sent.
         let events: Vec<Bytes> = leased
             .iter()
@@ -324,10 +311,17 @@ impl Worker {
             bytes: bytes as u64,
         });
         let now = UnixMillis::now();
-        if let Verdict::Pause(wait) = judge(&answer) {
+        if let Disposition::Pause(wait) = classify(&answer) {
             self.parts.rates.pause(id, region, now, wait);
         }
-        let settlement = self.lane.settle(leased, &answer, now, fastrand::f64());
+        let ended = Ended {
+            begun,
+            answer: &answer,
+            now,
+            jitter: fastrand::f64(),
+        };
+        let evidence = self.parts.sources.evidence(&self.key);
+        let (settlement, finding) = self.lane.settle(leased, ended, &evidence);
         let reason = report::reason(&settlement);
         spans::answered(spans.batch(), &span, &answer, reason);
         spans
@@ -335,7 +329,11 @@ impl Worker {
             .in_scope(|| report::log(&settlement, &answer, reason));
         Ok(Attempted {
             settlement,
-            answer: Some(answer),
+            sent: Some(Sent {
+                request: begun.request,
+                answer,
+                finding,
+            }),
             spans,
         })
     }
@@ -363,8 +361,10 @@ impl Worker {
         }
     }
 
-    /// Waits, but goes on at once when the integration has been changed.
-    async fn wait(&mut self, wait: Duration) {
+    /// Waits, but goes on at once when the integration has been changed, when the source
+    /// works again, or, `for_captures`, when new captures come.
+    async fn wait(&mut self, wait: Duration, for_captures: bool) {
+        let recoveries = self.parts.sources.evidence(&self.key).recoveries;
         let until = tokio::time::sleep(wait);
         tokio::pin!(until);
         loop {
@@ -372,6 +372,11 @@ impl Worker {
                 () = self.stop.cancelled() => return,
                 () = &mut until => return,
                 () = self.bell.heard() => {
+                    self.lane.hear_of_captures();
+                    let recovered = self.parts.sources.evidence(&self.key).recoveries;
+                    if for_captures || recovered != recoveries {
+                        return;
+                    }
                     let current = self.parts.registry.get(&self.key.integration_id);
                     if current.map(|found| found.revision.etag.clone()) != self.tried_with {
                         self.lane.resume();
@@ -383,12 +388,14 @@ impl Worker {
     }
 
     /// Returns whether there may be work again.
-    async fn rest(&self) -> bool {
-        tokio::select! {
+    async fn rest(&mut self) -> bool {
+        let goes_on = tokio::select! {
             () = self.stop.cancelled() => false,
             () = self.bell.heard() => true,
             () = tokio::time::sleep(IDLE) => !self.bell.leave(),
-        }
+        };
+        self.lane.hear_of_captures();
+        goes_on
     }
 }
 

@@ -138,7 +138,7 @@ impl IntegrationService for Integrations {
             let (id, etag) = (&request.integration_id, &request.etag);
             let deleted = this.0.registry.delete(id, etag, request.force).await?;
             this.0.vitals.forget(found.id());
-            this.0.conditions.forget(found.id());
+            this.0.sources.forget(found.id());
             let facts = [("waiting_events", deleted.into())];
             this.tell(&caller, Happening::Deleted, &found, &facts).await;
             Ok(deleted)
@@ -214,7 +214,7 @@ impl Integrations {
             last_success_time: vitals.last_success.map(UnixMillis::to_proto),
             last_error_time: last_error_time.map(UnixMillis::to_proto),
             last_error: last_error.unwrap_or_default(),
-            condition: proto::SourceCondition::Unspecified.into(),
+            condition: self.0.sources.condition(integration.id()).to_proto().into(),
         })
     }
 

@@ -14,7 +14,7 @@ use super::{Gate, Services, Usage, access::Pass};
 use crate::{
     audit::Audit,
     config::{Config, Outside},
-    delivery::Conditions,
+    delivery::Sources,
     metrics::Metrics,
     notify::Notices,
     outbox::{Outbox, shared_double::SharedDouble},
@@ -57,7 +57,7 @@ async fn relay(outbox: &Arc<SharedDouble>, audit: Audit) -> Services {
         registry,
         segment: Arc::new(SegmentClient::new(&config.segment).expect("a client")),
         vitals: Arc::default(),
-        conditions: Arc::new(Conditions::new(Duration::from_secs(300))),
+        sources: Arc::new(Sources::new(Duration::from_secs(300))),
         holds: Arc::default(),
         notices,
         usage: Arc::new(Usage::new(config.limits.clone())),

@@ -3,6 +3,7 @@
 
 mod dead_letters;
 mod incarnations;
+mod leases;
 mod privacy;
 mod skipped;
 
@@ -12,8 +13,8 @@ use sha2::{Digest, Sha256};
 
 use super::{
     Backlog, BoxFuture, Content, DeadLetterFilter, Erasure, EventSet, LaneKey, LeaseBudget,
-    LeasedCapture, Limits, NewCapture, Outbox, OutboxError, Quota, Selection, SettledCapture,
-    Settlement, SubjectQuery, Submitted,
+    LeaseScope, LeasedCapture, Limits, NewCapture, Outbox, OutboxError, Quota, Selection,
+    SettledCapture, Settlement, SubjectQuery, Submitted,
 };
 use crate::{
     event::{EventPair, EventType},
@@ -31,6 +32,10 @@ pub(crate) use dead_letters::{
     dead_letters_keep_their_payload_and_delivered_events_do_not,
 };
 pub(crate) use incarnations::a_later_integration_of_a_name_inherits_nothing;
+pub(crate) use leases::{
+    a_lease_keeps_to_its_bytes_but_always_makes_progress, a_lease_keeps_to_its_users,
+    a_pair_is_split_only_where_one_event_is_asked_for,
+};
 pub(crate) use privacy::a_persons_data_is_erased_and_nobody_elses;
 pub(crate) use skipped::{
     a_skipped_capture_leaves_its_id_free, a_skipped_capture_of_an_erased_person_keeps_its_id,
@@ -60,6 +65,7 @@ macro_rules! names {
             a_capture_id_is_taken_once_also_by_callers_at_the_same_time
             a_pair_is_split_only_where_one_event_is_asked_for
             a_lease_keeps_to_its_bytes_but_always_makes_progress
+            a_lease_keeps_to_its_users
             dead_letters_keep_their_payload_and_delivered_events_do_not
             bounds_refuse_whole_captures_and_a_delivery_makes_room
             waiting_callers_and_watchers_hear_of_what_is_durable
@@ -155,11 +161,21 @@ pub(crate) async fn lease(
     name: &str,
     max_events: usize,
 ) -> Vec<LeasedCapture> {
+    lease_of(outbox, name, max_events, LeaseScope::All).await
+}
+
+async fn lease_of(
+    outbox: &dyn Outbox,
+    name: &str,
+    max_events: usize,
+    scope: LeaseScope,
+) -> Vec<LeasedCapture> {
     let budget = LeaseBudget {
         max_events,
         max_bytes: 10_000,
     };
-    outbox.lease(&lane(name), budget).await.expect("leased")
+    let leased = outbox.lease(&lane(name), budget, scope).await;
+    leased.expect("leased")
 }
 
 pub(crate) fn ids(leased: &[LeasedCapture]) -> Vec<&str> {
@@ -268,44 +284,6 @@ pub(crate) async fn a_capture_id_is_taken_once_also_by_callers_at_the_same_time(
         submit_one(outbox, "other", "c").await,
         Submitted::Accepted(_)
     ));
-    outbox.close().await;
-}
-
-pub(crate) async fn a_pair_is_split_only_where_one_event_is_asked_for(rig: &impl Rig) {
-    let outbox = rig.open().await;
-    let outbox = outbox.as_ref();
-    submit(
-        outbox,
-        vec![new_capture("acme", "a", 0), new_capture("acme", "b", 0)],
-    )
-    .await;
-    assert_eq!(ids(&lease(outbox, "acme", 3).await), ["a"]);
-    let single = lease(outbox, "acme", 1).await;
-    assert!(single[0].identify.is_some() && single[0].track.is_none());
-    settle(outbox, single, |_, _| Outcome::Delivered).await;
-    let rest = lease(outbox, "acme", 1).await;
-    assert_eq!(ids(&rest), ["a"]);
-    assert!(rest[0].identify.is_none() && rest[0].track.is_some());
-    outbox.close().await;
-}
-
-pub(crate) async fn a_lease_keeps_to_its_bytes_but_always_makes_progress(rig: &impl Rig) {
-    let outbox = rig.open().await;
-    let outbox = outbox.as_ref();
-    submit(
-        outbox,
-        vec![new_capture("acme", "a", 0), new_capture("acme", "b", 0)],
-    )
-    .await;
-    for (max_bytes, expected) in [(1, 1), (62, 2), (61, 1)] {
-        let budget = LeaseBudget {
-            max_events: 100,
-            max_bytes,
-        };
-        // {"identify":"a"} and {"track":"a"} with their commas have 31 bytes.
-        let leased = outbox.lease(&lane("acme"), budget).await.expect("leased");
-        assert_eq!(leased.len(), expected, "{max_bytes}");
-    }
     outbox.close().await;
 }
 

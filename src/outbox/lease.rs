@@ -16,6 +16,49 @@ pub struct LeaseBudget {
     pub max_bytes: usize,
 }
 
+/// Whose events of a lane a lease takes. Users are named by their ids, and by an outbox as
+/// it blinds them.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub enum LeaseScope<User = String> {
+    /// Everybody's.
+    #[default]
+    All,
+    /// Those of all users but these few.
+    Except(Vec<User>),
+    /// Those of one user.
+    Only(User),
+}
+
+impl<User> LeaseScope<User> {
+    /// The same with other names of the users.
+    #[must_use]
+    pub fn map<Other>(&self, name: impl Fn(&User) -> Other) -> LeaseScope<Other> {
+        match self {
+            Self::All => LeaseScope::All,
+            Self::Except(users) => LeaseScope::Except(users.iter().map(name).collect()),
+            Self::Only(user) => LeaseScope::Only(name(user)),
+        }
+    }
+
+    /// Whether it admits events whose user is looked up only where that matters.
+    ///
+    /// # Errors
+    /// Those of the look-up.
+    pub fn admits<Error>(
+        &self,
+        user: impl FnOnce() -> Result<Option<User>, Error>,
+    ) -> Result<bool, Error>
+    where
+        User: PartialEq,
+    {
+        Ok(match self {
+            Self::All => true,
+            Self::Except(users) => user()?.is_none_or(|user| !users.contains(&user)),
+            Self::Only(only) => user()?.as_ref() == Some(only),
+        })
+    }
+}
+
 impl LeaseBudget {
     /// Whether about as much was leased as it allows: there may be more that waits.
     #[must_use]
@@ -59,6 +102,19 @@ impl fmt::Debug for LeasedCapture {
 }
 
 impl LeasedCapture {
+    /// The user whose events these are, by the events themselves.
+    #[must_use]
+    pub fn user_id(&self) -> Option<String> {
+        #[derive(serde::Deserialize)]
+        struct Event {
+            #[serde(rename = "userId")]
+            user_id: String,
+        }
+        let event = self.identify.as_ref().or(self.track.as_ref())?;
+        let event: Event = serde_json::from_slice(event).ok()?;
+        Some(event.user_id)
+    }
+
     /// How many events are to be sent now.
     #[must_use]
     pub fn event_count(&self) -> u32 {

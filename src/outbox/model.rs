@@ -9,8 +9,8 @@ use std::{
 use bytes::Bytes;
 
 use super::{
-    Content, LaneKey, LeaseBudget, LeasedCapture, Limits, NewCapture, Quota, SettledCapture,
-    Submitted,
+    Content, LaneKey, LeaseBudget, LeaseScope, LeasedCapture, Limits, NewCapture, Quota,
+    SettledCapture, Submitted,
 };
 use crate::{
     event::EventType,
@@ -24,6 +24,7 @@ use crate::{
 struct Stored {
     digest: [u8; 16],
     lane: Option<LaneKey>,
+    user: Option<String>,
     record: CaptureRecord,
     waiting: [Option<Bytes>; 2],
     dead: [Option<Bytes>; 2],
@@ -129,6 +130,7 @@ impl Model {
         let stored = Stored {
             digest: capture.digest,
             lane,
+            user: capture.user_id,
             record: record.clone(),
             waiting,
             dead: [None, None],
@@ -147,9 +149,23 @@ impl Model {
         Submitted::Accepted(Arc::new(record))
     }
 
-    pub(crate) fn lease(&self, lane: &LaneKey, budget: LeaseBudget) -> Vec<LeasedCapture> {
+    pub(crate) fn lease(
+        &self,
+        lane: &LaneKey,
+        budget: LeaseBudget,
+        scope: &LeaseScope,
+    ) -> Vec<LeasedCapture> {
         let queue = self.queues.get(lane).into_iter().flatten();
-        let rows = queue.map(|(_, sequence)| (sequence, &self.captures[sequence]));
+        let rows = queue
+            .map(|(_, sequence)| (sequence, &self.captures[sequence]))
+            .filter(|(_, stored)| match scope {
+                LeaseScope::All => true,
+                LeaseScope::Except(users) => stored
+                    .user
+                    .as_ref()
+                    .is_none_or(|user| !users.contains(user)),
+                LeaseScope::Only(user) => stored.user.as_ref() == Some(user),
+            });
         let mut leased: Vec<LeasedCapture> = Vec::new();
         let (mut events, mut bytes) = (0, 0);
         for (sequence, stored) in rows {

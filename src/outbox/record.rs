@@ -54,6 +54,9 @@ struct StoredEvent {
     last_http_status: u32,
     #[prost(string, tag = "6")]
     last_error: String,
+    /// 0: it does not fail by itself.
+    #[prost(sint64, tag = "7")]
+    failing_millis: i64,
 }
 
 #[derive(Clone, PartialEq, Message)]
@@ -236,6 +239,7 @@ fn encode_event(event: &EventStatus, bytes: &mut Vec<u8>) {
     write::number(4, event.attempt_count.into(), bytes);
     write::number(5, event.last_http_status.into(), bytes);
     write::bytes(6, event.last_error.as_bytes(), bytes);
+    write::signed(7, event.failing_since.map_or(0, |since| since.0), bytes);
 }
 
 fn decode_event(event: StoredEvent) -> Result<EventStatus, String> {
@@ -256,6 +260,7 @@ fn decode_event(event: StoredEvent) -> Result<EventStatus, String> {
         attempt_count: event.attempt_count,
         last_http_status: u16::try_from(event.last_http_status).unwrap_or(0),
         last_error: event.last_error,
+        failing_since: (event.failing_millis != 0).then_some(UnixMillis(event.failing_millis)),
     })
 }
 
@@ -302,12 +307,15 @@ mod tests {
                 _ => State::DeadLettered { reason, at },
             }
         });
-        (state, any::<u32>(), any::<u16>(), any::<String>()).prop_map(
-            |(state, attempt_count, last_http_status, last_error)| EventStatus {
+        let failing_since = prop::option::of((1..i64::MAX).prop_map(UnixMillis));
+        let counts = (any::<u32>(), any::<u16>());
+        (state, counts, any::<String>(), failing_since).prop_map(
+            |(state, (attempt_count, last_http_status), last_error, failing_since)| EventStatus {
                 state,
                 attempt_count,
                 last_http_status,
                 last_error,
+                failing_since,
             },
         )
     }

@@ -12,9 +12,9 @@ use tokio::sync::{oneshot, watch};
 
 use super::{
     Backlog, Claim, DeadLetter, DeadLetterCount, DeadLetterFilter, Erasure, FoundSubject, LaneKey,
-    LeaseBudget, LeasedCapture, NewCapture, Outbox, OutboxError, Quota, Receipt, Selection,
-    Settlement, Signals, SqliteOptions, SqliteOutbox, StoredIntegration, SubjectQuery, Submitted,
-    conformance::LIMITS,
+    LeaseBudget, LeaseScope, LeasedCapture, NewCapture, Outbox, OutboxError, Quota, Receipt,
+    Selection, Settlement, Signals, SqliteOptions, SqliteOutbox, StoredIntegration, SubjectQuery,
+    Submitted, conformance::LIMITS,
 };
 use crate::{
     integration::{IntegrationId, revision_number},
@@ -191,8 +191,9 @@ impl Outbox for SharedDouble {
         &self,
         lane: &LaneKey,
         budget: LeaseBudget,
+        scope: LeaseScope,
     ) -> Result<Vec<LeasedCapture>, OutboxError> {
-        self.inner.lease(lane, budget).await
+        self.inner.lease(lane, budget, scope).await
     }
 
     async fn settle(&self, settlement: Arc<Settlement>) -> Result<(), OutboxError> {

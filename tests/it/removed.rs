@@ -64,7 +64,16 @@ async fn an_integration_that_leaves_the_file_takes_nothing_new_and_goes_when_not
         .find(|one| one.request.status == Some(200));
     let hint = &delivered.expect("delivered").request.write_key_hint;
     assert_eq!(hint, "e-01");
-    let told = types(&receiver.wait_for(3).await);
+    let told = async {
+        loop {
+            let told = types(&receiver.wait_for(3).await);
+            if told.iter().any(|one| one == "integration.deleted") {
+                return told;
+            }
+            tokio::time::sleep(std::time::Duration::from_millis(50)).await;
+        }
+    };
+    let told = tokio::time::timeout(PATIENCE, told).await.expect("told");
     for expected in ["integration.removed", "integration.deleted"] {
         let count = told.iter().filter(|one| *one == expected).count();
         assert_eq!(count, 1, "{told:?}");

@@ -257,21 +257,25 @@ async fn a_scoped_caller_sees_and_moves_no_dead_letter_and_no_change_of_others()
         .await
         .expect("watches")
         .into_inner();
-    world.misbehave(segment_relay::sandbox::Rule {
-        status: Some(400),
-        ..Default::default()
-    });
+    world.refuse_person(&numbered(1).email, 400);
+    use proto::WaitFor::{Accepted, Delivered};
     for id in ["acme", "mine"] {
-        let request = CaptureRequest {
-            integration_id: id.into(),
-            capture: Some(numbered(1)),
-            wait_for: proto::WaitFor::Delivered.into(),
+        // What is taken of another person shows that it is the event's fault.
+        let send = async |number: usize, wait_for: proto::WaitFor| {
+            let request = CaptureRequest {
+                integration_id: id.into(),
+                capture: Some(numbered(number)),
+                wait_for: wait_for.into(),
+            };
+            let answer = world.relay().capture(by("all", request)).await;
+            let result = answer.expect("accepted").into_inner().result;
+            crate::harness::states(&result.expect("a result").events)
         };
-        world
-            .relay()
-            .capture(by("all", request))
-            .await
-            .expect("accepted");
+        let mut control = 2;
+        while send(1, Accepted).await != [proto::DeliveryState::DeadLettered; 2] {
+            send(control, Delivered).await;
+            control += 1;
+        }
     }
     let first = updates.message().await.expect("no error").expect("one");
     assert_eq!(first.integration_id, "mine");
@@ -372,12 +376,13 @@ async fn eu_data_goes_nowhere_without_eu_credentials() {
         ..Default::default()
     });
     world.accept(capture.clone()).await;
-    waits_because(&mut updates, DeliveryReason::Unauthorized).await;
+    waits_because(&mut updates, DeliveryReason::Unauthorized, 2).await;
     integrations
         .update_integration(update(acme()))
         .await
         .expect("updated");
-    waits_because(&mut updates, DeliveryReason::RegionNotConfigured).await;
+    // The other one waits behind it.
+    waits_because(&mut updates, DeliveryReason::RegionNotConfigured, 1).await;
     world.behave();
     world.deliver(numbered(1)).await;
     let arrived = world.sandbox.entries();
@@ -394,9 +399,12 @@ async fn eu_data_goes_nowhere_without_eu_credentials() {
     world.stop().await;
 }
 
-/// Waits until both events of a capture wait for this reason.
-async fn waits_because(updates: &mut Streaming<WatchDeliveriesResponse>, reason: DeliveryReason) {
-    let mut left = 2;
+/// Waits until so many events of a capture wait for this reason.
+async fn waits_because(
+    updates: &mut Streaming<WatchDeliveriesResponse>,
+    reason: DeliveryReason,
+    mut left: u32,
+) {
     while left > 0 {
         let update = tokio::time::timeout(PATIENCE, updates.message()).await;
         let update = update.expect("an update").expect("no error").expect("one");
@@ -405,6 +413,6 @@ async fn waits_because(updates: &mut Streaming<WatchDeliveriesResponse>, reason:
             event.state() != proto::DeliveryState::Delivered,
             "{event:?}"
         );
-        left -= usize::from(event.reason() == reason);
+        left = left.saturating_sub(u32::from(event.reason() == reason));
     }
 }

@@ -50,11 +50,7 @@ async fn with_encryption_the_disk_tells_nobodys_address_answer_or_key() {
     let mut world = World::with("[outbox]\nencryption = true\n").await;
     world.create(acme()).await;
     world.deliver(numbered(1)).await;
-    world.misbehave(Rule {
-        status: Some(400),
-        ..Rule::default()
-    });
-    world.deliver(numbered(2)).await;
+    world.dead_letter("acme", numbered(2), 400).await;
     world.misbehave(Rule {
         status: Some(503),
         ..Rule::default()

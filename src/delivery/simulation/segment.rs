@@ -1,13 +1,13 @@
 //! An imagined Segment, which checks what it is sent.
 
-use std::{
-    collections::{BTreeMap, BTreeSet, HashMap},
-    time::Duration,
-};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 
 use fastrand::Rng;
 
-use super::RATE;
+use super::{
+    RATE,
+    faults::{self, Fault},
+};
 use crate::{
     delivery::LaneOptions,
     event::EventType,
@@ -40,27 +40,42 @@ pub(super) struct Segment {
     options: LaneOptions,
     burst: u32,
     mood: Mood,
-    refused_keys: BTreeSet<(IntegrationId, Region)>,
+    /// No random faults.
+    strict: bool,
+    /// Sources that fail as a whole.
+    faults: BTreeMap<(IntegrationId, Region), Fault>,
+    /// Sources that have refused everything for a while: none does so twice. Nobody can
+    /// tell an event that is refused in two outages from one that is bad.
+    refused_once: BTreeSet<(IntegrationId, Region)>,
+    /// Requests with more events are not answered in time.
+    slow_beyond: usize,
     in_flight: BTreeSet<LaneKey>,
     /// The bytes of each event at its first arrival, in the order of arrival.
     taken: HashMap<Arrival, Vec<u8>>,
     order: Vec<(LaneKey, String, Arrival, i64)>,
-    refused: BTreeSet<Arrival>,
     sent: BTreeMap<IntegrationId, Vec<(u64, u32)>>,
+    requests: BTreeMap<LaneKey, usize>,
 }
 
 impl Segment {
-    pub(super) fn new(rng: Rng, options: LaneOptions, burst: u32) -> Self {
+    pub(super) fn new(mut rng: Rng, options: LaneOptions, burst: u32, strict: bool) -> Self {
+        let slow_beyond = match rng.u8(0..4) {
+            0 => rng.usize(1..20),
+            _ => usize::MAX,
+        };
         Self {
+            slow_beyond,
+            strict,
+            faults: BTreeMap::new(),
+            refused_once: BTreeSet::new(),
+            requests: BTreeMap::new(),
             rng,
             options,
             burst,
             mood: Mood::Good,
-            refused_keys: BTreeSet::new(),
             in_flight: BTreeSet::new(),
             taken: HashMap::new(),
             order: Vec::new(),
-            refused: BTreeSet::new(),
             sent: BTreeMap::new(),
         }
     }
@@ -68,25 +83,35 @@ impl Segment {
     pub(super) fn change_mood(&mut self) {
         self.mood = match self.rng.u8(0..4) {
             0 => Mood::Down,
-            1 | 2 => Mood::Bad {
+            1 | 2 if !self.strict => Mood::Bad {
                 percent: self.rng.u32(1..90),
             },
             _ => Mood::Good,
         };
-        if self.rng.u8(0..4) == 0 {
-            let id = IntegrationId::new(["acme", "other"][self.rng.usize(0..2)]);
-            let region = Region::ALL[self.rng.usize(0..2)];
-            self.refused_keys.insert((id.expect("valid"), region));
+        let id = IntegrationId::new(["acme", "other"][self.rng.usize(0..2)]);
+        let source = (
+            id.expect("valid"),
+            Region::ALL[self.rng.usize(0..Region::ALL.len())],
+        );
+        if self.faults.remove(&source).is_none() && self.rng.bool() {
+            let fault = faults::of_source(&mut self.rng);
+            if !fault.is_refusal() || self.refused_once.insert(source.clone()) {
+                self.faults.insert(source, fault);
+            }
         }
     }
 
     pub(super) fn change_key(&mut self, id: &IntegrationId, region: Region) {
-        self.refused_keys.remove(&(id.clone(), region));
+        let source = (id.clone(), region);
+        if let Some(Fault::Status(401 | 403)) = self.faults.get(&source) {
+            self.faults.remove(&source);
+        }
     }
 
     pub(super) fn behave(&mut self) {
         self.mood = Mood::Good;
-        self.refused_keys.clear();
+        self.faults.clear();
+        self.requests.clear();
     }
 
     pub(super) fn connections_broke(&mut self) {
@@ -117,7 +142,8 @@ impl Segment {
                         capture: capture_id,
                         event,
                     };
-                    let expected = format!("{}-{}|", arrival.capture, event.name());
+                    let id = format!("{}-{}", arrival.capture, event.name());
+                    let expected = format!("{{\"messageId\":\"{id}\",");
                     assert!(
                         payload.starts_with(expected.as_bytes()),
                         "another id than before"
@@ -127,16 +153,16 @@ impl Segment {
             }
         }
         self.check_limits(lane, &events, at);
+        *self.requests.entry(lane.clone()).or_default() += 1;
         let latency = self.rng.u64(1..300);
-        let poisoned = events.iter().any(|(arrival, _, _)| self.is_poison(arrival));
-        let (reply, takes) = self.answer(lane, poisoned);
-        if takes && !poisoned {
+        let own = |(arrival, _, _): &(Arrival, Vec<u8>, i64)| faults::of_event(arrival);
+        let fault = events.iter().find_map(own);
+        let fault = fault.or((events.len() > self.slow_beyond).then_some(Fault::Hang));
+        let (reply, takes) = self.answer(lane, fault);
+        if takes && fault.is_none() {
             for (arrival, payload, sequence) in events {
                 self.take(lane, arrival, payload, sequence);
             }
-        } else if let Reply::Status { status: 404, .. } = reply {
-            self.refused
-                .extend(events.into_iter().map(|(arrival, _, _)| arrival));
         }
         (reply, latency)
     }
@@ -174,17 +200,15 @@ impl Segment {
         }
     }
 
-    /// The answer, and whether Segment takes the events (if none is poisoned).
-    fn answer(&mut self, lane: &LaneKey, poisoned: bool) -> (Reply, bool) {
+    /// The answer, and whether Segment takes the events (if none fails by itself).
+    fn answer(&mut self, lane: &LaneKey, own: Option<Fault>) -> (Reply, bool) {
         let status = |status| Reply::Status {
             status,
             retry_after: None,
         };
-        if self
-            .refused_keys
-            .contains(&(lane.integration_id.clone(), lane.region))
-        {
-            return (status([401, 403][self.rng.usize(0..2)]), false);
+        let source = (lane.integration_id.clone(), lane.region);
+        if let Some(fault) = self.faults.get(&source) {
+            return (fault.reply(), false);
         }
         let percent = match self.mood {
             Mood::Good => 0,
@@ -192,7 +216,7 @@ impl Segment {
             Mood::Down => 100,
         };
         if self.rng.u32(0..100) >= percent {
-            return (status(if poisoned { 400 } else { 200 }), true);
+            return (own.map_or(status(200), Fault::reply), true);
         }
         // An answer may be lost after the events were taken.
         let lost_late = self.rng.bool();
@@ -202,14 +226,8 @@ impl Segment {
                 false,
             ),
             2 => {
-                let wait = Some(Duration::from_secs(self.rng.u64(0..400)));
-                (
-                    Reply::Status {
-                        status: 429,
-                        retry_after: wait,
-                    },
-                    false,
-                )
+                let status = [429, 503][self.rng.usize(0..2)];
+                (faults::slow_down(&mut self.rng, status), false)
             }
             3 => (Reply::TimedOut, lost_late),
             4 => (
@@ -219,7 +237,7 @@ impl Segment {
                 },
                 false,
             ),
-            5 if self.rng.u8(0..20) == 0 => (status(404), false),
+            5 => (status([404, 421][self.rng.usize(0..2)]), false),
             _ => (
                 Reply::Broken {
                     error: "the connection broke".to_owned(),
@@ -236,7 +254,7 @@ impl Segment {
             return;
         }
         let text = String::from_utf8_lossy(&payload).into_owned();
-        let user = text.split('|').nth(1).unwrap_or_default().to_owned();
+        let user = text.split('"').nth(7).unwrap_or_default().to_owned();
         self.order
             .push((lane.clone(), user, arrival.clone(), sequence));
         self.taken.insert(arrival, payload);
@@ -260,13 +278,8 @@ impl Segment {
         self.taken.contains_key(arrival)
     }
 
-    pub(super) fn was_refused(&self, arrival: &Arrival) -> bool {
-        self.refused.contains(arrival)
-    }
-
-    /// Some events are refused whenever they come.
-    pub(super) fn is_poison(&self, arrival: &Arrival) -> bool {
-        let number: u64 = arrival.capture.parse().unwrap_or(0);
-        number % 23 == 7 && (arrival.event == EventType::Track || number.is_multiple_of(2))
+    /// Requests of a lane since all faults are over.
+    pub(super) fn requests(&self, lane: &LaneKey) -> usize {
+        self.requests.get(lane).copied().unwrap_or(0)
     }
 }

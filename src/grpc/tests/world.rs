@@ -5,7 +5,7 @@ use tokio_stream::StreamExt;
 use super::*;
 use crate::{
     grpc::{integrations::Integrations, relay::Relay},
-    outbox::LeaseBudget,
+    outbox::{LeaseBudget, LeaseScope},
     proto::{
         CaptureBatchRequest, CaptureRequest, CaptureResult, CaptureStreamRequest,
         CaptureStreamResponse, CreateIntegrationRequest, DeleteIntegrationRequest, DeliveryState,
@@ -169,7 +169,11 @@ impl World {
             max_events: 1_000,
             max_bytes: 1_000_000,
         };
-        let leased = self.outbox.lease(&lanes[0], budget).await.expect("leased");
+        let leased = self
+            .outbox
+            .lease(&lanes[0], budget, LeaseScope::All)
+            .await
+            .expect("leased");
         let records = leased.iter().map(|capture| &capture.record);
         let both = |record: &Arc<crate::status::CaptureRecord>| {
             (record.capture_id.clone(), record.mapping_version)

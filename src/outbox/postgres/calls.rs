@@ -14,8 +14,8 @@ use crate::{
     notice::Notice,
     outbox::{
         Backlog, Claim, DeadLetter, DeadLetterCount, DeadLetterFilter, Erasure, FoundSubject,
-        LaneKey, LeaseBudget, LeasedCapture, NewCapture, Outbox, OutboxError, Quota, Receipt,
-        Selection, Settlement, Signals, StoredIntegration, SubjectQuery, stored_id,
+        LaneKey, LeaseBudget, LeaseScope, LeasedCapture, NewCapture, Outbox, OutboxError, Quota,
+        Receipt, Selection, Settlement, Signals, StoredIntegration, SubjectQuery, stored_id,
     },
     proto::ErasureReceipt,
     status::CaptureRecord,
@@ -32,8 +32,10 @@ impl Outbox for PostgresOutbox {
         &self,
         lane: &LaneKey,
         budget: LeaseBudget,
+        scope: LeaseScope,
     ) -> Result<Vec<LeasedCapture>, OutboxError> {
-        self.home(&lane.integration_id)?.lease(lane, budget).await
+        let home = self.home(&lane.integration_id)?;
+        home.lease(lane, budget, &scope).await
     }
 
     fn may_send(&self, lane: &LaneKey) -> bool {

@@ -11,7 +11,7 @@ use super::{
     row::{RECORD_COLUMNS, id_of, record_of},
     sql::{Arguments, Part, arguments, columns},
 };
-use crate::outbox::{LaneKey, LeaseBudget, LeasedCapture, OutboxError};
+use crate::outbox::{LaneKey, LeaseBudget, LeaseScope, LeasedCapture, OutboxError};
 
 /// How much longer than a request to Segment a lease lasts.
 const LEASE_MARGIN: Duration = Duration::from_secs(3);
@@ -36,6 +36,7 @@ impl Database {
         &self,
         key: &LaneKey,
         budget: LeaseBudget,
+        scope: &LeaseScope,
     ) -> Result<Vec<LeasedCapture>, OutboxError> {
         let id = &key.integration_id;
         if !self.session()?.prefers(id.as_str()) {
@@ -58,11 +59,20 @@ impl Database {
         let length = self.context.options.request_timeout + LEASE_MARGIN;
         let length = i64::try_from(length.as_millis()).unwrap_or(i64::MAX);
         let since = Instant::now();
-        let read = format!("{READ} {RECORD_COLUMNS} {READ_FROM}");
+        let (condition, users) = match scope.map(|user| session.sealing.subject(user)) {
+            LeaseScope::All => ("$6::int8[] IS NOT NULL", Vec::new()),
+            LeaseScope::Except(users) => (EXCEPT_USERS, users),
+            LeaseScope::Only(user) => (ONLY_USERS, vec![user]),
+        };
+        let from = READ_FROM.replace("{scope}", condition);
+        let read = format!("{READ} {RECORD_COLUMNS} {from}");
         let relay = &session.relay;
         let statements: [(&str, Arguments<'_>); 2] = [
             (TAKE, &[&lane, relay, &length]),
-            (&read, &[&lane, relay, &limit, &max_bytes, &id.as_str()]),
+            (
+                &read,
+                &[&lane, relay, &limit, &max_bytes, &id.as_str(), &users],
+            ),
         ];
         // A lost answer costs nothing: the lease ends by itself.
         let taken = call.transact_with(Effect::None, Part::Whole, &statements);
@@ -226,6 +236,12 @@ const TAKE: &str = "
         AND EXISTS (SELECT 1 FROM integrations i WHERE i.key = $1::int8 / 8 AND i.state = 'active')
     RETURNING fence, (SELECT revision FROM integrations WHERE key = $1::int8 / 8)";
 
+/// Without some users, or of them alone.
+const EXCEPT_USERS: &str = "NOT EXISTS (
+                SELECT 1 FROM captures o WHERE o.seq = queue.seq AND o.subject = ANY ($6))";
+const ONLY_USERS: &str = "EXISTS (
+                SELECT 1 FROM captures o WHERE o.seq = queue.seq AND o.subject = ANY ($6))";
+
 /// The first rows of a lane that this relay holds.
 const READ: &str = "SELECT q.seq, q.identify_bytes, q.track_bytes, q.identify, q.track,";
 const READ_FROM: &str = "
@@ -234,7 +250,7 @@ const READ_FROM: &str = "
         FROM (SELECT * FROM queue WHERE lane = $1
             AND EXISTS (SELECT 1 FROM lanes WHERE lane = $1 AND holder = $2
                 AND coalesce(blocked_until < clock_timestamp(), true))
-            ORDER BY replayed, seq LIMIT $3) AS own) AS q
+            AND {scope} ORDER BY replayed, seq LIMIT $3) AS own) AS q
     JOIN captures c ON c.seq = q.seq, (SELECT $5::text AS integration_id) AS i
     WHERE q.bytes - q.identify_bytes - q.track_bytes < $4::int8
     ORDER BY q.replayed, q.seq";

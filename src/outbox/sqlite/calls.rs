@@ -18,8 +18,9 @@ use crate::{
     notice::Notice,
     outbox::{
         Backlog, DeadLetter, DeadLetterCount, DeadLetterFilter, Erasure, FoundSubject, LaneKey,
-        LeaseBudget, LeasedCapture, NewCapture, Outbox, OutboxError, Quota, Receipt, Selection,
-        Settlement, Signals, StoredIntegration, SubjectQuery, sealing::SealedCapture, stored_id,
+        LeaseBudget, LeaseScope, LeasedCapture, NewCapture, Outbox, OutboxError, Quota, Receipt,
+        Selection, Settlement, Signals, StoredIntegration, SubjectQuery, sealing::SealedCapture,
+        stored_id,
     },
     proto::ErasureReceipt,
     status::CaptureRecord,
@@ -74,14 +75,16 @@ impl Outbox for SqliteOutbox {
         &self,
         lane: &LaneKey,
         budget: LeaseBudget,
+        scope: LeaseScope,
     ) -> Result<Vec<LeasedCapture>, OutboxError> {
         let lane = lane.clone();
-
-        let fresh = self.shared.lock().fresh(&lane, budget);
+        let scope = scope.map(|user| self.sealing.subject(user));
+        let fresh = self.shared.lock().fresh(&lane, budget, &scope);
         let mut leased = if fresh.stored_wait || self.committer.is_closed() {
             let command = move |reply| ReadCommand::Lease {
                 lane,
                 budget,
+                scope,
                 reply,
             };
             self.read(command).await?

@@ -1,6 +1,6 @@
 //! A capture's newest state, as it stands in the overlay and goes into the database.
 
-use std::sync::Arc;
+use std::{convert::Infallible, sync::Arc};
 
 use bytes::Bytes;
 use sha2::{Digest, Sha256};
@@ -8,7 +8,7 @@ use sha2::{Digest, Sha256};
 use crate::{
     event::EventType,
     integration::IntegrationId,
-    outbox::{LaneKey, LeaseBudget, LeasedCapture},
+    outbox::{LaneKey, LeaseBudget, LeaseScope, LeasedCapture},
     status::CaptureRecord,
     vault::unsealed_len,
 };
@@ -139,6 +139,20 @@ impl Entry {
             identify.map(|_| identify_bytes),
             track.filter(|_| !split).map(|_| track_bytes),
         ]
+    }
+
+    /// Whether a scope admits a new capture.
+    pub(super) fn is_in(&self, scope: &LeaseScope<i64>) -> bool {
+        let subject = || {
+            Ok::<_, Infallible>(match self.origin {
+                Origin::New { subject, .. } => subject,
+                Origin::Stored => None,
+            })
+        };
+        match scope.admits(subject) {
+            Ok(admits) => admits,
+            Err(never) => match never {},
+        }
     }
 
     /// A new capture as a lane takes it.

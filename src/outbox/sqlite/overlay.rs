@@ -22,7 +22,7 @@ use super::{
 };
 use crate::{
     integration::IntegrationId,
-    outbox::{Backlog, LaneKey, LeaseBudget},
+    outbox::{Backlog, LaneKey, LeaseBudget, LeaseScope},
     time::UnixMillis,
 };
 
@@ -167,12 +167,18 @@ impl Overlay {
         self.lanes.clear();
     }
 
-    /// What waits here of a lane, as far as a budget can take it.
-    pub(super) fn fresh(&self, lane: &LaneKey, budget: LeaseBudget) -> Found {
+    /// What waits here of a lane, as far as a scope and a budget can take it.
+    pub(super) fn fresh(
+        &self,
+        lane: &LaneKey,
+        budget: LeaseBudget,
+        scope: &LeaseScope<i64>,
+    ) -> Found {
         let state = self.lanes.get(lane);
         let mut filler = Filler::new(budget);
         let mut captures = Vec::new();
-        for entry in state.iter().flat_map(|state| self.waiting(state)) {
+        let waiting = state.iter().flat_map(|state| self.waiting(state));
+        for entry in waiting.filter(|entry| entry.is_in(scope)) {
             let sizes = entry.sizes(budget);
             if filler.is_full() || !filler.take(sizes.into_iter().flatten()) {
                 break;

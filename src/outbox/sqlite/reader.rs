@@ -20,7 +20,7 @@ use crate::{
     integration::IntegrationId,
     notice::Notice,
     outbox::{
-        Backlog, DeadLetter, DeadLetterCount, DeadLetterFilter, LaneKey, LeaseBudget,
+        Backlog, DeadLetter, DeadLetterCount, DeadLetterFilter, LaneKey, LeaseBudget, LeaseScope,
         LeasedCapture, OutboxError, Selection,
     },
     status::{CaptureRecord, EventStatus, State},
@@ -36,6 +36,7 @@ pub(super) enum ReadCommand {
     Lease {
         lane: LaneKey,
         budget: LeaseBudget,
+        scope: LeaseScope<i64>,
         reply: Reply<Vec<LeasedCapture>>,
     },
     Find {
@@ -97,9 +98,10 @@ pub(super) fn run(
             ReadCommand::Lease {
                 lane,
                 budget,
+                scope,
                 reply,
             } => {
-                let _ = reply.send(lease(connection, shared, &lane, budget));
+                let _ = reply.send(lease(connection, shared, &lane, budget, &scope));
             }
             ReadCommand::Find {
                 integration_id,
@@ -173,6 +175,7 @@ pub(super) const LEASE_SQL: &str = "
 struct Lease<'a> {
     lane: &'a LaneKey,
     budget: LeaseBudget,
+    scope: &'a LeaseScope<i64>,
     filler: Filler,
     leased: Vec<LeasedCapture>,
     shared: &'a Shared,
@@ -183,13 +186,15 @@ pub(super) fn lease(
     shared: &Shared,
     lane: &LaneKey,
     budget: LeaseBudget,
+    scope: &LeaseScope<i64>,
 ) -> Result<Vec<LeasedCapture>, OutboxError> {
     // What is in the database from now on stands in the overlay as well.
     let hold = shared.hold();
-    let fresh = shared.lock().fresh(lane, budget);
+    let fresh = shared.lock().fresh(lane, budget, scope);
     let mut lease = Lease {
         lane,
         budget,
+        scope,
         filler: Filler::new(budget),
         leased: Vec::new(),
         shared,
@@ -247,6 +252,10 @@ impl Lease<'_> {
                 continue;
             }
             skipped_all = false;
+            let subject = || subjects::of(connection, sequence);
+            if !self.scope.admits(subject).map_err(unavailable)? {
+                continue;
+            }
             let mut capture = leased_capture(self.lane, row)?;
             if let Some(entry) = newer {
                 capture.record = Arc::clone(&entry.record);

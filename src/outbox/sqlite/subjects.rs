@@ -1,7 +1,7 @@
 //! Whose data is where. The table is read whole, in pieces: an index would cost every
 //! capture what an erasure needs now and then.
 
-use rusqlite::{Connection, params};
+use rusqlite::{Connection, OptionalExtension, params};
 
 use super::row::region_of;
 use crate::{
@@ -60,6 +60,14 @@ pub(super) fn scan(connection: &Connection, scan: &SubjectScan) -> rusqlite::Res
         found,
         next: Some(end),
     })
+}
+
+/// Whose data a capture is.
+pub(super) fn of(connection: &Connection, sequence: i64) -> rusqlite::Result<Option<i64>> {
+    connection
+        .prepare_cached("SELECT subject FROM subject WHERE sequence = ?1")?
+        .query_row([sequence], |row| row.get(0))
+        .optional()
 }
 
 /// The lane in which a capture waits, if it does; `None` where it is another

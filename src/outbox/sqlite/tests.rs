@@ -11,8 +11,8 @@ use crate::{
     event::{EventPair, EventType},
     metrics::Metrics,
     outbox::{
-        BoxFuture, Content, DeadLetterFilter, LaneKey, LeaseBudget, LeasedCapture, NewCapture,
-        Outbox, Quota, Selection, Settlement, Submitted,
+        BoxFuture, Content, DeadLetterFilter, LaneKey, LeaseBudget, LeaseScope, LeasedCapture,
+        NewCapture, Outbox, Quota, Selection, Settlement, Submitted,
         conformance::{
             self, LIMITS, NOW, Rig, id, ids, lease, new_capture, settle, submit, submit_one,
         },
@@ -355,7 +355,10 @@ async fn a_delivered_backlog_gives_its_space_back_to_the_disk() {
             max_bytes: 10_000_000,
         };
         let lane = conformance::lane("acme");
-        let leased = outbox.lease(&lane, budget).await.expect("leased");
+        let leased = outbox
+            .lease(&lane, budget, LeaseScope::All)
+            .await
+            .expect("leased");
         if leased.is_empty() {
             break;
         }

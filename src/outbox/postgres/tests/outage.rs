@@ -171,7 +171,10 @@ async fn captures_are_refused_without_room_and_what_waits_is_delivered_and_makes
             max_bytes: 10_000_000,
         };
         let lane = crate::outbox::conformance::lane("acme");
-        let leased = outbox.lease(&lane, budget).await.expect("leased");
+        let leased = outbox
+            .lease(&lane, budget, crate::outbox::LeaseScope::All)
+            .await
+            .expect("leased");
         assert!(!leased.is_empty());
         delivered += leased.len();
         settle(&outbox, leased, |_, _| Outcome::Delivered).await;

@@ -3,7 +3,7 @@ use std::path::Path;
 use super::*;
 use crate::{
     outbox::{
-        EventSet, LeaseBudget, LeasedCapture, Quota,
+        EventSet, LeaseBudget, LeaseScope, LeasedCapture, Quota,
         conformance::{LIMITS, lane, new_capture, settlement},
         sqlite::{entry::key_of, open, reader, schema, writer::Writer},
     },
@@ -122,7 +122,14 @@ const BUDGET: LeaseBudget = LeaseBudget {
 impl Threadless {
     fn leased(&self, budget: LeaseBudget) -> Vec<LeasedCapture> {
         let shared = &self.committer.shared;
-        reader::lease(&self.reading, shared, &lane("acme"), budget).expect("read")
+        reader::lease(
+            &self.reading,
+            shared,
+            &lane("acme"),
+            budget,
+            &LeaseScope::All,
+        )
+        .expect("read")
     }
 
     /// Leases give these, in this order, from before captures begin to leave the overlay

@@ -38,7 +38,10 @@ async fn a_store_of_version_6_is_upgraded_with_all_that_waits_and_what_was_delet
             max_events: 10,
             max_bytes: 10_000,
         };
-        let leased = outbox.lease(&lane("kept"), budget).await.expect("leased");
+        let leased = outbox
+            .lease(&lane("kept"), budget, LeaseScope::All)
+            .await
+            .expect("leased");
         assert_eq!(leased.len(), 1);
         assert!(!leased[0].damaged && leased[0].event_count() == 2);
         let all = || Selection::Filter(DeadLetterFilter::default());

@@ -249,7 +249,10 @@ async fn a_payload_that_was_put_in_anothers_place_is_damaged() {
         max_events: 10,
         max_bytes: 10_000,
     };
-    let leased = outbox.lease(&lane("acme"), budget).await.expect("leased");
+    let leased = outbox
+        .lease(&lane("acme"), budget, LeaseScope::All)
+        .await
+        .expect("leased");
     let damaged: Vec<bool> = leased.iter().map(|capture| capture.damaged).collect();
     assert_eq!(damaged, [true, false]);
     outbox.close().await;

@@ -6,7 +6,9 @@ use proptest::prelude::*;
 
 use super::*;
 use crate::{
-    outbox::{DeadLetterFilter, EventSet, Selection, SettledCapture, model::Model},
+    outbox::{
+        DeadLetterFilter, EventSet, Selection, SettledCapture, conformance::user_of, model::Model,
+    },
     status::CaptureRecord,
 };
 
@@ -21,6 +23,7 @@ enum Step {
         shard: u8,
         max_events: usize,
         max_bytes: usize,
+        scope: u8,
         outcomes: Vec<u8>,
     },
     /// Replays the dead letters of an integration.
@@ -45,9 +48,10 @@ fn any_step() -> impl Strategy<Value = Step> {
     );
     prop_oneof![
         6 => prop::collection::vec(capture, 1..5).prop_map(Step::Submit),
-        6 => (0..2_u8, 0..2_u8, 1..7_usize, 1..2_000_usize, prop::collection::vec(0..4_u8, 1..5))
-            .prop_map(|(integration, shard, max_events, max_bytes, outcomes)| Step::Work {
-                integration, shard, max_events, max_bytes, outcomes,
+        6 => (0..2_u8, 0..2_u8, 1..7_usize, 1..2_000_usize, 0..6_u8,
+              prop::collection::vec(0..4_u8, 1..5))
+            .prop_map(|(integration, shard, max_events, max_bytes, scope, outcomes)| Step::Work {
+                integration, shard, max_events, max_bytes, scope, outcomes,
             }),
         1 => (0..2_u8).prop_map(Step::Replay),
         1 => Just(Step::Flush),
@@ -151,14 +155,22 @@ impl Pair {
                 shard,
                 max_events,
                 max_bytes,
+                scope,
                 outcomes,
             } => {
                 let budget = LeaseBudget {
                     max_events,
                     max_bytes,
                 };
-                self.work(&lane_of(integration, shard), budget, &outcomes)
-                    .await;
+                let lane = lane_of(integration, shard);
+                let user = |capture: u8| user_of(&(capture + shard).to_string());
+                let scope = match scope {
+                    0 => LeaseScope::Only(user(4)),
+                    1 => LeaseScope::Except(vec![user(2), user(4), user(6)]),
+                    2 => LeaseScope::Except(vec![user(0)]),
+                    _ => LeaseScope::All,
+                };
+                self.work(&lane, budget, scope, &outcomes).await;
             }
             Step::Replay(integration) => {
                 let filter = DeadLetterFilter {
@@ -231,9 +243,16 @@ impl Pair {
         self.outbox = SqliteOutbox::open(&options, &vault()).expect("opens after a crash");
     }
 
-    async fn work(&mut self, lane: &LaneKey, budget: LeaseBudget, outcomes: &[u8]) {
-        let leased = self.outbox.lease(lane, budget).await.expect("leased");
-        let expected = self.model.lease(lane, budget);
+    async fn work(
+        &mut self,
+        lane: &LaneKey,
+        budget: LeaseBudget,
+        scope: LeaseScope,
+        outcomes: &[u8],
+    ) {
+        let expected = self.model.lease(lane, budget, &scope);
+        let leased = self.outbox.lease(lane, budget, scope).await;
+        let leased = leased.expect("leased");
         let shape = |leased: &[LeasedCapture]| -> Vec<_> {
             leased
                 .iter()
