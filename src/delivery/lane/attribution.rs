@@ -102,6 +102,15 @@ impl Lane {
             };
             return (Outcome::DeadLetter { reason }, finding);
         }
+        // A key with which others were taken since is not what is refused.
+        let works = ended.begun.taken > suspect.first_refused;
+        let finding = Finding::Alone {
+            kind: match kind {
+                FaultKind::Key if works => FaultKind::Final,
+                kind => kind,
+            },
+            is_new,
+        };
         let has_room = evidence.set_aside + self.suspects.count() < MAX_SUSPECTS;
         let asked = failure.retry_after.unwrap_or_default();
         let own = self
@@ -126,7 +135,7 @@ impl Lane {
             reason: failure.reason,
             next_attempt: ended.now.plus(own.max(next)),
         };
-        (outcome, Finding::Alone { kind, is_new })
+        (outcome, finding)
     }
 
     /// Number of the first request with a suspect that was refused: this one, or one of whose
