@@ -118,6 +118,9 @@ pub struct Lane {
     trying: Option<String>,
     /// Whether events of others may wait.
     others_wait: bool,
+    /// Whether the last request that was sent was others'. A plan alone is none: the rate may
+    /// have kept it back, and a suspect must not take its tokens.
+    others_went: bool,
     /// Recoveries of the source that this lane has taken notice of.
     recoveries: u64,
     /// No age counts from before this moment.
@@ -139,6 +142,7 @@ impl Lane {
             suspects: Suspects::default(),
             trying: None,
             others_wait: true,
+            others_went: false,
             recoveries: 0,
             age_from: None,
         }
@@ -162,8 +166,7 @@ impl Lane {
         }
         // Suspects and others take turns, so that neither holds the other up.
         let has_room = evidence.set_aside + self.suspects.count() < MAX_SUSPECTS;
-        let others =
-            self.others_wait && (self.trying.is_some() || (evidence.is_sick() && has_room));
+        let others = self.others_wait && (!self.others_went || (evidence.is_sick() && has_room));
         self.trying = if others {
             None
         } else if evidence.is_sick() {
@@ -271,6 +274,7 @@ impl Lane {
         evidence: &Evidence,
     ) -> (Settlement, Finding) {
         let now = ended.now;
+        self.others_went = self.trying.is_none();
         let disposition = classify(ended.answer);
         let (outcome, finding) = match disposition {
             Disposition::Delivered => (self.taken(&sent), Finding::Taken),
