@@ -264,6 +264,7 @@ impl Relay {
             tasks.spawn(backlog::follow(
                 Arc::clone(&self.services.outbox),
                 Arc::clone(&self.services.registry),
+                Arc::clone(&self.services.sources),
                 self.store.directory(),
                 Arc::clone(&self.board),
                 stop.clone(),

@@ -28,6 +28,12 @@ pub enum Condition {
 }
 
 impl Condition {
+    /// From 0, healthy, to 3, parked.
+    #[must_use]
+    pub fn rank(self) -> u8 {
+        self as u8
+    }
+
     /// The schema's condition.
     #[must_use]
     pub fn to_proto(self) -> SourceCondition {

@@ -22,6 +22,19 @@ pub struct BacklogOf {
     pub oldest_age: Duration,
     /// Whether its deliveries are paused.
     pub paused: bool,
+    /// The worst condition of its sources: 0 healthy, 1 broken, 2 suspended, 3 parked.
+    pub condition: u8,
+}
+
+impl BacklogOf {
+    /// Adds what waits of another one.
+    pub fn add(&mut self, other: &Self) {
+        self.events += other.events;
+        self.bytes += other.bytes;
+        self.oldest_age = self.oldest_age.max(other.oldest_age);
+        self.paused &= other.paused;
+        self.condition = self.condition.max(other.condition);
+    }
 }
 
 /// A disk, in bytes.
@@ -82,12 +95,9 @@ impl BacklogBoard {
         let mut named = self.lock().integrations.clone();
         named.sort_by_key(|one| (std::cmp::Reverse(one.events), one.integration_id.clone()));
         let rest = named.split_off(most.min(named.len()));
-        let others = rest.into_iter().reduce(|sum, one| BacklogOf {
-            events: sum.events + one.events,
-            bytes: sum.bytes + one.bytes,
-            oldest_age: sum.oldest_age.max(one.oldest_age),
-            paused: sum.paused && one.paused,
-            ..sum
+        let others = rest.into_iter().reduce(|mut sum, one| {
+            sum.add(&one);
+            sum
         });
         (named, others)
     }

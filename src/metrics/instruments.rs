@@ -115,7 +115,7 @@ impl Instruments {
 /// Gauges that are read when somebody asks: from a board that is kept up to date.
 pub(super) fn observe(meter: &Meter, board: &Arc<BacklogBoard>, max_integrations: usize) {
     type Read = fn(&super::BacklogOf) -> u64;
-    let gauges: [(&'static str, &'static str, &'static str, Read); 4] = [
+    let gauges: [(&'static str, &'static str, &'static str, Read); 5] = [
         (
             "segment_relay.backlog.events",
             "",
@@ -139,6 +139,12 @@ pub(super) fn observe(meter: &Meter, board: &Arc<BacklogBoard>, max_integrations
             "",
             "1 while a person holds what waits",
             |one| one.paused.into(),
+        ),
+        (
+            "segment_relay.backlog.condition",
+            "",
+            "How the source of what waits answers: 0 healthy, 1 broken, 2 suspended, 3 parked",
+            |one| one.condition.into(),
         ),
     ];
     for (name, unit, description, read) in gauges {

@@ -14,6 +14,7 @@ fn waiting(name: &str, events: u64) -> BacklogOf {
         bytes: events * 10,
         oldest_age: Duration::from_secs(events),
         paused: false,
+        condition: u8::from(name == "b") * 3,
     }
 }
 
@@ -34,6 +35,8 @@ fn integrations_beyond_the_bound_share_a_label() {
         "segment_relay_captures_total{integration=\"other\",outcome=\"accepted\"} 2",
         "segment_relay_backlog_events{integration=\"b\"} 5",
         "segment_relay_backlog_events{integration=\"d\"} 4",
+        "segment_relay_backlog_condition{integration=\"b\"} 3",
+        "segment_relay_backlog_condition{integration=\"d\"} 0",
         "segment_relay_backlog_events{integration=\"other\"} 3",
         "segment_relay_backlog_oldest_age_seconds{integration=\"other\"} 2",
         "segment_relay_outbox_writable 1",
