@@ -1,5 +1,5 @@
 //! What one relay does for all: forgets what is old, folds the counters of relays that are
-//! gone, vacuums after an erasure. In bounded pieces.
+//! gone, vacuums the queue, and its payloads after an erasure. In bounded pieces.
 
 use std::{sync::Arc, sync::atomic::Ordering, time::Duration};
 
@@ -14,13 +14,17 @@ const PIECE: i64 = 2_000;
 const PIECES: usize = 200;
 /// Longest vacuum of one table.
 const VACUUM_LIMIT: Duration = Duration::from_secs(600);
+/// Dead rows of the queue for which it is vacuumed. Leases and settlements pass over them, and
+/// autovacuum comes once a minute and takes its time: at 10,000 captures a second there are
+/// a million by then.
+const DEAD_ROWS: i64 = 50_000;
 /// Rounds after which what was passed over is looked at again.
 const ROUNDS: u32 = 720;
 
 impl Database {
     /// Maintains the database until the outbox closes, if this relay is the one to do it.
     pub(super) async fn maintain(self: Arc<Self>) {
-        let (mut after, mut rounds) = (0, 0_u32);
+        let (mut after, mut rounds, mut kept_dead) = (0, 0_u32, 0);
         loop {
             let round = async {
                 tokio::time::sleep(INTERVAL).await;
@@ -28,7 +32,8 @@ impl Database {
                 if rounds.is_multiple_of(ROUNDS) {
                     after = 0;
                 }
-                self.round(&mut after).await
+                self.round(&mut after).await?;
+                self.vacuum_queue(&mut kept_dead).await
             };
             match self.context.closing.run_until_cancelled(round).await {
                 None => return,
@@ -113,17 +118,40 @@ impl Database {
 
     /// Gives the pages of erased payloads back, and what stood in them.
     async fn vacuum_payloads(&self) -> Result<(), OutboxError> {
+        self.run_vacuum("VACUUM queue").await?;
+        self.run_vacuum("VACUUM dead_letters").await
+    }
+
+    /// Vacuums the queue once it has many dead rows: twice as many as an older transaction
+    /// has kept the last time.
+    pub(super) async fn vacuum_queue(&self, kept: &mut i64) -> Result<(), OutboxError> {
+        const DEAD: &str = "SELECT pg_stat_get_dead_tuples('queue'::regclass)";
+        if !self.is_available() || !self.session()?.prefers("maintenance") {
+            return Ok(());
+        }
+        let connection = self.control.get().await?;
+        let dead: i64 = connection.row(DEAD, &[]).await?.get(0);
+        if dead < DEAD_ROWS.max(2 * *kept) {
+            return Ok(());
+        }
+        drop(connection);
+        // Without truncation, for which callers would wait.
+        self.run_vacuum("VACUUM (TRUNCATE off) queue").await?;
+        *kept = self.control.get().await?.row(DEAD, &[]).await?.get(0);
+        Ok(())
+    }
+
+    async fn run_vacuum(&self, sql: &str) -> Result<(), OutboxError> {
         let connection = self.control.get().await?;
         let vacuumed = async {
             connection
                 .batch_execute("SET statement_timeout = 0")
                 .await?;
-            for sql in ["VACUUM queue", "VACUUM dead_letters"] {
-                connection.batch_execute(sql).await?;
-            }
+            connection.batch_execute(sql).await?;
             connection.batch_execute("RESET statement_timeout").await
         };
-        let limit = 2 * VACUUM_LIMIT;
-        connection.run_for(limit, Effect::None, vacuumed).await
+        connection
+            .run_for(VACUUM_LIMIT, Effect::None, vacuumed)
+            .await
     }
 }

@@ -357,3 +357,35 @@ async fn what_is_older_than_ids_are_remembered_goes_and_what_waits_or_is_dead_st
         .collect();
     assert_eq!(events, EventType::ALL);
 }
+
+#[tokio::test]
+async fn dead_rows_of_the_queue_are_vacuumed_before_leases_have_to_pass_over_many() {
+    let Some(rig) = PostgresRig::new(1) else {
+        return;
+    };
+    let outbox = rig.relay().await;
+    let database = Arc::clone(&outbox.databases[0]);
+    let connection = database.call().await.expect("connected");
+    let come_and_go = "
+        ALTER TABLE queue SET (autovacuum_enabled = false);
+        INSERT INTO queue (lane, replayed, seq, identify_bytes, track_bytes)
+            SELECT 8, false, n, 0, 0 FROM generate_series(1, 60000) AS n;
+        DELETE FROM queue";
+    connection.batch_execute(come_and_go).await.expect("done");
+    // The statistics are told a moment later; the relay's own maintenance may be faster.
+    let vacuumed = async {
+        const COUNT: &str = "SELECT pg_stat_get_vacuum_count('queue'::regclass)";
+        let mut kept = 0;
+        loop {
+            database.vacuum_queue(&mut kept).await.expect("done");
+            let count: i64 = connection.row(COUNT, &[]).await.expect("read").get(0);
+            if count > 0 {
+                return kept;
+            }
+            tokio::time::sleep(Duration::from_millis(100)).await;
+        }
+    };
+    let vacuumed = tokio::time::timeout(Duration::from_secs(30), vacuumed).await;
+    let kept = vacuumed.expect("vacuumed");
+    assert!(kept < 60_000, "{kept} dead rows are kept");
+}
