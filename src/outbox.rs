@@ -346,8 +346,8 @@ pub trait Outbox: Send + Sync + 'static {
     /// All stored integrations.
     async fn integrations(&self) -> Result<Vec<StoredIntegration>, OutboxError>;
 
-    /// The integration of a name as it is stored at this moment, whoever has stored it, in
-    /// whatever incarnation.
+    /// The stored integration of a name, in any incarnation. Reads the store, so that changes
+    /// of other relays are seen.
     async fn integration(
         &self,
         id: &IntegrationId,

@@ -27,7 +27,7 @@ pub struct BacklogOf {
 }
 
 impl BacklogOf {
-    /// Adds what waits of another one.
+    /// Adds the backlog of another integration.
     pub fn add(&mut self, other: &Self) {
         self.events += other.events;
         self.bytes += other.bytes;

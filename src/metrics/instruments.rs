@@ -137,13 +137,13 @@ pub(super) fn observe(meter: &Meter, board: &Arc<BacklogBoard>, max_integrations
         (
             "segment_relay.backlog.paused",
             "",
-            "1 while a person holds what waits",
+            "1 while the integration is paused",
             |one| one.paused.into(),
         ),
         (
             "segment_relay.backlog.condition",
             "",
-            "How the source of what waits answers: 0 healthy, 1 broken, 2 suspended, 3 parked",
+            "Worst condition of its sources: 0 healthy, 1 broken, 2 suspended, 3 parked",
             |one| one.condition.into(),
         ),
     ];

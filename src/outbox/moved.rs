@@ -19,9 +19,9 @@ pub enum MoveError {
 /// What was moved.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Moved {
-    /// Integrations that were stored; those that were there already are left as they are.
+    /// Integrations that were stored. Existing ones are left as they are.
     pub integrations: u64,
-    /// Captures, with what waits of them.
+    /// Captures, with their waiting events.
     pub captures: u64,
     /// Captures that the shared outbox had accepted itself.
     pub known: u64,

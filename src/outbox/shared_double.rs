@@ -275,7 +275,7 @@ impl Outbox for SharedDouble {
         let id = id.clone();
 
         self.call("integration")?;
-        // A store answers later: those who ask at the same time have asked by then.
+        // A store answers later: concurrent readers have asked by then.
         tokio::task::yield_now().await;
         self.inner.integration(&id).await
     }

@@ -119,7 +119,7 @@ impl Lane {
             .wait(suspect.failures, ended.jitter)
             .max(asked);
         let next = if user.is_none() || !has_room {
-            // Nobody can pass it.
+            // Without a free place no other user can pass it.
             self.failures = self.failures.saturating_add(1);
             self.options
                 .backoff

@@ -56,7 +56,7 @@ impl Loads {
     }
 }
 
-/// Adds loads, $1 to $3, to what waits, in rows of relay $4 and slot $5.
+/// Adds loads, $1 to $3, to the rows of relay $4 and slot $5.
 pub(super) const COUNT: &str = "
     INSERT INTO backlog (integration, relay, slot, events, bytes)
     SELECT i.integration, $4, $5, i.events, i.bytes

@@ -183,7 +183,7 @@ impl Call<'_> {
         Ok(u64::try_from(replayed).unwrap_or(0))
     }
 
-    /// The last statements of a transaction that has changed what waits.
+    /// The last statements of a transaction that has changed the queue; counts, and commits.
     pub(super) async fn finish(
         &self,
         loads: &Loads,

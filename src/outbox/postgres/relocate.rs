@@ -188,7 +188,7 @@ impl Move<'_> {
                     OR EXISTS (SELECT 1 FROM captures c WHERE c.integration = i.key))";
         const SPEC: &str = "
             SELECT revision, etag, spec, deleted FROM integrations WHERE key = $1";
-        // Before the row that takes its name: a statement of its own.
+        // A separate statement, before the row that takes its name.
         const EMPTY: &str = "DELETE FROM integrations WHERE integration_id = $1 AND key <> $2";
         const ROW: &str = "
             WITH lanes AS (
@@ -201,7 +201,7 @@ impl Move<'_> {
                 etag = excluded.etag, spec = excluded.spec, deleted = excluded.deleted";
         let (name, key) = (id.as_str(), self.key);
         if self.target.optional(TAKEN, &[&name, &key]).await?.is_some() {
-            let text = "the target has an integration of this name with captures of its own";
+            let text = "the target has another integration of this name, with captures";
             return Err(OutboxError::Unavailable(text.to_owned()));
         }
         let row = self.source.row(SPEC, &[&key]).await?;

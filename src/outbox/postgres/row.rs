@@ -53,7 +53,7 @@ pub(super) fn record_of(row: &Row, first: usize) -> Result<CaptureRecord, Outbox
     })
 }
 
-/// An event as a number: a bit of its own.
+/// An event as a bit.
 pub(super) fn bit(event: EventType) -> i16 {
     match event {
         EventType::Identify => 1,

@@ -1,4 +1,4 @@
-//! The schema: numbered migrations, each in a transaction of its own, one process at a time.
+//! The schema: numbered migrations, each in its own transaction, one process at a time.
 
 use std::{sync::Arc, time::Duration};
 

@@ -96,7 +96,7 @@ impl Connection {
         Ok(self.rows(sql, arguments).await?.into_iter().next())
     }
 
-    /// How many rows a statement has changed that is a transaction of its own.
+    /// Runs a statement as its own transaction; returns the number of changed rows.
     pub(super) async fn apply(
         &self,
         sql: &str,
