@@ -139,7 +139,7 @@ impl Registry {
         Ok(found.filter(|found| found.id() == id))
     }
 
-    /// The same, in whatever incarnation there is.
+    /// The same, by its name, in any incarnation.
     async fn confirm_name(
         &self,
         id: &IntegrationId,

@@ -56,7 +56,7 @@ impl FaultKind {
 }
 
 /// Sorts an answer. Statuses that Segment's newest Node SDK repeats are transient; the others
-/// are final, except those that are never an event's fault.
+/// are final, except statuses that are never an event's fault.
 #[must_use]
 pub fn classify(answer: &Answer) -> Disposition {
     let fault = |kind, reason, retry_after| {

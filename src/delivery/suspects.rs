@@ -55,7 +55,7 @@ impl Suspects {
         self.0.len()
     }
 
-    /// Everybody else's events.
+    /// The events of all other users.
     pub(super) fn others(&self) -> LeaseScope {
         if self.0.is_empty() {
             return LeaseScope::All;

@@ -20,7 +20,7 @@ pub struct LeaseBudget {
 /// it blinds them.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub enum LeaseScope<User = String> {
-    /// Everybody's.
+    /// Those of all users.
     #[default]
     All,
     /// Those of all users but these few.

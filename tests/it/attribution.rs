@@ -1,5 +1,5 @@
-//! The right one is blamed: what fails in a request, a source or an endpoint costs nobody
-//! else's events.
+//! The right one is blamed: what fails in a request, a source or an endpoint
+//! costs no other user's events.
 
 use std::{collections::BTreeSet, time::Duration};
 

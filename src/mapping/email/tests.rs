@@ -12,7 +12,7 @@ fn checked(email: &str) -> Result<(String, String), Vec<String>> {
     }
 }
 
-/// What everybody computes: SHA-256 of the trimmed, lower-case address.
+/// SHA-256 of the trimmed, lower-case address.
 fn canonical_hash(email: &str) -> String {
     hex_digits(&Sha256::digest(email.trim().to_lowercase().as_bytes()))
 }

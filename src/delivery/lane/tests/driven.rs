@@ -190,7 +190,7 @@ fn queue(count: i64) -> Vec<LeasedCapture> {
     (0..count).map(leased).collect()
 }
 
-/// Both events of capture 20 fail, by their user's name, in whatever company.
+/// Both events of capture 20 fail, by their user's name, in any company.
 fn fails_with(reply: impl Fn() -> Reply) -> impl FnMut(Events<'_>, UnixMillis) -> Reply {
     move |events, _| match events.iter().any(|(sequence, _)| *sequence == 20) {
         true => reply(),
