@@ -1,7 +1,7 @@
 //! A deterministic simulation of delivery: the real lanes, evidence and rates, on
 //! the reference outbox, against an imagined Segment, over outages, events that fail by
-//! themselves, sources that refuse everything, lost answers, crashes and clocks that jump. One seed is one history; a failing one is printed
-//! and replays with `SIMULATION_SEED=n cargo test simulation`; a longer run is
+//! themselves, sources that refuse everything, lost answers, crashes and clocks that jump.
+//! One seed is one history; a failing one is printed and replays with `SIMULATION_SEED=n cargo test simulation`; a longer run is
 //! `SIMULATION_SEEDS=1000000 cargo test --release simulation`.
 
 mod faults;
@@ -11,6 +11,7 @@ mod segment;
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap},
     num::NonZeroU32,
+    sync::atomic::{AtomicU64, Ordering},
     time::Duration,
 };
 
@@ -394,18 +395,38 @@ impl Simulation {
     }
 }
 
+/// Plays all seeds, on all processors.
 #[test]
 fn simulation_of_thousands_of_histories_keeps_every_promise() {
     let number = |name: &str| std::env::var_os(name)?.to_str()?.parse::<u64>().ok();
-    let seeds = match number("SIMULATION_SEED") {
-        Some(seed) => seed..seed + 1,
-        None => 0..number("SIMULATION_SEEDS").unwrap_or(SEEDS),
+    let (first, end) = match number("SIMULATION_SEED") {
+        Some(seed) => (seed, seed + 1),
+        None => (0, number("SIMULATION_SEEDS").unwrap_or(SEEDS)),
     };
-    for seed in seeds {
-        let run = std::panic::catch_unwind(|| Simulation::new(seed).run());
-        assert!(
-            run.is_ok(),
-            "seed {seed} fails; replay it with SIMULATION_SEED={seed}"
-        );
-    }
+    let next = AtomicU64::new(first);
+    let play = || {
+        loop {
+            let seed = next.fetch_add(1, Ordering::Relaxed);
+            if seed >= end {
+                return;
+            }
+            if seed > first && seed.is_multiple_of(50_000) {
+                println!("{seed} of {end} seeds");
+            }
+            let run = std::panic::catch_unwind(|| Simulation::new(seed).run());
+            if run.is_err() {
+                next.fetch_add(end, Ordering::Relaxed);
+            }
+            assert!(
+                run.is_ok(),
+                "seed {seed} fails; replay it with SIMULATION_SEED={seed}"
+            );
+        }
+    };
+    let threads = std::thread::available_parallelism().map_or(1, usize::from);
+    std::thread::scope(|scope| {
+        for _ in 0..threads {
+            scope.spawn(play);
+        }
+    });
 }

@@ -18,8 +18,8 @@ use crate::{
 const STEPS_BEFORE_AGE: usize = 300;
 /// Requests that a lane may need for each event that waits, and for each user with an event
 /// that fails by itself, once its source is well.
-const REQUESTS_FOR_EVENT: usize = 4;
-const REQUESTS_FOR_SUSPECT: usize = 60;
+const REQUESTS_FOR_EVENT: usize = 3;
+const REQUESTS_FOR_SUSPECT: usize = 40;
 
 /// What waits in a lane.
 #[derive(Default)]
@@ -91,7 +91,7 @@ impl Simulation {
                     continue;
                 };
                 let most =
-                    40 + REQUESTS_FOR_EVENT * had.events + REQUESTS_FOR_SUSPECT * had.suspects;
+                    20 + REQUESTS_FOR_EVENT * had.events + REQUESTS_FOR_SUSPECT * had.suspects;
                 let requests = self.segment.requests(lane);
                 assert!(requests <= most, "{lane}: {requests} of {most} requests");
             }
