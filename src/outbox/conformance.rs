@@ -30,6 +30,7 @@ use crate::{
 pub(crate) use dead_letters::{
     dead_letters_are_listed_replayed_behind_live_captures_and_discarded,
     dead_letters_keep_their_payload_and_delivered_events_do_not,
+    ids_of_dead_letters_never_come_again,
 };
 pub(crate) use incarnations::a_later_integration_of_a_name_inherits_nothing;
 pub(crate) use leases::{
@@ -70,6 +71,7 @@ macro_rules! names {
             bounds_refuse_whole_captures_and_a_delivery_makes_room
             waiting_callers_and_watchers_hear_of_what_is_durable
             dead_letters_are_listed_replayed_behind_live_captures_and_discarded
+            ids_of_dead_letters_never_come_again
             integrations_are_kept
             a_later_integration_of_a_name_inherits_nothing
             a_persons_data_is_erased_and_nobody_elses

@@ -93,3 +93,30 @@ pub(crate) async fn dead_letters_are_listed_replayed_behind_live_captures_and_di
     );
     outbox.close().await;
 }
+
+pub(crate) async fn ids_of_dead_letters_never_come_again(rig: &impl Rig) {
+    let mut seen = Vec::new();
+    for round in ["a", "b", "c"] {
+        // Each time after all others have been discarded and the outbox was opened again.
+        let outbox = rig.open().await;
+        let outbox = outbox.as_ref();
+        submit_one(outbox, "acme", round).await;
+        let reason = DeliveryReason::PayloadRejected;
+        let leased = lease(outbox, "acme", 10).await;
+        settle(outbox, leased, |_, _| Outcome::DeadLetter { reason }).await;
+        let listed = outbox.dead_letters(DeadLetterFilter::default(), 0, 10);
+        let ids: Vec<i64> = listed.await.expect("listed").iter().map(|l| l.id).collect();
+        assert_eq!(ids.len(), 2);
+        let fresh = ids.iter().all(|id| seen.iter().all(|seen| id > seen));
+        assert!(fresh, "{ids:?} after {seen:?}");
+        // What was discarded and is discarded again finds no other.
+        let again = |ids: &[i64]| Selection::Ids {
+            ids: ids.to_vec(),
+            integrations: None,
+        };
+        assert_eq!(outbox.discard(again(&seen)).await, Ok(0));
+        assert_eq!(outbox.discard(again(&ids)).await, Ok(2));
+        seen.extend(ids);
+        outbox.close().await;
+    }
+}

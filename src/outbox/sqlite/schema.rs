@@ -9,7 +9,7 @@ use super::OpenError;
 /// "SegR" in ASCII: marks the file as the relay's.
 const APPLICATION_ID: i64 = 0x5365_6752;
 /// Counts up with every change of the layout.
-const FORMAT_VERSION: i64 = 7;
+const FORMAT_VERSION: i64 = 8;
 /// Memory for the writer's pages, in KiB: what one flush touches.
 const WRITER_CACHE_KIB: i64 = 12 * 1024;
 /// The log is cut back to this size after a checkpoint, in bytes.
@@ -121,13 +121,28 @@ CREATE TABLE dead_letter (
   UNIQUE (sequence, event)
 ) STRICT;
 CREATE INDEX dead_letter_by_lane ON dead_letter (lane);
+
+CREATE TABLE dead_letter_id (        -- one row
+  last INTEGER NOT NULL              -- the last id that was given: none is given twice
+) STRICT;
+INSERT INTO dead_letter_id (last) VALUES (0);
 ";
 
-/// From version 6: integrations that were deleted are known by the lanes that they have left.
+/// Former versions, each with what makes the next one of it.
+const UPGRADES: [(i64, &str); 2] = [(6, FROM_VERSION_6), (7, FROM_VERSION_7)];
+
+/// Integrations that were deleted are known by the lanes that they have left.
 const FROM_VERSION_6: &str = "
 INSERT INTO integration (id, spec)
 SELECT DISTINCT integration_id, x'' FROM lane WHERE integration_id NOT IN (SELECT id FROM integration);
 PRAGMA user_version = 7;
+";
+
+/// Ids of dead letters came again once the highest ones were gone.
+const FROM_VERSION_7: &str = "
+CREATE TABLE dead_letter_id (last INTEGER NOT NULL) STRICT;
+INSERT INTO dead_letter_id (last) SELECT coalesce(max(id), 0) FROM dead_letter;
+PRAGMA user_version = 8;
 ";
 
 /// Opens the database for the writer; makes its layout where it is new.
@@ -161,9 +176,11 @@ pub(super) fn open_for_writing(directory: &Path, database: &Path) -> Result<Conn
             return Err(OpenError::Foreign(database.to_owned()));
         }
         let mut found = number(&connection, "user_version").map_err(failed)?;
-        if found == 6 {
-            upgrade(&mut connection, FROM_VERSION_6).map_err(failed)?;
-            found = 7;
+        for (version, statements) in UPGRADES {
+            if found == version {
+                upgrade(&mut connection, statements).map_err(failed)?;
+                found += 1;
+            }
         }
         if found != FORMAT_VERSION {
             let path = directory.to_owned();

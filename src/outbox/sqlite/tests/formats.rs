@@ -16,10 +16,18 @@ fn vault() -> Arc<Vault> {
 
 #[tokio::test]
 async fn a_store_of_version_6_is_upgraded_with_all_that_waits_and_what_was_deleted() {
+    is_upgraded(include_str!("version_6.sql")).await;
+}
+
+#[tokio::test]
+async fn a_store_of_version_7_is_upgraded_with_all_that_waits_and_what_was_deleted() {
+    is_upgraded(include_str!("version_7.sql")).await;
+}
+
+async fn is_upgraded(dump: &str) {
     let directory = tempfile::tempdir().expect("a directory");
     let database = directory.path().join("relay.db");
     let connection = rusqlite::Connection::open(&database).expect("made");
-    let dump = include_str!("version_6.sql");
     connection.execute_batch(dump).expect("filled");
     drop(connection);
     // The second time it is a store of the present format.
@@ -51,4 +59,7 @@ async fn a_store_of_version_6_is_upgraded_with_all_that_waits_and_what_was_delet
         assert_eq!(outbox.replay(all(), NOW).await, Ok(Ok(0)));
         outbox.close().await;
     }
+    let connection = rusqlite::Connection::open(&database).expect("opened");
+    let last = connection.query_row("SELECT last FROM dead_letter_id", [], |row| row.get(0));
+    assert_eq!(last, Ok(2), "the ids of what it had are not given again");
 }

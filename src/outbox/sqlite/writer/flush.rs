@@ -129,12 +129,13 @@ impl Work<'_> {
         payload: &[u8],
     ) -> rusqlite::Result<()> {
         const SQL: &str = "
-            INSERT INTO dead_letter (sequence, lane, event, reason, millis, payload, payload_crc)
-            VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7)";
+            INSERT INTO dead_letter (id, sequence, lane, event, reason, millis, payload, payload_crc)
+            VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8)";
         let State::DeadLettered { reason, at } = entry.record.event(event).state else {
             return Ok(());
         };
         self.transaction.prepare_cached(SQL)?.execute(params![
+            self.next_dead_letter_id()?,
             entry.sequence,
             lane,
             event.to_proto() as i64,
@@ -191,17 +192,25 @@ impl Work<'_> {
 
     fn keep_dead_letter(&self, entry: &Entry, lane: i64, event: EventType) -> rusqlite::Result<()> {
         const SQL: &str = "
-            INSERT INTO dead_letter (sequence, lane, event, reason, millis, payload, payload_crc)
-            SELECT ?1, ?2, ?3, ?4, ?5, iif(?3 = 1, identify, track),
+            INSERT INTO dead_letter (id, sequence, lane, event, reason, millis, payload, payload_crc)
+            SELECT ?6, ?1, ?2, ?3, ?4, ?5, iif(?3 = 1, identify, track),
                    iif(?3 = 1, identify_crc, track_crc)
             FROM queue WHERE sequence = ?1";
         let State::DeadLettered { reason, at } = entry.record.event(event).state else {
             return Ok(());
         };
         let number = event.to_proto() as i64;
-        let row = params![entry.sequence, lane, number, reason as i64, at.0];
+        let id = self.next_dead_letter_id()?;
+        let row = params![entry.sequence, lane, number, reason as i64, at.0, id];
         self.transaction.prepare_cached(SQL)?.execute(row)?;
         Ok(())
+    }
+
+    /// An id that no dead letter has had: a repeated discard must not find another one.
+    fn next_dead_letter_id(&self) -> rusqlite::Result<i64> {
+        self.transaction
+            .prepare_cached("UPDATE dead_letter_id SET last = last + 1 RETURNING last")?
+            .query_row([], |row| row.get(0))
     }
 }
 
