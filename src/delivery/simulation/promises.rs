@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use super::{
     STEPS_TO_REST, Simulation, USERS, Working,
     faults::{self, Fault},
-    segment::Arrival,
+    segment::{Arrival, MAX_LATENCY_MILLIS},
 };
 use crate::{
     event::EventType,
@@ -34,6 +34,10 @@ impl Simulation {
     /// Faults end, keys are right, and time passes until nothing waits.
     pub(super) fn come_to_rest(&mut self) {
         self.segment.behave();
+        // What was under way may be answered with a fault, and with a wait, still.
+        self.pass(MAX_LATENCY_MILLIS);
+        self.work();
+        self.segment.forget_requests();
         self.credentials.clear();
         self.changes += 1;
         for working in self.lanes.values_mut() {

@@ -17,6 +17,9 @@ use crate::{
     segment::Reply,
 };
 
+/// Longer than any answer takes.
+pub(super) const MAX_LATENCY_MILLIS: u64 = 300;
+
 /// An event as Segment knows it.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub(super) struct Arrival {
@@ -111,6 +114,10 @@ impl Segment {
     pub(super) fn behave(&mut self) {
         self.mood = Mood::Good;
         self.faults.clear();
+    }
+
+    /// Counts requests from now on.
+    pub(super) fn forget_requests(&mut self) {
         self.requests.clear();
     }
 
@@ -154,7 +161,7 @@ impl Segment {
         }
         self.check_limits(lane, &events, at);
         *self.requests.entry(lane.clone()).or_default() += 1;
-        let latency = self.rng.u64(1..300);
+        let latency = self.rng.u64(1..MAX_LATENCY_MILLIS);
         let own = |(arrival, _, _): &(Arrival, Vec<u8>, i64)| faults::of_event(arrival);
         let fault = events.iter().find_map(own);
         let fault = fault.or((events.len() > self.slow_beyond).then_some(Fault::Hang));
