@@ -56,7 +56,10 @@ pub use postgres::{
 #[doc(hidden)]
 pub use record::{check_stored_record, sample_records};
 pub use signals::{Change, Signals};
-pub use sqlite::{ExportError, KeyError, OpenError, SqliteOptions, SqliteOutbox};
+pub use sqlite::{
+    CheckError, CheckReport, Damage, ExportError, JournalError, KeyError, OpenError, SqliteOptions,
+    SqliteOutbox, accept_damage, check,
+};
 pub use subject::{Erasure, FoundSubject, SubjectQuery};
 
 /// Lanes of one integration and region. Fixed, since an event has to stay in

@@ -102,6 +102,20 @@ newer is missing: install your system's postgresql package"
   export SEGMENT_RELAY_POSTGRES_BIN SEGMENT_RELAY_NEEDS_POSTGRES=1
 }
 
+# strace for the test of power losses, which skips itself where a process may not trace another.
+prepare_strace() {
+  local traces="strace -o /dev/null true"
+  command -v strace >/dev/null || debian_packages strace || true
+  [ -x "$debian/usr/bin/strace" ] && PATH=$PATH:$debian/usr/bin
+  command -v strace >/dev/null || missing "strace is missing: install your system's strace package"
+  if $traces 2>/dev/null; then
+    export SEGMENT_RELAY_NEEDS_STRACE=1
+  else
+    echo "$0: strace may not trace here, so that power losses are not tested" >&2
+    export SEGMENT_RELAY_STRACE=off
+  fi
+}
+
 # Patroni, etcd and libfaketime for tests/cluster.
 prepare_cluster() {
   prepare_postgres

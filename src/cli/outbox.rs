@@ -33,6 +33,9 @@ enum OutboxCommand {
     /// keep running; meanwhile the integration takes no captures and its deliveries wait.
     /// Repeat an interrupted run
     MoveIntegration(MoveIntegrationArgs),
+    /// Read all of the embedded outbox in [outbox] path and say what is damaged, and how many events
+    /// of which integration. Stop its relay first. Exit code 1 where something is damaged
+    Check(CheckArgs),
     /// Move the embedded outbox in [outbox] path to the databases of [postgres]. Stop its relay
     /// first, and start those on PostgreSQL afterwards, so that each user's events keep their
     /// order. Repeat an interrupted run. Exit code 1 where something had to stay
@@ -44,6 +47,17 @@ struct ConfigArgs {
     /// TOML file
     #[arg(long, value_name = "FILE")]
     config: Option<PathBuf>,
+}
+
+#[derive(Args, Debug)]
+struct CheckArgs {
+    /// Accept the loss of what is damaged, so that the relay starts again: copies of a damaged
+    /// journal are kept beside it, and all that can be read is taken over
+    #[arg(long)]
+    accept_damage: bool,
+
+    #[command(flatten)]
+    config: ConfigArgs,
 }
 
 #[derive(Args, Debug)]
@@ -77,6 +91,7 @@ pub(super) async fn run(args: &OutboxArgs) -> Result<u8, Failure> {
     match &args.command {
         OutboxCommand::Init(args) => init(args).await,
         OutboxCommand::MoveIntegration(args) => move_integration(args).await,
+        OutboxCommand::Check(args) => check(args).await,
         OutboxCommand::Move(args) => move_embedded(args).await,
     }
 }
@@ -149,6 +164,44 @@ async fn move_embedded(args: &ConfigArgs) -> Result<u8, Failure> {
     progress.end();
     telemetry.flush().await;
     report(&moved?, path)
+}
+
+async fn check(args: &CheckArgs) -> Result<u8, Failure> {
+    let config = Config::read(args.config.config.as_deref(), &spec_violations)?;
+    let telemetry = telemetry::start(&config)?;
+    let path = &config.outbox.path;
+    let progress = Progress::new("rows");
+    let report = outbox::check(path, |done, total| progress.show(done, total));
+    progress.end();
+    let report = report.map_err(|error| Failure::Other(error.to_string()))?;
+    let mut out = std::io::stdout();
+    writeln!(
+        out,
+        "{}: {} captures, {} events wait, {} dead letters, {} records in the journal alone",
+        path.display(),
+        report.captures,
+        report.waiting,
+        report.dead_letters,
+        report.journal_records
+    )?;
+    for damage in &report.damages {
+        let events = match damage.events {
+            0 => String::new(),
+            events => format!(": {events} event(s)"),
+        };
+        let whose = damage.integration_id.as_deref();
+        let whose = whose.map_or_else(String::new, |id| format!(" of {id}"));
+        writeln!(out, "damaged: {}{events}{whose}", damage.what)?;
+    }
+    if report.damages.is_empty() {
+        writeln!(out, "nothing is damaged")?;
+    } else if args.accept_damage {
+        let vault = Arc::new(Vault::load(&config.secrets, true)?);
+        outbox::accept_damage(path, &vault).map_err(RunError::Open)?;
+        writeln!(out, "accepted: the relay can start")?;
+    }
+    telemetry.flush().await;
+    Ok(u8::from(!report.damages.is_empty() && !args.accept_damage))
 }
 
 /// Prints what was moved, and returns the exit code.

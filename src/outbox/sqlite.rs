@@ -30,11 +30,13 @@
 
 mod admission;
 mod calls;
+mod check;
 mod committer;
 mod entry;
 pub(super) mod export;
 mod filter;
 mod fresh;
+mod hidden;
 mod journal;
 mod keys;
 mod lookup;
@@ -60,11 +62,17 @@ use std::{
 
 use tokio::sync::{mpsc, oneshot};
 
-use super::{FoundSubject, Limits, Outbox, OutboxError, Signals, SubjectQuery, sealing::Sealing};
+use super::{
+    FoundSubject, LaneKey, LeaseBudget, LeaseScope, LeasedCapture, Limits, Outbox, OutboxError,
+    Signals, SubjectQuery, sealing::Sealing,
+};
 use crate::{metrics::Metrics, vault::Vault};
 
+pub use check::{CheckError, CheckReport, Damage, accept_damage, check};
 use committer::Command;
 pub use export::ExportError;
+use hidden::Hidden;
+pub use journal::JournalError;
 pub use keys::KeyError;
 use overlay::Shared;
 use reader::ReadCommand;
@@ -133,13 +141,13 @@ pub enum OpenError {
     /// The file is not a database of the relay.
     #[error("{0} is not an outbox of segment-relay; move it away")]
     Foreign(PathBuf),
-    /// The journal can't be read or written.
-    #[error("the journal in {path} cannot be opened: {source}")]
+    /// The journal can't be opened.
+    #[error("the outbox in {path} cannot be opened: {source}{}", remedy(source))]
     Journal {
         /// The configured directory.
         path: PathBuf,
-        /// What went wrong.
-        source: std::io::Error,
+        /// Why.
+        source: JournalError,
     },
     /// The database failed.
     #[error("the outbox in {path} cannot be opened: {source}")]
@@ -149,6 +157,17 @@ pub enum OpenError {
         /// What SQLite said.
         source: rusqlite::Error,
     },
+}
+
+/// What to do about it.
+fn remedy(error: &JournalError) -> &'static str {
+    match error {
+        JournalError::Damaged(_) | JournalError::Missing(_) => {
+            ". `segment-relay outbox check` says more; restore the directory from a backup, or \
+             accept the loss with `segment-relay outbox check --accept-damage`"
+        }
+        JournalError::Io(_) | JournalError::NoDatabase(_) => "",
+    }
 }
 
 /// The embedded outbox. See the module's description.
@@ -161,6 +180,7 @@ pub struct SqliteOutbox {
     sealing: Arc<Sealing>,
     shared: Arc<Shared>,
     limits: Limits,
+    hidden: Hidden,
     open: Mutex<Option<OpenFiles>>,
 }
 
@@ -241,6 +261,33 @@ impl SqliteOutbox {
         command: impl FnOnce(oneshot::Sender<Result<T, OutboxError>>) -> Command,
     ) -> Result<T, OutboxError> {
         ask(&self.committer, command).await
+    }
+
+    async fn lease_once(
+        &self,
+        lane: &LaneKey,
+        budget: LeaseBudget,
+        scope: LeaseScope,
+    ) -> Result<Vec<LeasedCapture>, OutboxError> {
+        let lane = lane.clone();
+        let scope = scope.map(|user| self.sealing.subject(user));
+        let fresh = self.shared.lock().fresh(&lane, budget, &scope);
+        let mut leased = if fresh.stored_wait || self.committer.is_closed() {
+            let command = move |reply| ReadCommand::Lease {
+                lane,
+                budget,
+                scope,
+                reply,
+            };
+            self.read(command).await?
+        } else {
+            let captures = fresh.captures.iter();
+            captures.map(|entry| entry.leased(budget)).collect()
+        };
+        for capture in &mut leased {
+            self.sealing.leased(capture)?;
+        }
+        Ok(leased)
     }
 
     /// Done while nothing is accepted or settled.

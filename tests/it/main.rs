@@ -20,6 +20,7 @@ mod command;
 mod connections;
 mod crash;
 mod cut_off;
+mod damage;
 mod dead_letters;
 mod dead_letters_command;
 mod delivery;

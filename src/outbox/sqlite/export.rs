@@ -7,8 +7,10 @@ use rusqlite::{Connection, params};
 use super::{
     OpenError, SqliteOptions,
     entry::{key_of, stored_key},
+    journal::OnDamage,
     keys, open,
     row::{crc32, region_of},
+    schema,
     writer::Ids,
 };
 use crate::{
@@ -23,7 +25,7 @@ use crate::{
 };
 
 /// Nothing is accepted, so nothing is bounded.
-const UNBOUNDED: Limits = Limits {
+pub(super) const UNBOUNDED: Limits = Limits {
     max_events: u64::MAX,
     max_bytes: u64::MAX,
     max_integration_events: u64::MAX,
@@ -107,7 +109,7 @@ impl Export {
             metrics: Metrics::off(),
         };
         // What stands in the journal alone is put into the database.
-        let recovered = open::recovered(&options, vault)?;
+        let recovered = open::recovered(&options, vault, OnDamage::Refuse)?;
         let (connection, ids) = recovered.writer.into_parts();
         let index_key = keys::index_key(&connection, vault).map_err(|source| OpenError::Keys {
             path: directory.to_owned(),
@@ -296,15 +298,7 @@ impl Export {
             }
         }
         // Its counts are those of what is left.
-        transaction.execute(
-            "UPDATE lane SET
-               waiting_events = (SELECT coalesce(sum((q.identify IS NOT NULL) + (q.track IS NOT NULL)), 0)
-                                 FROM queue q WHERE q.lane = lane.id),
-               waiting_bytes = (SELECT coalesce(sum(coalesce(length(q.identify), 0) + coalesce(length(q.track), 0)), 0)
-                                FROM queue q WHERE q.lane = lane.id)
-             WHERE waiting_events > 0",
-            [],
-        )?;
+        transaction.execute_batch(schema::RECOUNT)?;
         self.ids.store(&transaction)?;
         transaction.commit()?;
         self.ids.committed();

@@ -9,30 +9,91 @@
 //! # Layout
 //! A head: magic (8 bytes), number of the first record (8), CRC-32 of both (4). Then
 //! records without gaps: length of the body (4), CRC-32 of all that follows (4),
-//! number (8), kind (1), body. Integers are little-endian. Numbers count up by one
-//! and never repeat, so what an earlier use has left behind ends the reading, and so
-//! does a record that was cut short.
+//! number (8), records of its group before it (4), kind (1), body. Integers are
+//! little-endian. Numbers count up by one and never repeat, so what an earlier use has
+//! left behind is known by its numbers. The former layout (magic `SegRjnl1`) does not have
+//! the records before it in its group; it is read, and written no more.
+//!
+//! # Damage
+//! All whole records are found, also behind one that is damaged. Where one is missing that
+//! was acknowledged, the journal is not opened ([`JournalError`]), unless that is asked for:
+//! then the files are kept beside the new ones, and all other records count.
 
 use std::{
     fs::File,
-    io::{self, Seek, SeekFrom, Write},
-    path::Path,
+    io::{self, Read, Seek, SeekFrom, Write},
+    path::{Path, PathBuf},
 };
 
 use bytes::{Bytes, BytesMut};
 
+use crate::time::UnixMillis;
+
 mod read;
 pub(super) mod record;
 
-const MAGIC: [u8; 8] = *b"SegRjnl1";
 const HEAD_BYTES: usize = 20;
-const RECORD_HEAD_BYTES: usize = 17;
+const RECORD_HEAD_BYTES: usize = Layout::Present.record_head_bytes();
 /// A longer record is none: it is damaged.
 const MAX_RECORD_BYTES: u32 = 256 * 1024 * 1024;
 /// Groups share pieces of memory of this size.
 const BUFFER_BYTES: usize = 256 * 1024;
 /// Zeros are written in pieces of this size.
 static ZEROS: [u8; 64 * 1024] = [0; 64 * 1024];
+
+/// How records are laid out.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Layout {
+    /// As described above.
+    Present,
+    /// Without the place in the group.
+    Former,
+}
+
+impl Layout {
+    const fn magic(self) -> &'static [u8; 8] {
+        match self {
+            Self::Present => b"SegRjnl2",
+            Self::Former => b"SegRjnl1",
+        }
+    }
+
+    const fn record_head_bytes(self) -> usize {
+        match self {
+            Self::Present => 21,
+            Self::Former => 17,
+        }
+    }
+}
+
+/// Why the journal can't be opened.
+#[derive(Debug, thiserror::Error)]
+pub enum JournalError {
+    /// The disk failed.
+    #[error(transparent)]
+    Io(#[from] io::Error),
+    /// Acknowledged records are damaged.
+    #[error("{0} acknowledged record(s) are damaged or missing")]
+    Damaged(u64),
+    /// A file is not there.
+    #[error("{0} is missing, and what was acknowledged in it")]
+    Missing(PathBuf),
+    /// There are journals without a database.
+    #[error(
+        "relay.db is missing or empty, but {0} is not: restore the whole directory from a backup, \
+         or move it away to begin with an empty outbox"
+    )]
+    NoDatabase(PathBuf),
+}
+
+/// What to do where acknowledged records are damaged.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum OnDamage {
+    /// Open nothing, and change nothing.
+    Refuse,
+    /// Keep the files, and go on with what can be read.
+    Accept,
+}
 
 /// A record as it stands in the journal.
 #[derive(Debug, PartialEq, Eq)]
@@ -59,6 +120,7 @@ struct Segment {
 }
 
 const SEGMENTS: usize = 3;
+const NAMES: [&str; SEGMENTS] = ["relay.journal-0", "relay.journal-1", "relay.journal-2"];
 
 /// The segments, one of which is written.
 #[derive(Debug)]
@@ -84,8 +146,9 @@ impl Journal {
         directory: &Path,
         applied: u64,
         kept_bytes: u64,
+        on_damage: OnDamage,
         mut each: impl FnMut(Record) -> io::Result<()>,
-    ) -> io::Result<Self> {
+    ) -> Result<Self, JournalError> {
         let open = |name| -> io::Result<Segment> {
             let file = open_private(&directory.join(name))?;
             let used = file.metadata()?.len();
@@ -97,33 +160,38 @@ impl Journal {
                 last: 0,
             })
         };
-        let mut segments = [
-            open("relay.journal-0")?,
-            open("relay.journal-1")?,
-            open("relay.journal-2")?,
-        ];
-        let mut firsts = [None; SEGMENTS];
+        let [first, second, third] = NAMES;
+        let mut segments = [open(first)?, open(second)?, open(third)?];
+        let mut firsts = [0; SEGMENTS];
         for (segment, first) in segments.iter_mut().zip(&mut firsts) {
-            *first = read::head(&mut segment.file)?;
+            *first = segment.first()?.unwrap_or(u64::MAX);
         }
         let mut order = [0, 1, 2];
         order.sort_by_key(|index| firsts[*index]);
-        let mut next = applied + 1;
+        let mut content = read::Content::default();
         for index in order {
-            let Some(first) = firsts[index] else { continue };
-            if first > next {
-                tracing::error!(
-                    missing = first - next,
-                    "the outbox's journal is damaged: acknowledged records are missing"
-                );
+            content.read(&mut segments[index].file, applied)?;
+        }
+        match (content.missing(applied), on_damage) {
+            (0, _) => {}
+            (missing, OnDamage::Refuse) => return Err(JournalError::Damaged(missing)),
+            (missing, OnDamage::Accept) => {
+                tracing::error!(missing, "acknowledged records of the journal are lost");
+                keep(directory)?;
             }
-            let end = read::records(&mut segments[index].file, first, |record| {
-                if record.number <= applied {
-                    return Ok(());
-                }
-                each(record)
-            })?;
-            next = next.max(end);
+        }
+        let cut_off = content.cut_off(applied);
+        if cut_off > 0 {
+            tracing::warn!(
+                records = cut_off,
+                "the last write of the journal was cut off: these were not acknowledged, unless \
+                 the disk is damaged"
+            );
+        }
+        let mut next = applied + 1;
+        for (number, record) in content.records {
+            each(record)?;
+            next = number + 1;
         }
         Ok(Self {
             segments,
@@ -186,7 +254,7 @@ impl Journal {
         (segment.end, segment.last) = (0, self.next - 1);
         self.buffer.clear();
         self.staged = 0;
-        self.buffer.extend_from_slice(&MAGIC);
+        self.buffer.extend_from_slice(Layout::Present.magic());
         self.buffer.extend_from_slice(&self.next.to_le_bytes());
         let crc = crc32fast::hash(&self.buffer);
         self.buffer.extend_from_slice(&crc.to_le_bytes());
@@ -205,7 +273,10 @@ impl Journal {
         let start = self.buffer.len();
         self.buffer.extend_from_slice(&[0; RECORD_HEAD_BYTES]);
         self.buffer[start + 8..start + 16].copy_from_slice(&self.next.to_le_bytes());
-        self.buffer[start + 16] = kind;
+        // At most as many as fit into the memory of a group.
+        let place = u32::try_from(self.staged).unwrap_or(u32::MAX);
+        self.buffer[start + 16..start + 20].copy_from_slice(&place.to_le_bytes());
+        self.buffer[start + 20] = kind;
         for part in body {
             self.buffer.extend_from_slice(part);
         }
@@ -308,6 +379,17 @@ impl Journal {
 }
 
 impl Segment {
+    /// Number of the first record.
+    fn first(&mut self) -> io::Result<Option<u64>> {
+        let mut bytes = Vec::new();
+        self.file.seek(SeekFrom::Start(0))?;
+        let head = HEAD_BYTES as u64;
+        Read::by_ref(&mut self.file)
+            .take(head)
+            .read_to_end(&mut bytes)?;
+        Ok(read::head(&bytes).map(|(_, first)| first))
+    }
+
     fn append(&mut self, bytes: &[u8]) -> io::Result<()> {
         let end = self.end + bytes.len() as u64;
         self.used = self.used.max(end);
@@ -339,6 +421,73 @@ impl Segment {
         self.used = 0;
         Ok(())
     }
+}
+
+/// Looks at a store before its database is opened. A new one has no journals with content, and
+/// gets empty ones; any other one has all three, or has lost what was in the missing one.
+pub(super) fn prepare(directory: &Path, on_damage: OnDamage) -> Result<(), JournalError> {
+    let size = |name| match std::fs::metadata(directory.join(name)) {
+        Ok(known) => Ok(Some(known.len())),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+        Err(error) => Err(error),
+    };
+    let is_new = size("relay.db")?.unwrap_or(0) == 0;
+    for name in NAMES {
+        match size(name)? {
+            Some(bytes) if bytes > 0 && is_new => {
+                return Err(JournalError::NoDatabase(directory.join(name)));
+            }
+            None if !is_new && on_damage == OnDamage::Refuse => {
+                return Err(JournalError::Missing(directory.join(name)));
+            }
+            None => {
+                if !is_new {
+                    tracing::error!(name, "a file of the journal is missing, and what was in it");
+                }
+                open_private(&directory.join(name))?;
+            }
+            Some(_) => {}
+        }
+    }
+    sync_directory(directory)
+}
+
+/// Reads the segments of a store that is not open, and changes nothing. Returns how many records
+/// after `applied` there are, and how many acknowledged ones are missing.
+pub(super) fn look(directory: &Path, applied: u64) -> Result<(u64, u64), JournalError> {
+    let mut content = read::Content::default();
+    for name in NAMES {
+        let path = directory.join(name);
+        match File::open(&path) {
+            Ok(mut file) => content.read(&mut file, applied)?,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                return Err(JournalError::Missing(path));
+            }
+            Err(error) => return Err(error.into()),
+        }
+    }
+    Ok((content.records.len() as u64, content.missing(applied)))
+}
+
+/// Makes files that were created last also after a power loss.
+pub(super) fn sync_directory(directory: &Path) -> Result<(), JournalError> {
+    if cfg!(unix) {
+        File::open(directory)?.sync_all()?;
+    }
+    Ok(())
+}
+
+/// Copies the segments, so that what is damaged can be looked at later.
+fn keep(directory: &Path) -> io::Result<()> {
+    let now = UnixMillis::now().0;
+    for name in NAMES {
+        let kept = directory.join(format!("{name}.damaged-{now}"));
+        let mut copy = open_private(&kept)?;
+        io::copy(&mut File::open(directory.join(name))?, &mut copy)?;
+        copy.sync_all()?;
+        tracing::warn!(path = %kept.display(), "a copy of the damaged journal is kept");
+    }
+    Ok(())
 }
 
 /// Addresses are in there, so it is for the relay's user alone.

@@ -13,7 +13,8 @@ use tokio::sync::mpsc;
 use super::{
     OpenError, OpenFiles, READ_QUEUE, SqliteOptions, SqliteOutbox, WRITE_QUEUE,
     committer::{self, Committer, Parts, SEGMENT_BYTES},
-    journal::{Journal, Record, record},
+    hidden::Hidden,
+    journal::{self, Journal, JournalError, OnDamage, Record, record},
     keys,
     lookup::Lookup,
     overlay::{Overlay, Shared},
@@ -39,10 +40,17 @@ pub(super) struct Recovered {
 pub(super) fn recovered(
     options: &SqliteOptions,
     vault: &Arc<Vault>,
+    on_damage: OnDamage,
 ) -> Result<Recovered, OpenError> {
     let lock = lock_directory(&options.directory)?;
     let database = options.directory.join("relay.db");
+    let journal = |source| OpenError::Journal {
+        path: options.directory.clone(),
+        source,
+    };
+    journal::prepare(&options.directory, on_damage).map_err(journal)?;
     let mut write = schema::open_for_writing(&options.directory, &database)?;
+    journal::sync_directory(&options.directory).map_err(journal)?;
     let prepared =
         keys::prepare(&mut write, vault, options.encrypt_payloads).map_err(|source| {
             OpenError::Keys {
@@ -68,10 +76,7 @@ pub(super) fn recovered(
     )
     .map_err(failed)?;
     let (journal, lookup) =
-        recover(options, applied, lookup, &mut writer).map_err(|source| OpenError::Journal {
-            path: options.directory.clone(),
-            source,
-        })?;
+        recover(options, applied, on_damage, lookup, &mut writer).map_err(journal)?;
     Ok(Recovered {
         lock,
         writer,
@@ -92,7 +97,7 @@ pub(super) fn open(options: &SqliteOptions, vault: &Arc<Vault>) -> Result<Sqlite
         lookup,
         signals,
         shared,
-    } = recovered(options, vault)?;
+    } = recovered(options, vault, OnDamage::Refuse)?;
     let failed = |source| OpenError::Database {
         path: options.directory.clone(),
         source,
@@ -143,6 +148,7 @@ pub(super) fn open(options: &SqliteOptions, vault: &Arc<Vault>) -> Result<Sqlite
         sealing,
         shared,
         limits: options.limits,
+        hidden: Hidden::default(),
         open: Mutex::new(Some(files)),
     })
 }
@@ -155,12 +161,14 @@ fn spawn(name: &str, run: Box<dyn FnOnce() + Send>) -> io::Result<JoinHandle<()>
 fn recover(
     options: &SqliteOptions,
     applied: u64,
+    on_damage: OnDamage,
     mut lookup: Lookup,
     writer: &mut Writer,
-) -> io::Result<(Journal, Lookup)> {
+) -> Result<(Journal, Lookup), JournalError> {
     let mut overlay = Overlay::default();
     let each = |record: Record| replay(&record, &mut overlay, &mut lookup);
-    let mut journal = Journal::open(&options.directory, applied, SEGMENT_BYTES, each)?;
+    let directory = &options.directory;
+    let mut journal = Journal::open(directory, applied, SEGMENT_BYTES, on_damage, each)?;
     lookup.refresh();
     let entries = overlay.changed_through(u64::MAX);
     if journal.last() > applied {
@@ -207,7 +215,7 @@ fn replay(record: &Record, overlay: &mut Overlay, lookup: &mut Lookup) -> io::Re
     Ok(())
 }
 
-fn lock_directory(directory: &Path) -> Result<File, OpenError> {
+pub(super) fn lock_directory(directory: &Path) -> Result<File, OpenError> {
     let failed = |source| OpenError::Directory {
         path: directory.to_owned(),
         source,

@@ -145,6 +145,45 @@ INSERT INTO dead_letter_id (last) SELECT coalesce(max(id), 0) FROM dead_letter;
 PRAGMA user_version = 8;
 ";
 
+/// The counts of lanes, from what is there.
+pub(super) const RECOUNT: &str = "
+UPDATE lane SET
+  waiting_events = (SELECT coalesce(sum((q.identify IS NOT NULL) + (q.track IS NOT NULL)), 0)
+                    FROM queue q WHERE q.lane = lane.id),
+  waiting_bytes = (SELECT coalesce(sum(coalesce(length(q.identify), 0) + coalesce(length(q.track), 0)), 0)
+                   FROM queue q WHERE q.lane = lane.id)
+WHERE waiting_events > 0 OR EXISTS (SELECT 1 FROM queue q WHERE q.lane = lane.id)";
+
+/// Whether a database is the relay's, of a version that is known.
+pub(super) fn check_version(
+    connection: &Connection,
+    directory: &Path,
+    database: &Path,
+) -> Result<(), OpenError> {
+    let number = |name: &str| {
+        connection.query_row(&format!("PRAGMA {name}"), [], |row| row.get::<_, i64>(0))
+    };
+    let failed = |source: rusqlite::Error| match source.sqlite_error_code() {
+        Some(rusqlite::ErrorCode::NotADatabase) => OpenError::Foreign(database.to_owned()),
+        _ => OpenError::Database {
+            path: directory.to_owned(),
+            source,
+        },
+    };
+    if number("application_id").map_err(failed)? != APPLICATION_ID {
+        return Err(OpenError::Foreign(database.to_owned()));
+    }
+    let found = number("user_version").map_err(failed)?;
+    if (UPGRADES[0].0..=FORMAT_VERSION).contains(&found) {
+        return Ok(());
+    }
+    Err(OpenError::Version {
+        path: directory.to_owned(),
+        found,
+        known: FORMAT_VERSION,
+    })
+}
+
 /// Opens the database for the writer; makes its layout where it is new.
 pub(super) fn open_for_writing(directory: &Path, database: &Path) -> Result<Connection, OpenError> {
     let failed = |source| OpenError::Database {
@@ -161,11 +200,11 @@ pub(super) fn open_for_writing(directory: &Path, database: &Path) -> Result<Conn
     let number = |connection: &Connection, name: &str| {
         connection.query_row(&format!("PRAGMA {name}"), [], |row| row.get::<_, i64>(0))
     };
-    let is_new =
-        number(&connection, "page_count").map_err(|source| match source.sqlite_error_code() {
-            Some(rusqlite::ErrorCode::NotADatabase) => OpenError::Foreign(database.to_owned()),
-            _ => failed(source),
-        })? == 0;
+    let empty = is_empty(&connection);
+    let is_new = empty.map_err(|source| match source.sqlite_error_code() {
+        Some(rusqlite::ErrorCode::NotADatabase) => OpenError::Foreign(database.to_owned()),
+        _ => failed(source),
+    })?;
     if is_new {
         // Both have to be set before the first table.
         connection
@@ -193,6 +232,12 @@ pub(super) fn open_for_writing(directory: &Path, database: &Path) -> Result<Conn
     }
     prepare(&mut connection, is_new).map_err(failed)?;
     Ok(connection)
+}
+
+/// Whether there is no table yet: it is new, or its making was interrupted.
+fn is_empty(connection: &Connection) -> rusqlite::Result<bool> {
+    const SQL: &str = "SELECT NOT EXISTS (SELECT 1 FROM sqlite_schema)";
+    connection.query_row(SQL, [], |row| row.get(0))
 }
 
 /// All of it or nothing.

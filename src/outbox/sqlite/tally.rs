@@ -109,6 +109,12 @@ impl Tally {
         self.lanes.get(lane).copied().unwrap_or_default()
     }
 
+    /// Whether something waits in a lane.
+    pub(super) fn waits(&self, lane: &LaneKey) -> bool {
+        let waiting = self.lanes.get(lane);
+        waiting.is_some_and(|waiting| waiting.events > 0)
+    }
+
     /// The lanes in which something waits.
     pub(super) fn waiting_lanes(&self) -> impl Iterator<Item = (&LaneKey, &Waiting)> {
         self.lanes.iter().filter(|(_, waiting)| waiting.events > 0)

@@ -1,8 +1,10 @@
 mod admission;
+mod check;
 mod formats;
 mod keys;
 mod model;
 mod notices;
+mod power_loss;
 
 use std::{path::Path, sync::LazyLock};
 

@@ -5,7 +5,7 @@ use crate::{
     outbox::{
         EventSet, LeaseBudget, LeaseScope, LeasedCapture, Quota,
         conformance::{LIMITS, lane, new_capture, settlement},
-        sqlite::{entry::key_of, open, reader, schema, writer::Writer},
+        sqlite::{entry::key_of, journal::OnDamage, open, reader, schema, writer::Writer},
     },
     status::Outcome,
     vault::Vault,
@@ -34,7 +34,7 @@ impl Threadless {
             metrics: Metrics::off(),
         };
         let vault = Arc::new(Vault::forgetful().expect("random"));
-        let recovered = open::recovered(&options, &vault).expect("opens");
+        let recovered = open::recovered(&options, &vault, OnDamage::Refuse).expect("opens");
         let (store, to_writer) = mpsc::channel(1);
         let parts = Parts {
             journal: recovered.journal,

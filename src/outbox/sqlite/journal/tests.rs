@@ -3,12 +3,23 @@ use super::*;
 const KEPT: u64 = 4_096;
 
 fn open(directory: &Path, applied: u64) -> (Journal, Vec<(u64, u8, Vec<u8>)>) {
+    let (journal, found) = try_open(directory, applied, OnDamage::Refuse);
+    (journal.expect("opens"), found)
+}
+
+type Opened = Result<Journal, JournalError>;
+
+fn try_open(
+    directory: &Path,
+    applied: u64,
+    on_damage: OnDamage,
+) -> (Opened, Vec<(u64, u8, Vec<u8>)>) {
     let mut found = Vec::new();
-    let journal = Journal::open(directory, applied, KEPT, |record| {
+    let journal = Journal::open(directory, applied, KEPT, on_damage, |record| {
         found.push((record.number, record.kind, record.body));
         Ok(())
     });
-    (journal.expect("opens"), found)
+    (journal, found)
 }
 
 impl Journal {
@@ -99,37 +110,130 @@ fn a_segment_is_used_again_only_once_it_is_free_and_shows_nothing_of_its_last_us
     assert_eq!(numbers(path, 3), [4, 5, 6]);
 }
 
+/// Ends of records with bodies of these lengths behind a head.
+fn ends(bodies: &[usize]) -> Vec<usize> {
+    let mut end = HEAD_BYTES;
+    let ends = bodies.iter().map(|body| {
+        end += RECORD_HEAD_BYTES + body;
+        end
+    });
+    ends.collect()
+}
+
 #[test]
-fn a_tail_that_was_cut_or_changed_ends_the_journal_and_nothing_before_it_is_lost() {
+fn a_last_group_that_was_cut_or_changed_costs_no_record_but_those_that_are_not_whole() {
     let directory = tempfile::tempdir().expect("a directory");
     let path = directory.path();
     drop(journal_with(path, &[b"one", b"two", b"three"]));
     let segment = written_segment(path);
     let whole = std::fs::read(&segment).expect("read");
-    let record = |body: usize| RECORD_HEAD_BYTES + body;
-    let ends = [
-        HEAD_BYTES,
-        HEAD_BYTES + record(3),
-        HEAD_BYTES + 2 * record(3),
-        HEAD_BYTES + 2 * record(3) + record(5),
-    ];
-    assert_eq!(whole.len(), ends[3]);
-    let complete = |length: usize| ends[1..].iter().filter(|end| **end <= length).count();
+    let ends = ends(&[3, 3, 5]);
+    assert_eq!(whole.len(), ends[2]);
     for length in 0..=whole.len() {
         std::fs::write(&segment, &whole[..length]).expect("cut");
-        assert_eq!(numbers(path, 0).len(), complete(length), "cut at {length}");
+        let complete = ends.iter().filter(|end| **end <= length).count();
+        assert_eq!(numbers(path, 0).len(), complete, "cut at {length}");
     }
     for place in 0..whole.len() {
         let mut changed = whole.clone();
         changed[place] ^= 0x10;
         std::fs::write(&segment, &changed).expect("changed");
-        let expected = if place < HEAD_BYTES {
-            0
-        } else {
-            complete(place)
-        };
-        assert_eq!(numbers(path, 0).len(), expected, "changed at {place}");
+        let broken = ends.iter().position(|end| place < *end);
+        let broken = broken.filter(|_| place >= HEAD_BYTES);
+        let expected: Vec<u64> = (0..3)
+            .filter(|index| Some(*index) != broken)
+            .map(|index| index as u64 + 1)
+            .collect();
+        assert_eq!(numbers(path, 0), expected, "changed at {place}");
     }
+}
+
+#[test]
+fn damage_before_the_last_group_is_refused_and_once_accepted_costs_what_is_damaged_alone() {
+    let directory = tempfile::tempdir().expect("a directory");
+    let path = directory.path();
+    let mut journal = journal_with(path, &[b"one", b"two"]);
+    write(&mut journal, &[b"three", b"four"]);
+    // The last group stands in another segment.
+    assert!(journal.rotate());
+    write(&mut journal, &[b"five"]);
+    drop(journal);
+    let segment = path.join(NAMES[1]);
+    let whole = std::fs::read(&segment).expect("read");
+    let ends = ends(&[3, 3, 5, 4]);
+    assert_eq!(whole.len(), ends[3]);
+    let refused = |applied| match try_open(path, applied, OnDamage::Refuse) {
+        (Err(JournalError::Damaged(count)), found) if found.is_empty() => count,
+        other => panic!("{other:?}"),
+    };
+    for place in HEAD_BYTES..whole.len() {
+        let mut changed = whole.clone();
+        changed[place] ^= 0x10;
+        std::fs::write(&segment, &changed).expect("changed");
+        let broken = ends.iter().position(|end| place < *end).expect("one") as u64 + 1;
+        assert_eq!(refused(0), 1, "changed at {place}");
+        assert_eq!(std::fs::read(&segment).expect("read"), changed);
+        // What is in the database already may be damaged here.
+        assert_eq!(numbers(path, broken).len() as u64, 5 - broken);
+    }
+    std::fs::write(&segment, vec![0; whole.len()]).expect("emptied");
+    assert_eq!((refused(0), refused(3)), (4, 1));
+    let mut torn = whole.clone();
+    torn[ends[0]..ends[2]].fill(0);
+    std::fs::write(&segment, &torn).expect("torn");
+    assert_eq!(refused(0), 2);
+    let (journal, found) = try_open(path, 0, OnDamage::Accept);
+    let found: Vec<u64> = found.into_iter().map(|(number, ..)| number).collect();
+    assert_eq!((found, journal.expect("opens").last()), (vec![1, 4, 5], 5));
+    let kept = std::fs::read_dir(path).expect("listed").filter(|file| {
+        let path = file.as_ref().expect("a file").path();
+        path.to_string_lossy().contains("journal-1.damaged-")
+            && std::fs::read(path).expect("read") == torn
+    });
+    assert_eq!(kept.count(), 1);
+}
+
+#[test]
+fn a_journal_without_its_head_or_with_bytes_between_records_is_read() {
+    let directory = tempfile::tempdir().expect("a directory");
+    let path = directory.path();
+    let mut journal = journal_with(path, &[b"one"]);
+    write(&mut journal, &[b"two"]);
+    drop(journal);
+    let segment = path.join(NAMES[1]);
+    let whole = std::fs::read(&segment).expect("read");
+    let mut changed = whole.clone();
+    changed[..HEAD_BYTES].fill(0xff);
+    changed.splice(ends(&[3])[0]..ends(&[3])[0], *b"something else");
+    std::fs::write(&segment, &changed).expect("changed");
+    assert_eq!(numbers(path, 0), [1, 2]);
+}
+
+#[test]
+fn a_file_that_is_missing_beside_a_database_and_a_journal_without_one_are_refused() {
+    let directory = tempfile::tempdir().expect("a directory");
+    let path = directory.path();
+    prepare(path, OnDamage::Refuse).expect("a new store");
+    assert!(NAMES.iter().all(|name| path.join(name).exists()));
+    drop(journal_with(path, &[b"one"]));
+    for database in [None, Some("")] {
+        if let Some(content) = database {
+            std::fs::write(path.join("relay.db"), content).expect("written");
+        }
+        let refused = prepare(path, OnDamage::Refuse);
+        assert!(matches!(refused, Err(JournalError::NoDatabase(_))));
+        // There is nothing that it could be accepted for.
+        let refused = prepare(path, OnDamage::Accept);
+        assert!(matches!(refused, Err(JournalError::NoDatabase(_))));
+    }
+    std::fs::write(path.join("relay.db"), "content").expect("written");
+    prepare(path, OnDamage::Refuse).expect("whole");
+    std::fs::remove_file(path.join(NAMES[2])).expect("removed");
+    let refused = prepare(path, OnDamage::Refuse);
+    assert!(matches!(refused, Err(JournalError::Missing(_))));
+    assert!(!path.join(NAMES[2]).exists(), "nothing is changed");
+    prepare(path, OnDamage::Accept).expect("accepted");
+    prepare(path, OnDamage::Refuse).expect("whole again");
 }
 
 #[test]

@@ -1,12 +1,16 @@
 //! Stores of former formats are opened, and upgraded where they are.
 
 use super::*;
-use crate::{config::Secrets, outbox::conformance::lane};
+use crate::{
+    config::Secrets,
+    outbox::{SHARDS, conformance::lane},
+};
 
 /// The key of the stored integrations.
 const KEY: &str = "srk1_8s9DbBW/0z9L7As1uDL5Vt0qDp1D0tu0vgyMbBASBXU=";
 
-fn vault() -> Arc<Vault> {
+/// The vault of [`KEY`].
+pub(super) fn known_vault() -> Arc<Vault> {
     let secrets = Secrets {
         keys: Some(KEY.into()),
         key_file: "/nowhere".into(),
@@ -16,23 +20,29 @@ fn vault() -> Arc<Vault> {
 
 #[tokio::test]
 async fn a_store_of_version_6_is_upgraded_with_all_that_waits_and_what_was_deleted() {
-    is_upgraded(include_str!("version_6.sql")).await;
+    is_upgraded(include_str!("version_6.sql"), &[], 1).await;
 }
 
 #[tokio::test]
 async fn a_store_of_version_7_is_upgraded_with_all_that_waits_and_what_was_deleted() {
-    is_upgraded(include_str!("version_7.sql")).await;
+    let journal = include_bytes!("version_7.journal");
+    is_upgraded(include_str!("version_7.sql"), journal, 2).await;
 }
 
-async fn is_upgraded(dump: &str) {
+/// `waiting`: captures of `kept` that wait.
+async fn is_upgraded(dump: &str, journal: &[u8], waiting: usize) {
     let directory = tempfile::tempdir().expect("a directory");
     let database = directory.path().join("relay.db");
     let connection = rusqlite::Connection::open(&database).expect("made");
     connection.execute_batch(dump).expect("filled");
     drop(connection);
+    for (name, content) in [("0", journal), ("1", &[]), ("2", &[])] {
+        let path = directory.path().join(format!("relay.journal-{name}"));
+        std::fs::write(path, content).expect("written");
+    }
     // The second time it is a store of the present format.
     for _ in 0..2 {
-        let outbox = SqliteOutbox::open(&options(directory.path()), &vault()).expect("opens");
+        let outbox = SqliteOutbox::open(&options(directory.path()), &known_vault()).expect("opens");
         let known = outbox.integrations().await.expect("read");
         let known: Vec<&str> = known
             .iter()
@@ -46,12 +56,22 @@ async fn is_upgraded(dump: &str) {
             max_events: 10,
             max_bytes: 10_000,
         };
-        let leased = outbox
-            .lease(&lane("kept"), budget, LeaseScope::All)
-            .await
-            .expect("leased");
-        assert_eq!(leased.len(), 1);
-        assert!(!leased[0].damaged && leased[0].event_count() == 2);
+        let mut leased = Vec::new();
+        for shard in 0..SHARDS {
+            let lane = LaneKey {
+                shard,
+                ..lane("kept")
+            };
+            leased.extend(
+                outbox
+                    .lease(&lane, budget, LeaseScope::All)
+                    .await
+                    .expect("leased"),
+            );
+        }
+        assert_eq!(leased.len(), waiting);
+        let sound = |one: &LeasedCapture| !one.damaged && one.event_count() == 2;
+        assert!(leased.iter().all(sound));
         let all = || Selection::Filter(DeadLetterFilter::default());
         let counted = outbox.count_dead_letters(all(), UnixMillis(0)).await;
         let counted = counted.expect("counted");
