@@ -1,6 +1,7 @@
 //! The `segment-relay` command: arguments in, exit code out.
 
 mod check;
+mod descriptors;
 mod generate;
 mod outbox;
 mod sandbox;

@@ -7,7 +7,7 @@ use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
 
 use super::{
-    Failure,
+    Failure, descriptors,
     signals::{Reloads, cancel_on_signal},
     spec_violations,
 };
@@ -37,7 +37,7 @@ pub(super) struct ServeArgs {
 
 /// Runs the relay until SIGTERM or SIGINT.
 pub(super) async fn run(args: &ServeArgs) -> Result<(), Failure> {
-    let config = Config::read(args.config.as_deref(), &spec_violations)?;
+    let mut config = Config::read(args.config.as_deref(), &spec_violations)?;
     let listen = config.server.listen;
     let exposed = exposure(&config);
     if let Some(exposed) = exposed.filter(|_| !listen.ip().is_loopback() && !args.insecure) {
@@ -48,6 +48,7 @@ pub(super) async fn run(args: &ServeArgs) -> Result<(), Failure> {
     }
     let telemetry = telemetry::start(&config)?;
     panics::install();
+    descriptors::fit(&mut config);
     let outbox = match config.outbox.kind {
         OutboxKind::Embedded => config.outbox.path.display().to_string(),
         OutboxKind::Postgres => format!("PostgreSQL, databases: {}", config.postgres.urls.len()),

@@ -24,6 +24,7 @@ mod damage;
 mod dead_letters;
 mod dead_letters_command;
 mod delivery;
+mod descriptors;
 mod drain;
 mod faults;
 mod harness;

@@ -45,6 +45,7 @@ async fn listener() -> TcpListener {
 pub(crate) struct Process {
     pub(crate) child: Child,
     pub(crate) channel: Channel,
+    pub(crate) address: String,
     pub(crate) log: Written,
 }
 
@@ -57,6 +58,17 @@ impl Process {
     pub(crate) async fn start_configured(outbox: &Path, urls: &[String; 2], file: &Path) -> Self {
         let mut command = Command::new(env!("CARGO_BIN_EXE_segment-relay"));
         command.arg("serve").arg("--config").arg(file);
+        Self::run(command, outbox, urls, &[]).await
+    }
+
+    /// Starts it with so many file descriptors at the most.
+    pub(crate) async fn start_limited(outbox: &Path, urls: &[String; 2], limit: u32) -> Self {
+        let mut command = Command::new("sh");
+        command
+            .arg("-c")
+            .arg(format!("ulimit -n {limit} && exec \"$0\" serve"))
+            .arg(env!("CARGO_BIN_EXE_segment-relay"))
+            .env("SEGMENT_RELAY__LOG__FILTER", "trace");
         Self::run(command, outbox, urls, &[]).await
     }
 
@@ -117,6 +129,7 @@ impl Process {
         Self {
             child,
             channel: channel.connect().await.expect("connects"),
+            address,
             log,
         }
     }
