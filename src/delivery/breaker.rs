@@ -40,7 +40,9 @@ impl Sign {
             Disposition::Delivered
             | Disposition::Pause(_)
             | Disposition::Hold(_)
-            | Disposition::Fault(FaultKind::Final | FaultKind::Key, _) => Self::Alive,
+            | Disposition::Fault(FaultKind::Misrouted | FaultKind::Final | FaultKind::Key, _) => {
+                Self::Alive
+            }
         }
     }
 }
@@ -209,7 +211,7 @@ mod tests {
             Disposition::Fault(FaultKind::Final, refused),
             Disposition::Fault(FaultKind::Key, refused),
             Disposition::Hold(failure(DeliveryReason::RateLimited)),
-            Disposition::Hold(failure(DeliveryReason::ServerError)),
+            Disposition::Fault(FaultKind::Misrouted, failure(DeliveryReason::ServerError)),
         ] {
             assert_eq!(Sign::of(alive), Sign::Alive, "{alive:?}");
         }

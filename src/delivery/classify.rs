@@ -41,6 +41,9 @@ pub enum FaultKind {
     Transient,
     /// There was no answer in time: there may have been too many events.
     TimedOut,
+    /// It did not reach what takes events: a wrong path or connection, or a firewall that hides
+    /// why it dislikes an event.
+    Misrouted,
     /// No repetition mends it.
     Final,
     /// The write key is refused, or a firewall dislikes an event.
@@ -56,7 +59,7 @@ impl FaultKind {
 }
 
 /// Sorts an answer. Statuses that Segment's newest Node SDK repeats are transient; the others
-/// are final, except statuses that are never an event's fault.
+/// are final, except statuses that no event is given up for.
 #[must_use]
 pub fn classify(answer: &Answer) -> Disposition {
     let fault = |kind, reason, retry_after| {
@@ -95,7 +98,7 @@ fn of_status(status: u16, retry_after: Option<Duration>) -> Disposition {
             let limited = hold(DeliveryReason::RateLimited);
             return retry_after.map_or(limited, Disposition::Pause);
         }
-        404 | 421 => return hold(DeliveryReason::ServerError),
+        404 | 421 => (FaultKind::Misrouted, DeliveryReason::ServerError),
         400 | 413 => (FaultKind::Final, DeliveryReason::PayloadRejected),
         401 | 403 => (FaultKind::Key, DeliveryReason::Unauthorized),
         408 | 410 | 460 => (FaultKind::Transient, DeliveryReason::ServerError),
@@ -150,7 +153,7 @@ mod tests {
         for status in 100..=599 {
             let expected = match status {
                 200..=299 => (None, Reason::Unspecified),
-                404 | 421 => (None, Reason::ServerError),
+                404 | 421 => (Some(FaultKind::Misrouted), Reason::ServerError),
                 429 => (None, Reason::RateLimited),
                 400 | 413 => (Some(FaultKind::Final), Reason::PayloadRejected),
                 401 | 403 => (Some(FaultKind::Key), Reason::Unauthorized),

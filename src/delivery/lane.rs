@@ -23,7 +23,7 @@ use crate::{
 use super::{
     backoff::Backoff,
     batch_size::BatchSize,
-    classify::{Disposition, Failure, FaultKind, classify},
+    classify::{Disposition, Failure, classify},
     evidence::{Begun, Evidence, Finding},
     suspects::{MAX_SUSPECTS, Suspects},
 };
@@ -106,8 +106,8 @@ pub struct Lane {
     options: LaneOptions,
     /// Failures in a row.
     failures: u32,
-    /// How the last request failed.
-    last: Option<(FaultKind, DeliveryReason)>,
+    /// Whether several events have failed together since the last success.
+    failed_together: bool,
     /// No request before this moment, and how long that was to be.
     not_before: Option<(UnixMillis, Duration)>,
     size: BatchSize,
@@ -135,7 +135,7 @@ impl Lane {
             key,
             options,
             failures: 0,
-            last: None,
+            failed_together: false,
             not_before: None,
             size: BatchSize::new(options.max_batch_events),
             refused: VecDeque::new(),
@@ -303,7 +303,7 @@ impl Lane {
     fn taken(&mut self, sent: &[LeasedCapture]) -> Outcome {
         self.clear_of_refusals(sent);
         self.failures = 0;
-        self.last = None;
+        self.failed_together = false;
         self.not_before = None;
         self.size.grow();
         if let Some(user) = self.trying.clone() {

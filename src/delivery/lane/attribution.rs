@@ -48,7 +48,8 @@ impl Lane {
             });
         }
         let slow = kind == FaultKind::TimedOut;
-        let again = self.last.replace((kind, failure.reason)) == Some((kind, failure.reason));
+        // Whatever the answer: one event may crash, hang or be refused by turns.
+        let again = std::mem::replace(&mut self.failed_together, true);
         let halves = again || kind.is_refusal() || (slow && self.size.is_slow());
         if halves {
             self.size.halve(events as usize, slow);
@@ -128,7 +129,13 @@ impl Lane {
         } else {
             self.suspects
                 .set_aside(suspect, ended.begun.request, ended.now, own);
-            self.wait_after_suspect(kind, ended.jitter, &evidence)
+            let next = self.wait_after_suspect(kind, ended.jitter, &evidence);
+            // What a sick source asks is for all of its events.
+            if evidence.is_sick() {
+                next.max(asked)
+            } else {
+                next
+            }
         };
         let _ = self.wait(failure.reason, ended.now, next);
         let outcome = Outcome::Retry {

@@ -2,6 +2,7 @@ use bytes::Bytes;
 use proptest::prelude::*;
 
 mod driven;
+mod kinds;
 
 use super::*;
 use crate::outbox::EventSet;
@@ -126,7 +127,7 @@ fn a_delivered_batch_settles_every_event_that_it_carried() {
 fn waits_grow_with_failures_and_end_with_a_success() {
     let mut lane = lane();
     for expected in [500, 1_000, 2_000, 4_000] {
-        let _ = settle(&mut lane, vec![leased(1)], &answer(404, None), 1.0);
+        let _ = settle(&mut lane, vec![leased(1)], &answer(429, None), 1.0);
         assert_eq!(waits(&mut lane, NOW), Duration::from_millis(expected));
         assert_eq!(
             waits(&mut lane, NOW.plus(Duration::from_millis(expected))),

@@ -14,11 +14,22 @@ pub(super) enum Fault {
     Hang,
     Reset,
     Page,
+    /// Another way each time.
+    Mixed,
 }
 
 impl Fault {
-    pub(super) fn reply(self) -> Reply {
+    pub(super) fn reply(self, rng: &mut Rng) -> Reply {
         match self {
+            Self::Mixed => {
+                let kinds = [
+                    Self::Status(500),
+                    Self::Status(404),
+                    Self::Hang,
+                    Self::Reset,
+                ];
+                kinds[rng.usize(0..kinds.len())].reply(rng)
+            }
             Self::Status(status) => Reply::Status {
                 status,
                 retry_after: None,
@@ -41,7 +52,7 @@ impl Fault {
     }
 }
 
-const OF_EVENTS: [Fault; 10] = [
+const OF_EVENTS: [Fault; 13] = [
     Fault::Status(400),
     Fault::Status(500),
     Fault::Status(403),
@@ -50,8 +61,11 @@ const OF_EVENTS: [Fault; 10] = [
     Fault::Reset,
     Fault::Status(402),
     Fault::Page,
+    Fault::Status(404),
+    Fault::Mixed,
     Fault::Status(503),
     Fault::Status(408),
+    Fault::Status(421),
 ];
 
 /// Some events fail whenever they come.
@@ -65,11 +79,12 @@ pub(super) fn of_event(arrival: &Arrival) -> Option<Fault> {
 /// How a source fails as a whole.
 pub(super) fn of_source(rng: &mut Rng) -> Fault {
     let statuses = [400, 401, 403, 404, 402, 421, 500, 503, 413];
-    match rng.usize(0..12) {
+    match rng.usize(0..13) {
         0 => Fault::Hang,
         1 => Fault::Reset,
         2 => Fault::Page,
-        any => Fault::Status(statuses[any - 3]),
+        3 => Fault::Mixed,
+        any => Fault::Status(statuses[any - 4]),
     }
 }
 

@@ -215,7 +215,7 @@ impl Segment {
         };
         let source = (lane.integration_id.clone(), lane.region);
         if let Some(fault) = self.faults.get(&source) {
-            return (fault.reply(), false);
+            return (fault.reply(&mut self.rng), false);
         }
         let percent = match self.mood {
             Mood::Good => 0,
@@ -223,7 +223,8 @@ impl Segment {
             Mood::Down => 100,
         };
         if self.rng.u32(0..100) >= percent {
-            return (own.map_or(status(200), Fault::reply), true);
+            let reply = own.map(|fault| fault.reply(&mut self.rng));
+            return (reply.unwrap_or(status(200)), true);
         }
         // An answer may be lost after the events were taken.
         let lost_late = self.rng.bool();

@@ -6,21 +6,21 @@ use super::*;
 use crate::{outbox::LeaseScope, status::MAX_ATTEMPTS_KEPT};
 
 /// A request's events.
-type Events<'a> = &'a [(i64, EventType)];
+pub(super) type Events<'a> = &'a [(i64, EventType)];
 
 /// Lanes of one source with their queues, and a Segment.
-struct Driven<S> {
-    lanes: Vec<(Lane, LaneKey, Vec<LeasedCapture>)>,
-    sources: Sources,
-    segment: S,
-    now: UnixMillis,
-    requests: usize,
-    done: Vec<(i64, EventType, State)>,
+pub(super) struct Driven<S> {
+    pub(super) lanes: Vec<(Lane, LaneKey, Vec<LeasedCapture>)>,
+    pub(super) sources: Sources,
+    pub(super) segment: S,
+    pub(super) now: UnixMillis,
+    pub(super) requests: usize,
+    pub(super) done: Vec<(i64, EventType, State)>,
 }
 
 impl<S: FnMut(Events<'_>, UnixMillis) -> Reply> Driven<S> {
     /// Captures of each lane.
-    fn new(queues: Vec<Vec<LeasedCapture>>, options: LaneOptions, segment: S) -> Self {
+    pub(super) fn new(queues: Vec<Vec<LeasedCapture>>, options: LaneOptions, segment: S) -> Self {
         let lanes = queues.into_iter().zip(0..).map(|(queue, shard)| {
             let key = LaneKey { shard, ..key() };
             (Lane::new(key.clone(), options), key, queue)
@@ -128,7 +128,7 @@ impl<S: FnMut(Events<'_>, UnixMillis) -> Reply> Driven<S> {
     }
 
     /// Works until `done`, or a time has passed.
-    fn run(&mut self, longest: Duration, done: impl Fn(&Self) -> bool) {
+    pub(super) fn run(&mut self, longest: Duration, done: impl Fn(&Self) -> bool) {
         let end = self.now.plus(longest);
         while !done(self) && self.now < end {
             let turns: Vec<_> = (0..self.lanes.len())
@@ -141,7 +141,7 @@ impl<S: FnMut(Events<'_>, UnixMillis) -> Reply> Driven<S> {
         }
     }
 
-    fn delivered(&self) -> usize {
+    pub(super) fn delivered(&self) -> usize {
         let delivered = |state: &State| matches!(state, State::Delivered { .. });
         self.done
             .iter()
@@ -149,7 +149,7 @@ impl<S: FnMut(Events<'_>, UnixMillis) -> Reply> Driven<S> {
             .count()
     }
 
-    fn dead(&self) -> BTreeSet<(i64, EventType, DeliveryReason)> {
+    pub(super) fn dead(&self) -> BTreeSet<(i64, EventType, DeliveryReason)> {
         let dead = self
             .done
             .iter()
@@ -161,37 +161,37 @@ impl<S: FnMut(Events<'_>, UnixMillis) -> Reply> Driven<S> {
     }
 }
 
-fn status(status: u16) -> Reply {
+pub(super) fn status(status: u16) -> Reply {
     answer(status, None).reply
 }
 
-fn reset() -> Reply {
+pub(super) fn reset() -> Reply {
     Reply::Broken {
         error: "reset".to_owned(),
         sent: true,
     }
 }
 
-fn page() -> Reply {
+pub(super) fn page() -> Reply {
     Reply::NotTaken {
         status: 200,
         body: "an HTML page",
     }
 }
 
-fn roomy() -> LaneOptions {
+pub(super) fn roomy() -> LaneOptions {
     LaneOptions {
         max_batch_events: 2_500,
         ..options()
     }
 }
 
-fn queue(count: i64) -> Vec<LeasedCapture> {
+pub(super) fn queue(count: i64) -> Vec<LeasedCapture> {
     (0..count).map(leased).collect()
 }
 
 /// Both events of capture 20 fail, by their user's name, in any company.
-fn fails_with(reply: impl Fn() -> Reply) -> impl FnMut(Events<'_>, UnixMillis) -> Reply {
+pub(super) fn fails_with(reply: impl Fn() -> Reply) -> impl FnMut(Events<'_>, UnixMillis) -> Reply {
     move |events, _| match events.iter().any(|(sequence, _)| *sequence == 20) {
         true => reply(),
         false => status(200),
