@@ -15,7 +15,7 @@ use sha2::{Digest, Sha256};
 
 use crate::{
     harness::{PATIENCE, World, acme, numbered, states},
-    receiver::Receiver,
+    receiver::{Receiver, events_in},
 };
 
 /// Captures of as many people, all of one lane.
@@ -238,5 +238,31 @@ async fn a_2xx_that_is_not_segments_takes_nothing() {
         let result = world.settled(capture).await;
         assert_eq!(states(&result.events), [DeliveryState::Delivered; 2]);
     }
+    world.stop().await;
+}
+
+#[tokio::test]
+async fn batches_shrink_to_what_an_endpoint_answers_in_time_and_all_is_delivered() {
+    // As one that takes 2 ms an event; whether an answer is in time is not up to this machine.
+    let endpoint = Receiver::start().await;
+    endpoint.answer_up_to(200);
+    let url = format!("http://{}/v1/batch", endpoint.address);
+    let settings = "[segment]\nrequest_timeout_ms = 400\n";
+    let world = World::with_front(settings, async |_| url).await;
+    world.create(acme()).await;
+    let captures = of_one_lane(0, 800);
+    accept(&world, &captures).await;
+    let last = captures.last().expect("some").clone();
+    let result = world.settled(last).await;
+    assert_eq!(states(&result.events), [DeliveryState::Delivered; 2]);
+    let sizes: Vec<usize> = endpoint
+        .received()
+        .iter()
+        .map(|one| events_in(&one.body))
+        .collect();
+    let answered = sizes.iter().filter(|events| **events <= 200);
+    assert!(answered.sum::<usize>() >= 1_600, "{sizes:?}");
+    let largest = sizes.iter().max().expect("some");
+    assert!(*largest > 400 && sizes.len() < 60, "{sizes:?}");
     world.stop().await;
 }

@@ -47,6 +47,7 @@ mod scopes;
 mod secrets;
 mod services;
 mod stream;
+mod swallowed;
 mod tls;
 mod traces;
 #[path = "../../benches/workload/mod.rs"]

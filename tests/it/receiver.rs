@@ -6,7 +6,7 @@ use std::{
     net::SocketAddr,
     sync::{
         Arc, Mutex,
-        atomic::{AtomicBool, Ordering},
+        atomic::{AtomicBool, AtomicUsize, Ordering},
     },
 };
 
@@ -41,6 +41,8 @@ struct State {
     body: Mutex<String>,
     location: Mutex<Option<String>>,
     endless: AtomicBool,
+    /// Requests with more events than this get no answer.
+    most_events: AtomicUsize,
     came: Notify,
 }
 
@@ -53,7 +55,10 @@ impl Receiver {
     pub(crate) async fn start() -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").await.expect("a free port");
         let address = listener.local_addr().expect("an address");
-        let state = Arc::new(State::default());
+        let state = Arc::new(State {
+            most_events: AtomicUsize::new(usize::MAX),
+            ..State::default()
+        });
         let shared = Arc::clone(&state);
         tokio::spawn(async move {
             while let Ok((tcp, _)) = listener.accept().await {
@@ -77,6 +82,11 @@ impl Receiver {
     /// Answers without end from now on.
     pub(crate) fn answer_without_end(&self) {
         self.state.endless.store(true, Ordering::Relaxed);
+    }
+
+    /// Answers requests with more events than this no more.
+    pub(crate) fn answer_up_to(&self, events: usize) {
+        self.state.most_events.store(events, Ordering::Relaxed);
     }
 
     /// Answers 307 with this location from now on.
@@ -111,6 +121,15 @@ impl Receiver {
     }
 }
 
+/// Events of a request to `/v1/batch`; none of any other.
+pub(crate) fn events_in(body: &[u8]) -> usize {
+    let batch = serde_json::from_slice::<serde_json::Value>(body).ok();
+    let batch = batch.as_ref().and_then(|body| body.get("batch"));
+    batch
+        .and_then(|events| events.as_array())
+        .map_or(0, Vec::len)
+}
+
 type Answer = BoxBody<Bytes, Infallible>;
 
 async fn answer(
@@ -119,6 +138,7 @@ async fn answer(
 ) -> Result<Response<Answer>, Infallible> {
     let (head, body) = request.into_parts();
     let body = body.collect().await.expect("a whole body").to_bytes();
+    let events = events_in(&body);
     let (path, headers) = (head.uri.path().to_owned(), head.headers);
     state.received.lock().expect("sound").push(Received {
         path,
@@ -126,6 +146,9 @@ async fn answer(
         body,
     });
     state.came.notify_waiters();
+    if events > state.most_events.load(Ordering::Relaxed) {
+        std::future::pending::<()>().await;
+    }
     let status = state
         .statuses
         .lock()

@@ -217,15 +217,7 @@ async fn a_peer_that_does_not_begin_to_speak_is_closed() {
 
 /// Ends TLS before a sandbox's endpoint; returns the port.
 async fn front(pair: &Certified, behind: String) -> u16 {
-    let _ = tokio_rustls::rustls::crypto::ring::default_provider().install_default();
-    let chain = CertificateDer::pem_slice_iter(pair.certificate.as_bytes());
-    let chain = chain.collect::<Result<_, _>>().expect("certificates");
-    let key = PrivateKeyDer::from_pem_slice(pair.key.as_bytes()).expect("a key");
-    let config = ServerConfig::builder()
-        .with_no_client_auth()
-        .with_single_cert(chain, key)
-        .expect("fits");
-    let acceptor = TlsAcceptor::from(Arc::new(config));
+    let acceptor = acceptor(pair, &[]);
     let listener = TcpListener::bind("127.0.0.1:0").await.expect("a free port");
     let port = listener.local_addr().expect("an address").port();
     tokio::spawn(async move {
@@ -241,6 +233,21 @@ async fn front(pair: &Certified, behind: String) -> u16 {
         }
     });
     port
+}
+
+/// What ends TLS with this certificate and speaks these protocols.
+pub(crate) fn acceptor(pair: &Certified, protocols: &[&[u8]]) -> TlsAcceptor {
+    let _ = tokio_rustls::rustls::crypto::ring::default_provider().install_default();
+    let chain = CertificateDer::pem_slice_iter(pair.certificate.as_bytes());
+    let chain = chain.collect::<Result<_, _>>().expect("certificates");
+    let key = PrivateKeyDer::from_pem_slice(pair.key.as_bytes()).expect("a key");
+    let mut config = ServerConfig::builder()
+        .with_no_client_auth()
+        .with_single_cert(chain, key)
+        .expect("fits");
+    let protocols = protocols.iter().map(|protocol| protocol.to_vec());
+    config.alpn_protocols = protocols.collect();
+    TlsAcceptor::from(Arc::new(config))
 }
 
 #[tokio::test]
