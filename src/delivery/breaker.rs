@@ -35,7 +35,7 @@ impl Sign {
     /// A refusal is an answer, too; a fault is none.
     pub(super) fn of(disposition: Disposition) -> Self {
         match disposition {
-            Disposition::Hold(failure) if failure.reason == DeliveryReason::Network => Self::Down,
+            Disposition::Hold(DeliveryReason::Network) => Self::Down,
             Disposition::Fault(FaultKind::Transient | FaultKind::TimedOut, _) => Self::Down,
             Disposition::Delivered
             | Disposition::Pause(_)
@@ -210,13 +210,13 @@ mod tests {
             Disposition::Delivered,
             Disposition::Fault(FaultKind::Final, refused),
             Disposition::Fault(FaultKind::Key, refused),
-            Disposition::Hold(failure(DeliveryReason::RateLimited)),
+            Disposition::Hold(DeliveryReason::RateLimited),
             Disposition::Fault(FaultKind::Misrouted, failure(DeliveryReason::ServerError)),
         ] {
             assert_eq!(Sign::of(alive), Sign::Alive, "{alive:?}");
         }
         for down in [
-            Disposition::Hold(failure(DeliveryReason::Network)),
+            Disposition::Hold(DeliveryReason::Network),
             Disposition::Fault(FaultKind::Transient, failure(DeliveryReason::Network)),
             Disposition::Fault(FaultKind::TimedOut, failure(DeliveryReason::Timeout)),
             Disposition::Fault(FaultKind::Transient, failure(DeliveryReason::ServerError)),

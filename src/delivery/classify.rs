@@ -20,7 +20,7 @@ pub enum Disposition {
     /// Segment asks the source for a pause; it does not count as a failure.
     Pause(Duration),
     /// It failed, and no event is to blame.
-    Hold(Failure),
+    Hold(DeliveryReason),
     /// It failed, and one of the events may be to blame.
     Fault(FaultKind, Failure),
 }
@@ -78,24 +78,15 @@ pub fn classify(answer: &Answer) -> Disposition {
         Reply::NotTaken { .. } => fault(transient, DeliveryReason::NotTaken, None),
         Reply::TimedOut => fault(FaultKind::TimedOut, DeliveryReason::Timeout, None),
         Reply::Broken { sent: true, .. } => fault(transient, DeliveryReason::Network, None),
-        Reply::Broken { sent: false, .. } => Disposition::Hold(Failure {
-            reason: DeliveryReason::Network,
-            retry_after: None,
-        }),
+        Reply::Broken { sent: false, .. } => Disposition::Hold(DeliveryReason::Network),
     }
 }
 
 fn of_status(status: u16, retry_after: Option<Duration>) -> Disposition {
-    let hold = |reason| {
-        Disposition::Hold(Failure {
-            reason,
-            retry_after,
-        })
-    };
     let (kind, reason) = match status {
         200..=299 => return Disposition::Delivered,
         429 => {
-            let limited = hold(DeliveryReason::RateLimited);
+            let limited = Disposition::Hold(DeliveryReason::RateLimited);
             return retry_after.map_or(limited, Disposition::Pause);
         }
         404 | 421 => (FaultKind::Misrouted, DeliveryReason::ServerError),
@@ -142,7 +133,7 @@ mod tests {
     fn sorted(status: u16) -> (Option<FaultKind>, DeliveryReason) {
         match classified(status, None) {
             Disposition::Delivered | Disposition::Pause(_) => (None, DeliveryReason::Unspecified),
-            Disposition::Hold(failure) => (None, failure.reason),
+            Disposition::Hold(reason) => (None, reason),
             Disposition::Fault(kind, failure) => (Some(kind), failure.reason),
         }
     }
@@ -171,9 +162,7 @@ mod tests {
             let given = Duration::from_secs(given);
             assert_eq!(classified(429, Some(asked)), Disposition::Pause(given));
             for status in [404, 408, 421, 460, 500, 503] {
-                let (Disposition::Hold(failure) | Disposition::Fault(_, failure)) =
-                    classified(status, Some(asked))
-                else {
+                let Disposition::Fault(_, failure) = classified(status, Some(asked)) else {
                     panic!("{status} is no failure");
                 };
                 assert_eq!(failure.retry_after, Some(given), "{status}");

@@ -115,7 +115,11 @@ impl SourceTrack {
             return;
         };
         let worse = match finding {
-            Finding::Nothing => return,
+            // The lane goes on without it: it is no fault of the source.
+            Finding::Nothing
+            | Finding::Alone {
+                is_passed: true, ..
+            } => return,
             Finding::Taken | Finding::GivenUp => {
                 self.keys_in_row = 0;
                 *lane = Some(Track::default());
@@ -171,6 +175,7 @@ mod tests {
         Finding::Alone {
             kind,
             is_new: false,
+            is_passed: false,
         }
     }
 

@@ -40,6 +40,8 @@ pub enum Finding {
         kind: FaultKind,
         /// Whether it was no suspect before.
         is_new: bool,
+        /// Whether others of its lane were taken since it failed first.
+        is_passed: bool,
     },
 }
 
@@ -146,7 +148,7 @@ impl Source {
                     *refused = Some(request);
                 }
             }
-            Finding::Alone { kind, is_new } => {
+            Finding::Alone { kind, is_new, .. } => {
                 *evidence = evidence.with_suspect(is_new);
                 if kind.is_refusal() {
                     evidence.refused = evidence.refused.max(Some(request));
@@ -290,7 +292,11 @@ mod tests {
     }
 
     fn suspect(kind: FaultKind) -> Finding {
-        Finding::Alone { kind, is_new: true }
+        Finding::Alone {
+            kind,
+            is_new: true,
+            is_passed: false,
+        }
     }
 
     #[test]

@@ -169,8 +169,6 @@ impl Lane {
         let others = self.others_wait && (!self.others_went || (evidence.is_sick() && has_room));
         self.trying = if others {
             None
-        } else if evidence.is_sick() {
-            self.suspects.oldest()
         } else {
             self.suspects.due(now, evidence.taken)
         };
@@ -282,14 +280,14 @@ impl Lane {
                 let outcome = self.wait(DeliveryReason::RateLimited, now, wait);
                 (outcome, Finding::Nothing)
             }
-            Disposition::Hold(failure) => (self.hold(failure, ended), Finding::Held),
+            Disposition::Hold(reason) => (self.hold(reason, ended), Finding::Held),
             Disposition::Fault(kind, failure) => {
                 self.fault(&mut sent, kind, failure, ended, evidence)
             }
         };
         let reason = match (disposition, outcome) {
-            (Disposition::Hold(failure) | Disposition::Fault(_, failure), _) => failure.reason,
-            (_, Outcome::Retry { reason, .. } | Outcome::DeadLetter { reason }) => reason,
+            (Disposition::Fault(_, Failure { reason, .. }) | Disposition::Hold(reason), _)
+            | (_, Outcome::Retry { reason, .. } | Outcome::DeadLetter { reason }) => reason,
             (_, Outcome::Delivered) => DeliveryReason::Unspecified,
         };
         let attempt = Some((ended.answer, reason));
@@ -309,6 +307,7 @@ impl Lane {
         if let Some(user) = self.trying.clone() {
             self.release(&user);
         }
+        self.suspects.pass();
         Outcome::Delivered
     }
 
@@ -318,11 +317,10 @@ impl Lane {
         self.others_wait = true;
     }
 
-    fn hold(&mut self, failure: Failure, ended: Ended<'_>) -> Outcome {
+    fn hold(&mut self, reason: DeliveryReason, ended: Ended<'_>) -> Outcome {
         self.failures = self.failures.saturating_add(1);
         let wait = self.options.backoff.wait(self.failures, ended.jitter);
-        let wait = wait.max(failure.retry_after.unwrap_or_default());
-        self.wait(failure.reason, ended.now, wait)
+        self.wait(reason, ended.now, wait)
     }
 
     /// Gives up what failed while nothing was taken for longer than the maximum age.

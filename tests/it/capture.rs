@@ -207,7 +207,7 @@ async fn requests_without_integration_or_capture_say_what_is_missing() {
     world.stop().await;
 }
 
-async fn set_enabled(world: &World, enabled: bool) {
+pub(crate) async fn set_enabled(world: &World, enabled: bool) {
     let change = segment_relay::proto::UpdateIntegrationRequest {
         integration: Some(segment_relay::proto::Integration {
             integration_id: "acme".into(),

@@ -23,7 +23,7 @@ pub(crate) async fn get(world: &World, id: &str) -> Result<Integration, Status> 
     Ok(answer.into_inner().integration.expect("an integration"))
 }
 
-async fn update(
+pub(crate) async fn update(
     world: &World,
     integration: Integration,
     paths: &[&str],
@@ -37,7 +37,12 @@ async fn update(
     Ok(answer.into_inner().integration.expect("an integration"))
 }
 
-async fn delete(world: &World, id: &str, force: bool, etag: &str) -> Result<u64, Status> {
+pub(crate) async fn delete(
+    world: &World,
+    id: &str,
+    force: bool,
+    etag: &str,
+) -> Result<u64, Status> {
     let request = DeleteIntegrationRequest {
         integration_id: id.into(),
         force,
@@ -310,7 +315,7 @@ async fn a_deletion_waits_for_the_backlog_or_dead_letters_it_by_force() {
     world.stop().await;
 }
 
-async fn letters(world: &World) -> Vec<DeadLetter> {
+pub(crate) async fn letters(world: &World) -> Vec<DeadLetter> {
     let mut client = DeadLetterServiceClient::new(world.channel.clone());
     let request = ListDeadLettersRequest {
         integration_id: "acme".into(),

@@ -50,5 +50,6 @@ mod stream;
 mod swallowed;
 mod tls;
 mod traces;
+mod used_again;
 #[path = "../../benches/workload/mod.rs"]
 mod workload;

@@ -19,7 +19,7 @@ use crate::{
     secrets::files_with,
 };
 
-async fn erase(world: &World, subject: Subject, integration: &str) -> ErasureReceipt {
+pub(crate) async fn erase(world: &World, subject: Subject, integration: &str) -> ErasureReceipt {
     let request = EraseSubjectRequest {
         subject: Some(subject),
         integration_id: integration.into(),

@@ -98,7 +98,11 @@ impl Lane {
             self.others_wait = true;
             self.refused.retain(|batch| carried(capture, batch) == 0);
             let finding = match reason == DeliveryReason::Expired && evidence.is_sick() {
-                true => Finding::Alone { kind, is_new },
+                true => Finding::Alone {
+                    kind,
+                    is_new,
+                    is_passed: suspect.is_passed,
+                },
                 false => Finding::GivenUp,
             };
             return (Outcome::DeadLetter { reason }, finding);
@@ -111,6 +115,7 @@ impl Lane {
                 kind => kind,
             },
             is_new,
+            is_passed: suspect.is_passed,
         };
         let has_room = evidence.set_aside + self.suspects.count() < MAX_SUSPECTS;
         let asked = failure.retry_after.unwrap_or_default();

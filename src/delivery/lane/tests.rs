@@ -3,6 +3,7 @@ use proptest::prelude::*;
 
 mod driven;
 mod kinds;
+mod rules;
 
 use super::*;
 use crate::outbox::EventSet;

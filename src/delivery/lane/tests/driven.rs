@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 
 use super::*;
-use crate::{outbox::LeaseScope, status::MAX_ATTEMPTS_KEPT};
+use crate::{delivery::Condition, outbox::LeaseScope, status::MAX_ATTEMPTS_KEPT};
 
 /// A request's events.
 pub(super) type Events<'a> = &'a [(i64, EventType)];
@@ -16,6 +16,8 @@ pub(super) struct Driven<S> {
     pub(super) now: UnixMillis,
     pub(super) requests: usize,
     pub(super) done: Vec<(i64, EventType, State)>,
+    /// Conditions of the source that people were told.
+    pub(super) told: Vec<Condition>,
 }
 
 impl<S: FnMut(Events<'_>, UnixMillis) -> Reply> Driven<S> {
@@ -32,6 +34,7 @@ impl<S: FnMut(Events<'_>, UnixMillis) -> Reply> Driven<S> {
             now: NOW,
             requests: 0,
             done: Vec::new(),
+            told: Vec::new(),
         }
     }
 
@@ -74,7 +77,11 @@ impl<S: FnMut(Events<'_>, UnixMillis) -> Reply> Driven<S> {
         };
         let leased = Self::lease(queue, budget, &scope);
         if leased.is_empty() {
-            return (!lane.found_nothing()).then_some(self.now);
+            if !lane.found_nothing() {
+                return Some(self.now);
+            }
+            self.told.extend(self.sources.emptied(key));
+            return None;
         }
         let carried: Vec<_> = leased
             .iter()
@@ -122,8 +129,9 @@ impl<S: FnMut(Events<'_>, UnixMillis) -> Reply> Driven<S> {
             }
         }
         let set_aside = lane.set_aside();
-        self.sources
-            .note(key, begun.request, finding, set_aside, self.now);
+        let sources = &self.sources;
+        let change = sources.note(key, begun.request, finding, set_aside, self.now);
+        self.told.extend(change.condition);
         Some(self.now)
     }
 

@@ -3,6 +3,7 @@
 
 use super::driven::{Driven, Events, queue, reset, roomy, status};
 use super::*;
+use crate::delivery::Condition;
 
 const MINUTE: Duration = Duration::from_secs(60);
 
@@ -78,4 +79,171 @@ fn a_share_of_servers_that_refuse_everything_for_a_while_costs_few_events() {
         driven.dead().len(),
         driven.now.since(NOW)
     );
+}
+
+/// How long after the first success everything is delivered.
+fn after_recovery(reply: fn() -> Reply) -> Duration {
+    let well = NOW.plus(6 * 60 * MINUTE);
+    let first = std::cell::Cell::new(None);
+    let segment = |_: Events<'_>, now: UnixMillis| match now < well {
+        true => reply(),
+        false => {
+            first.set(first.get().or(Some(now)));
+            status(200)
+        }
+    };
+    let queues = (0..4).map(|_| queue(30)).collect();
+    let mut driven = Driven::new(queues, roomy(), segment);
+    driven.run(24 * 60 * MINUTE, |driven| driven.delivered() == 240);
+    assert_eq!(driven.delivered(), 240);
+    driven.now.since(first.get().expect("taken"))
+}
+
+#[test]
+fn one_success_of_a_sick_source_ends_the_waits_of_all_its_lanes_and_suspects() {
+    for reply in [
+        || status(500),
+        || status(402),
+        || status(401),
+        || status(404),
+    ] {
+        let took = after_recovery(reply);
+        assert!(took < Duration::from_secs(10), "{:?} {took:?}", reply());
+    }
+}
+
+#[test]
+fn users_behind_many_suspects_are_reached_first() {
+    // The first 50 users fail; while they do, nothing is taken, and the source looks sick.
+    let segment =
+        |events: Events<'_>, _: UnixMillis| match events.iter().any(|(sequence, _)| *sequence < 50)
+        {
+            true => status(500),
+            false => status(200),
+        };
+    let mut driven = Driven::new(vec![queue(60)], roomy(), segment);
+    driven.run(60 * 60 * MINUTE, |driven| driven.delivered() == 20);
+    assert_eq!(driven.delivered(), 20);
+    assert!(driven.requests < 50 + 30, "{} requests", driven.requests);
+}
+
+#[test]
+fn suspects_are_tried_also_where_one_without_a_free_place_is_next() {
+    // All fail at first, and later only those that found no place.
+    let places = i64::try_from(MAX_SUSPECTS).expect("few");
+    let segment = |events: Events<'_>, now: UnixMillis| {
+        let fails = |(sequence, _): &(i64, EventType)| *sequence >= places;
+        match now.since(NOW) < 60 * 12 * MINUTE || events.iter().any(fails) {
+            true => status(500),
+            false => status(200),
+        }
+    };
+    let mut driven = Driven::new(vec![queue(places + 10)], roomy(), segment);
+    driven.run(60 * 20 * MINUTE, |driven| {
+        driven.delivered() == 2 * MAX_SUSPECTS
+    });
+    assert_eq!(driven.delivered(), 2 * MAX_SUSPECTS);
+}
+
+/// Answers nothing for so many hours.
+fn unreachable(hours: u32) -> impl FnMut(Events<'_>, UnixMillis) -> Reply {
+    move |_, now| match now.since(NOW) < hours * 60 * MINUTE {
+        true => Reply::Broken {
+            error: "no connection".to_owned(),
+            sent: false,
+        },
+        false => status(200),
+    }
+}
+
+#[test]
+fn what_can_not_be_sent_is_given_up_when_it_and_the_outage_are_too_old() {
+    // The maximum age is 24 hours.
+    let mut driven = Driven::new(vec![queue(9)], options(), unreachable(23));
+    driven.run(30 * 60 * MINUTE, |driven| driven.done.len() == 18);
+    assert_eq!((driven.delivered(), driven.dead().len()), (18, 0));
+
+    let mut driven = Driven::new(vec![queue(9)], options(), unreachable(30));
+    driven.run(20 * 60 * MINUTE, |_| false);
+    let mut young = leased(100);
+    Arc::make_mut(&mut young.record).queue_time = driven.now;
+    driven.lanes[0].2.push(young);
+    driven.run(20 * 60 * MINUTE, |driven| driven.done.len() == 20);
+    let dead = driven.dead();
+    assert!(
+        dead.iter()
+            .all(|(_, _, reason)| *reason == DeliveryReason::Expired)
+    );
+    assert_eq!((driven.delivered(), dead.len()), (2, 18));
+
+    // Another lane of the source is served.
+    let one_lane = |events: Events<'_>, _: UnixMillis| match events[0].0 < 9 {
+        true => answer(429, None).reply,
+        false => status(200),
+    };
+    let mut driven = Driven::new(vec![queue(9), Vec::new()], options(), one_lane);
+    for turn in 0..40 {
+        driven.lanes[1].2.push(leased(100 + turn));
+        driven.lanes[1].0.hear_of_captures();
+        driven.run(60 * MINUTE, |_| false);
+    }
+    assert_eq!((driven.delivered(), driven.dead().len()), (80, 0));
+}
+
+/// Requests until capture 8, whose track event is bad, is given up; nothing comes after it.
+#[test]
+fn the_last_event_is_given_up_by_what_was_taken_of_its_company() {
+    let segment = |events: Events<'_>, _: UnixMillis| match events.contains(&(8, EventType::Track))
+    {
+        true => status(400),
+        false => status(200),
+    };
+    let mut driven = Driven::new(vec![queue(9)], roomy(), segment);
+    driven.run(MINUTE, |driven| driven.done.len() == 18);
+    let rejected = DeliveryReason::PayloadRejected;
+    assert_eq!(driven.dead(), [(8, EventType::Track, rejected)].into());
+    assert_eq!(driven.delivered(), 17);
+    assert!(driven.requests < 12, "{} requests", driven.requests);
+}
+
+#[test]
+fn what_was_refused_beside_a_bad_event_is_not_given_up_at_its_first_refusal_alone() {
+    // Capture 3 is bad, and its neighbour is refused once when it is alone.
+    let mut unlucky = true;
+    let segment = move |events: Events<'_>, _: UnixMillis| {
+        let alone = events == [(2, EventType::Identify)];
+        match events.iter().any(|(sequence, _)| *sequence == 3)
+            || (alone && std::mem::take(&mut unlucky))
+        {
+            true => status(400),
+            false => status(200),
+        }
+    };
+    let mut driven = Driven::new(vec![queue(4)], roomy(), segment);
+    driven.lanes[0].2.push(leased(50));
+    driven.run(10 * MINUTE, |driven| driven.delivered() == 8);
+    assert_eq!(driven.delivered(), 8, "{:?}", driven.dead());
+}
+
+#[test]
+fn a_bad_event_in_little_traffic_is_told_of_once() {
+    for (reply, expected) in [
+        (status(500), Condition::Broken),
+        (Reply::TimedOut, Condition::Broken),
+        (status(404), Condition::Broken),
+    ] {
+        let segment = |events: Events<'_>, _: UnixMillis| match has_bad(events) {
+            true => reply.clone(),
+            false => status(200),
+        };
+        let mut driven = Driven::new(vec![vec![leased(20)], Vec::new()], roomy(), segment);
+        // People are told after five minutes; others come every 20 minutes, in both lanes.
+        for turn in 0..30 {
+            driven.run(20 * MINUTE, |_| false);
+            let lane = usize::from(turn % 3 == 0);
+            driven.lanes[lane].2.push(leased(100 + turn));
+            driven.lanes[lane].0.hear_of_captures();
+        }
+        assert_eq!(driven.told, [expected, Condition::Healthy], "{reply:?}");
+    }
 }
