@@ -1,6 +1,7 @@
 use bytes::Bytes;
 use proptest::prelude::*;
 
+mod blame;
 mod driven;
 mod kinds;
 mod rules;
