@@ -281,3 +281,37 @@ async fn a_pause_by_its_mask_alone_is_audited_and_shown_and_holds_replays() {
     }
     world.stop().await;
 }
+
+#[tokio::test]
+async fn an_integration_that_has_left_the_file_leaves_nothing_to_a_later_one_of_its_name() {
+    let filed = |key: &str| {
+        format!(
+            "[delivery]\nretry_base_ms = 10\nretry_max_ms = 50\n[[integrations]]\n\
+             integration_id = \"acme\"\n[[integrations.credentials]]\n\
+             data_region = \"non_eu\"\nwrite_key = \"{key}\"\n"
+        )
+    };
+    let without = "[delivery]\nretry_base_ms = 10\nretry_max_ms = 50\n";
+    let mut world = World::with(&filed("key-of-the-file-0001")).await;
+    let bare = || Capture {
+        attributes: std::collections::BTreeMap::new(),
+        ..numbered(1)
+    };
+    assert!(!world.deliver(bare()).await.duplicate);
+    for hint in ["0002", "0003"] {
+        world = world.restart_with(without).await;
+        if hint == "0002" {
+            world.create(of_another()).await;
+        } else {
+            world = world.restart_with(&filed("key-of-the-file-0003")).await;
+        }
+        let result = world.deliver(bare()).await;
+        assert!(!result.duplicate, "{hint}");
+        assert_eq!(keys(&world, &bare()).last().map(String::as_str), Some(hint));
+        if hint == "0002" {
+            delete(&world, "acme", true, "").await.expect("deleted");
+        }
+    }
+    assert_eq!(keys(&world, &bare()).len(), 6);
+    world.stop().await;
+}
