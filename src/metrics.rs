@@ -22,7 +22,9 @@ use opentelemetry_sdk::{
     metrics::{PeriodicReader, SdkMeterProvider},
 };
 
-use crate::{config::Endpoint, integration::IntegrationId, region::Region, segment::Answer};
+use crate::{
+    config::Endpoint, integration::IntegrationId, region::Region, segment::Answer, telemetry,
+};
 
 pub use backlog::{BacklogBoard, BacklogOf, DiskSpace};
 pub use endpoint::serve;
@@ -110,7 +112,7 @@ impl Metrics {
             provider = provider.with_reader(reader).with_resource(export.resource);
         }
         let provider = provider.build();
-        let meter = provider.meter("segment-relay");
+        let meter = provider.meter_with_scope(telemetry::scope());
         let instruments = Instruments::new(&meter);
         instruments::observe(&meter, &board, max_integrations);
         process::observe(&meter);

@@ -132,6 +132,13 @@ impl Relay {
         let metrics_listener = match config.metrics.listen {
             None => None,
             Some(address) => {
+                if !address.ip().is_loopback() {
+                    tracing::warn!(
+                        %address,
+                        "[metrics] listen is not a loopback address: whoever reaches it reads the \
+                         names of integrations and what they send, without TLS or a token"
+                    );
+                }
                 let listener = TcpListener::bind(address).await;
                 Some(listener.map_err(|source| RunError::Metrics { address, source })?)
             }

@@ -9,7 +9,7 @@ mod storm;
 
 use std::{io::IsTerminal, sync::Arc, time::Duration};
 
-use opentelemetry::{Key, KeyValue, trace::TracerProvider};
+use opentelemetry::{InstrumentationScope, Key, KeyValue, trace::TracerProvider};
 use opentelemetry_sdk::{
     Resource,
     trace::{BatchConfigBuilder, BatchSpanProcessor, SdkTracerProvider},
@@ -103,12 +103,20 @@ where
                 && *metadata.level() <= LevelFilter::INFO)
     });
     tracing_opentelemetry::layer()
-        .with_tracer(tracers.tracer(SERVICE))
+        .with_tracer(tracers.tracer_with_scope(scope()))
         .with_location(false)
         .with_threads(false)
         .with_tracked_inactivity(false)
         .with_target(false)
         .with_filter(is_ours)
+}
+
+/// What makes spans and metrics: this program, of this version.
+#[must_use]
+pub fn scope() -> InstrumentationScope {
+    InstrumentationScope::builder(SERVICE)
+        .with_version(env!("CARGO_PKG_VERSION"))
+        .build()
 }
 
 /// What is known of this process as a source of spans and metrics.

@@ -8,7 +8,7 @@
 //!   context: their ids stand in the log.
 //! - No span holds an address, an attribute or a write key.
 
-use std::fmt;
+use std::{fmt, str::FromStr, sync::Arc};
 
 use opentelemetry::{
     Context,
@@ -48,11 +48,22 @@ impl Traces {
     }
 }
 
+/// Longest trace state that is kept, in bytes: so much at least is to be passed on (W3C Trace
+/// Context, section 3.3.1.5).
+const MAX_STATE_BYTES: usize = 512;
+
+/// A number as the value of a span's attribute: of other types it would become a text.
+pub(crate) fn number(number: impl TryInto<i64>) -> i64 {
+    number.try_into().unwrap_or(i64::MAX)
+}
+
 /// A span that is exported, as it is stored with a capture.
-#[derive(Clone, Copy, PartialEq, Eq, Hash)]
+#[derive(Clone, PartialEq, Eq, Hash)]
 pub struct TraceLink {
     trace_id: TraceId,
     span_id: SpanId,
+    /// The header `tracestate`, where there is one that is not too long.
+    state: Option<Arc<str>>,
 }
 
 impl fmt::Debug for TraceLink {
@@ -62,7 +73,7 @@ impl fmt::Debug for TraceLink {
 }
 
 impl TraceLink {
-    /// Bytes of one that is stored.
+    /// Bytes of one that is stored without a trace state.
     pub const BYTES: usize = 24;
 
     /// The span that is entered, if it is exported.
@@ -74,42 +85,51 @@ impl TraceLink {
             (context.is_valid() && context.is_sampled()).then(|| Self {
                 trace_id: context.trace_id(),
                 span_id: context.span_id(),
+                state: kept(&context.trace_state().header()),
             })
         })
     }
 
-    /// As it is stored.
+    /// As it is stored: both ids, and the trace state as text.
     #[must_use]
-    pub fn to_bytes(self) -> [u8; Self::BYTES] {
-        let mut bytes = [0; Self::BYTES];
-        bytes[..16].copy_from_slice(&self.trace_id.to_bytes());
-        bytes[16..].copy_from_slice(&self.span_id.to_bytes());
-        bytes
+    pub fn to_bytes(&self) -> Vec<u8> {
+        let state = self.state.as_deref().unwrap_or_default();
+        let ids = [&self.trace_id.to_bytes()[..], &self.span_id.to_bytes()];
+        [ids.concat().as_slice(), state.as_bytes()].concat()
     }
 
     /// From what was stored; nothing where that is no span.
     #[must_use]
     pub fn from_bytes(bytes: &[u8]) -> Option<Self> {
-        let (trace_id, span_id) = bytes.split_at_checked(16)?;
+        let (trace_id, rest) = bytes.split_first_chunk()?;
+        let (span_id, state) = rest.split_first_chunk()?;
         let link = Self {
-            trace_id: TraceId::from_bytes(trace_id.try_into().ok()?),
-            span_id: SpanId::from_bytes(span_id.try_into().ok()?),
+            trace_id: TraceId::from_bytes(*trace_id),
+            span_id: SpanId::from_bytes(*span_id),
+            state: std::str::from_utf8(state).ok().and_then(kept),
         };
         let is_valid = link.trace_id != TraceId::INVALID && link.span_id != SpanId::INVALID;
         is_valid.then_some(link)
     }
 
-    /// As spans are linked to it.
+    /// As spans are linked to it, or are its children.
     #[must_use]
-    pub fn span_context(self) -> SpanContext {
+    pub fn span_context(&self) -> SpanContext {
+        let state = self.state.as_deref().map(TraceState::from_str);
         SpanContext::new(
             self.trace_id,
             self.span_id,
             TraceFlags::SAMPLED,
             true,
-            TraceState::NONE,
+            state.and_then(Result::ok).unwrap_or(TraceState::NONE),
         )
     }
+}
+
+fn kept(state: &str) -> Option<Arc<str>> {
+    (1..=MAX_STATE_BYTES)
+        .contains(&state.len())
+        .then(|| state.into())
 }
 
 /// A step of what is traced; nothing where it is not.
@@ -129,13 +149,31 @@ mod tests {
     fn a_link_comes_back_as_it_was_stored() {
         let bytes: Vec<u8> = (1..=24).collect();
         let link = TraceLink::from_bytes(&bytes).expect("a span");
-        assert_eq!(link.to_bytes().as_slice(), bytes);
+        assert_eq!(link.to_bytes(), bytes);
         assert!(link.span_context().is_valid() && link.span_context().is_sampled());
+        assert_eq!(link.span_context().trace_state(), &TraceState::NONE);
+    }
+
+    #[test]
+    fn a_trace_state_is_kept_unless_it_is_too_long() {
+        let ids: Vec<u8> = (1..=24).collect();
+        let with = |state: &str| TraceLink::from_bytes(&[&ids, state.as_bytes()].concat());
+        let link = with("vendor=1,other=2").expect("a span");
+        assert_eq!(
+            link.span_context().trace_state().header(),
+            "vendor=1,other=2"
+        );
+        assert_eq!(TraceLink::from_bytes(&link.to_bytes()), Some(link));
+        let long = format!("vendor={}", "x".repeat(MAX_STATE_BYTES));
+        for lost in [long.as_str(), "no state"] {
+            let link = with(lost).expect("a span");
+            assert_eq!(link.span_context().trace_state().header(), "", "{lost}");
+        }
     }
 
     #[test]
     fn what_is_no_span_is_no_link() {
-        for bytes in [&[1; 23][..], &[1; 25], &[], &[0; 24], &{
+        for bytes in [&[1; 23][..], &[], &[0; 24], &{
             let mut half = [0; 24];
             half[0] = 1;
             half

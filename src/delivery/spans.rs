@@ -13,7 +13,7 @@ use crate::{
     outbox::{LaneKey, LeasedCapture, Settlement},
     proto::DeliveryReason,
     segment::Answer,
-    trace::{TARGET, Traces},
+    trace::{TARGET, Traces, number},
 };
 
 /// The spans of one batch.
@@ -39,13 +39,13 @@ impl BatchSpans {
             otel.status_code = Empty,
             segment_relay.integration_id = lane.integration_id.name(),
             segment_relay.region = lane.region.name(),
-            segment_relay.lane = lane.shard,
-            segment_relay.captures = leased.len(),
-            segment_relay.events = events,
+            segment_relay.lane = number(lane.shard),
+            segment_relay.captures = number(leased.len()),
+            segment_relay.events = number(events),
         );
         let traced = leased
             .iter()
-            .filter_map(|capture| Some((capture, capture.record.trace?)));
+            .filter_map(|capture| Some((capture, capture.record.trace.as_ref()?)));
         for (_, call) in traced.clone() {
             batch.add_link(call.span_context());
         }
@@ -119,18 +119,18 @@ pub(super) fn attempt(
         otel.kind = "client",
         otel.status_code = Empty,
         http.request.method = "POST",
-        http.request.body.size = bytes,
+        http.request.body.size = number(bytes),
         http.request.resend_count = Empty,
         http.response.status_code = Empty,
         server.address = endpoint.host(),
-        server.port = endpoint.port(),
+        server.port = number(endpoint.port()),
         url.full = endpoint.as_str(),
         "error.type" = Empty,
-        segment_relay.events = events,
+        segment_relay.events = number(events),
         segment_relay.reason = Empty,
     );
     if retries > 0 {
-        span.record("http.request.resend_count", retries);
+        span.record("http.request.resend_count", number(retries));
     }
     span
 }
@@ -138,7 +138,8 @@ pub(super) fn attempt(
 /// Notes what came of the request, and what that means for its events.
 pub(super) fn answered(batch: &Span, attempt: &Span, answer: &Answer, reason: DeliveryReason) {
     if answer.http_status() > 0 {
-        attempt.record("http.response.status_code", answer.http_status());
+        let status = number(answer.http_status());
+        attempt.record("http.response.status_code", status);
     }
     if reason == DeliveryReason::Unspecified {
         return;

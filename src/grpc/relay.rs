@@ -15,6 +15,7 @@ use super::{
     },
     convert,
     pieces::in_pieces,
+    spans::StreamTrace,
     stream, watch,
 };
 use crate::{
@@ -34,7 +35,7 @@ use crate::{
     status::CaptureRecord,
     text::first_chars,
     time::UnixMillis,
-    trace::{TraceLink, step},
+    trace::{TraceLink, number, step},
 };
 
 /// Captures of one batch at the most.
@@ -91,7 +92,7 @@ impl SegmentRelay for Relay {
         let count = captures.len();
         Span::current()
             .record("segment_relay.integration_id", integration.id().name())
-            .record("segment_relay.captures", count);
+            .record("segment_relay.captures", number(count));
         self.0.usage.capture(&caller, integration.id(), count)?;
         let mut answers = self.accept_batch(&integration, captures).await?;
         if answers.iter().any(|(_, answer)| self.0.maps_again(answer)) {
@@ -120,9 +121,11 @@ impl SegmentRelay for Relay {
         request: Request<Streaming<CaptureStreamRequest>>,
     ) -> Result<Response<Self::CaptureStreamStream>, Status> {
         let (caller, permit) = self.0.enter(&request)?;
+        let headers = request.metadata().clone().into_headers();
         Ok(Response::new(stream::serve(
             self.0.clone(),
             caller,
+            StreamTrace::current(&headers),
             request.into_inner(),
             permit,
         )))
@@ -228,6 +231,7 @@ impl Relay {
         let map = |place: usize, current: &Integration| {
             let capture = again(capture::decode([&*request.captures[place]]))?;
             let new = intake::prepare(current, capture, UnixMillis::now())?;
+            let trace = trace.clone();
             Ok(NewCapture { trace, ..new })
         };
         let owner = |_| Some(integration.id().clone());
@@ -254,6 +258,7 @@ impl Relay {
             match new {
                 Ok(new) => {
                     answers.push((id, None));
+                    let trace = trace.clone();
                     taken.push(NewCapture { trace, ..new });
                 }
                 Err(error) => answers.push((id, Some(Err(error)))),

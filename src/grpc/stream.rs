@@ -13,12 +13,11 @@ use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::sync::PollSemaphore;
 use tonic::{Status, Streaming};
 
-use super::{RelayError, Services, gate::Place, usage::units};
+use super::{RelayError, Services, gate::Place, spans::StreamTrace, usage::units};
 use crate::{
     integration::Integration,
     permission::Caller,
     proto::{CaptureStreamResponse, raw::CaptureStreamRequest},
-    trace::TraceLink,
 };
 
 use group::{Answered, Group, MAX_GROUP, Member};
@@ -32,6 +31,7 @@ type Results = mpsc::Sender<Result<CaptureStreamResponse, Status>>;
 pub(super) fn serve(
     services: Services,
     caller: Arc<Caller>,
+    trace: StreamTrace,
     requests: Streaming<CaptureStreamRequest>,
     place: Place,
 ) -> ReceiverStream<Result<CaptureStreamResponse, Status>> {
@@ -41,7 +41,7 @@ pub(super) fn serve(
         room: PollSemaphore::new(services.usage.memory()),
         services,
         caller,
-        stream: TraceLink::current(),
+        trace,
         requests,
         next: None,
         reading: true,
@@ -58,8 +58,7 @@ pub(super) fn serve(
 struct Intake {
     services: Services,
     caller: Arc<Caller>,
-    /// The stream's span, where it is traced.
-    stream: Option<TraceLink>,
+    trace: StreamTrace,
     requests: Streaming<CaptureStreamRequest>,
     room: PollSemaphore,
     /// The next one, which waits for room.
@@ -133,7 +132,7 @@ impl Intake {
             };
             let (services, caller, id) = (&self.services, &self.caller, &request.integration_id);
             let integration = group.integration(services, caller, id).await;
-            let added = group.add(services, caller, self.stream, request, integration, room);
+            let added = group.add(services, caller, &self.trace, request, integration, room);
             if let Err(bad) = added {
                 self.end(bad);
             }

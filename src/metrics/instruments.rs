@@ -62,10 +62,12 @@ impl Instruments {
             ),
             captures: meter
                 .u64_counter("segment_relay.captures")
+                .with_unit("{capture}")
                 .with_description("Captures that were answered, by integration and outcome")
                 .build(),
             events: meter
                 .u64_counter("segment_relay.events")
+                .with_unit("{event}")
                 .with_description(
                     "Changes of events' states, by integration, type, state and reason",
                 )
@@ -80,7 +82,7 @@ impl Instruments {
             ),
             batch_events: counts(
                 "segment_relay.batch.events",
-                "",
+                "{event}",
                 "Events of a request",
                 &COUNTS,
             ),
@@ -96,7 +98,7 @@ impl Instruments {
             ),
             commit_captures: counts(
                 "segment_relay.outbox.commit.captures",
-                "",
+                "{capture}",
                 "Captures that shared a commit",
                 &COUNTS,
             ),
@@ -118,7 +120,7 @@ pub(super) fn observe(meter: &Meter, board: &Arc<BacklogBoard>, max_integrations
     let gauges: [(&'static str, &'static str, &'static str, Read); 5] = [
         (
             "segment_relay.backlog.events",
-            "",
+            "{event}",
             "Events that wait",
             |one| one.events,
         ),

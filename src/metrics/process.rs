@@ -16,21 +16,22 @@ pub(super) fn observe(meter: &Meter) {
         .with_callback(move |gauge| gauge.observe(started.elapsed().as_secs_f64(), &[]))
         .build();
     meter
-        .u64_observable_gauge("process.memory.usage")
+        .i64_observable_up_down_counter("process.memory.usage")
         .with_unit("By")
         .with_description("Memory that is resident")
-        .with_callback(|gauge| {
+        .with_callback(|counter| {
             if let Some(kib) = resident_kib() {
-                gauge.observe(kib * 1_024, &[]);
+                counter.observe(kib.saturating_mul(1_024), &[]);
             }
         })
         .build();
     meter
-        .u64_observable_gauge("process.unix.file_descriptor.count")
+        .i64_observable_up_down_counter("process.unix.file_descriptor.count")
+        .with_unit("{file_descriptor}")
         .with_description("Files and connections that are open")
-        .with_callback(|gauge| {
+        .with_callback(|counter| {
             if let Ok(open) = fs::read_dir("/proc/self/fd") {
-                gauge.observe(open.count() as u64, &[]);
+                counter.observe(i64::try_from(open.count()).unwrap_or(i64::MAX), &[]);
             }
         })
         .build();
@@ -46,7 +47,7 @@ pub(super) fn observe(meter: &Meter) {
         .build();
 }
 
-fn resident_kib() -> Option<u64> {
+fn resident_kib() -> Option<i64> {
     let status = fs::read_to_string("/proc/self/status").ok()?;
     let line = status.lines().find(|line| line.starts_with("VmRSS:"))?;
     line.split_whitespace().nth(1)?.parse().ok()

@@ -98,7 +98,7 @@ pub(super) fn encode_into(record: &CaptureRecord, bytes: &mut Vec<u8>) {
     if record.queue_time != record.accept_time {
         write::signed(7, record.queue_time.0, bytes);
     }
-    if let Some(trace) = record.trace {
+    if let Some(trace) = &record.trace {
         write::bytes(8, &trace.to_bytes(), bytes);
     }
 }

@@ -96,6 +96,8 @@ impl Collector {
                 .map(|one| format!("{}={}", one.key, shown(one.value.as_ref())));
             self.state.resources.lock().expect("sound").extend(names);
             for scope in resource.scope_spans {
+                let version = scope.scope.as_ref().map(|scope| scope.version.as_str());
+                assert_eq!(version, Some(env!("CARGO_PKG_VERSION")));
                 self.state.spans.lock().expect("sound").extend(scope.spans);
             }
         }
@@ -114,7 +116,9 @@ impl Collector {
     }
 
     pub(crate) fn spans(&self) -> Vec<Span> {
-        self.state.spans.lock().expect("sound").clone()
+        let spans = self.state.spans.lock().expect("sound").clone();
+        spans.iter().for_each(check_types);
+        spans
     }
 
     pub(crate) fn metrics(&self) -> BTreeSet<String> {
@@ -177,6 +181,22 @@ impl MetricsService for Collector {
         self.note(request.metadata());
         self.take_metrics(request.into_inner());
         Ok(Response::new(Default::default()))
+    }
+}
+
+/// Numbers are integers, as the semantic conventions have them; ids may look like numbers.
+fn check_types(span: &Span) {
+    for one in &span.attributes {
+        let value = one.value.as_ref().and_then(|value| value.value.as_ref());
+        if let Some(Value::StringValue(text)) = value {
+            let is_number =
+                text.parse::<f64>().is_ok() && !one.key.ends_with("_id") && one.key != "error.type";
+            assert!(
+                !is_number,
+                "{} of {} is the text {text:?}",
+                one.key, span.name
+            );
+        }
     }
 }
 

@@ -88,6 +88,8 @@ impl Stage {
             let context = format!("00-{TRACE_ID}-{CALLER}-0{}", u8::from(sampled));
             let context = context.parse().expect("ASCII");
             request.metadata_mut().insert("traceparent", context);
+            let state = "vendor=7".parse().expect("ASCII");
+            request.metadata_mut().insert("tracestate", state);
         }
         let mut client = SegmentRelayClient::new(self.channel());
         client.capture(request).await.expect("accepted");
@@ -223,11 +225,30 @@ async fn a_trace_leads_from_the_caller_to_the_attempt_also_across_a_restart() {
         .await;
     assert_eq!(delivered.trace_id, call.trace_id);
     assert_eq!(delivered.parent_span_id, call.span_id);
+    assert_eq!([&call.trace_state, &delivered.trace_state], ["vendor=7"; 2]);
     assert_eq!(
         attribute(&delivered, "segment_relay.track.state"),
         "delivered"
     );
     assert_eq!(delivered.links[0].span_id, batch.span_id);
+
+    // The caller of a stream decides for all its captures, whatever the ratio.
+    let mut request = Request::new(tokio_stream::iter((2..4).map(|number| {
+        CaptureStreamRequest {
+            correlation_id: number.to_string(),
+            integration_id: "acme".into(),
+            capture: Some(numbered(number)),
+        }
+    })));
+    let context = format!("00-{TRACE_ID}-{CALLER}-01").parse().expect("ASCII");
+    request.metadata_mut().insert("traceparent", context);
+    let mut client = SegmentRelayClient::new(stage.channel());
+    let answers = client.capture_stream(request).await.expect("a stream");
+    let mut answers = answers.into_inner();
+    while answers.message().await.expect("a result").is_some() {}
+    collector
+        .until(|collector| (named(collector, "CaptureStream message").len() == 2).then_some(()))
+        .await;
 
     let headers = collector.headers();
     assert!(headers.contains("x-tenant=quiz"), "{headers:?}");

@@ -12,7 +12,7 @@ use crate::{
     grpc::{
         RelayError, Services,
         accept::{Accepted, accepted, again, capture_result, describe, echo_id, malformed, tally},
-        spans,
+        spans::{self, StreamTrace},
         stale::is_stale,
     },
     integration::{Integration, IntegrationId},
@@ -21,7 +21,7 @@ use crate::{
     permission::Caller,
     proto::{CaptureStreamResponse, raw::CaptureStreamRequest},
     text::first_chars,
-    trace::{TraceLink, step},
+    trace::step,
 };
 
 /// Captures of a group at the most: a fraction of a millisecond of work.
@@ -91,12 +91,12 @@ impl Group {
         &mut self,
         services: &Services,
         caller: &Caller,
-        stream: Option<TraceLink>,
+        trace: &StreamTrace,
         request: CaptureStreamRequest,
         integration: Result<Arc<Integration>, RelayError>,
         room: Option<OwnedSemaphorePermit>,
     ) -> Result<(), Status> {
-        let span = spans::message(services.traces, stream);
+        let span = spans::message(services.traces, trace);
         let _entered = span.enter();
         let capture = request.capture().map_err(malformed)?;
         let capture_id = capture.as_ref().map(echo_id).unwrap_or_default();

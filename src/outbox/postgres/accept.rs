@@ -32,6 +32,7 @@ use crate::{
         sealing::SealedCapture,
     },
     status::{CaptureRecord, EventStatus, State},
+    trace::TraceLink,
     vault::unsealed_len,
 };
 
@@ -165,7 +166,7 @@ impl Item {
             identify: EventStatus::new(self.state()),
             track: EventStatus::new(self.state()),
             attempts: Vec::new(),
-            trace: capture.trace,
+            trace: capture.trace.clone(),
         }
     }
 }
@@ -275,7 +276,7 @@ impl Call<'_> {
             item.subject, item.capture.mapping_version.cast_signed(),
             item.capture.accept_time.0, item.capture.revision.cast_signed(),
             item.capture.capture_id.as_str(), encode_status(&EventStatus::new(item.state())),
-            item.capture.trace.map(|trace| trace.to_bytes().to_vec()));
+            item.capture.trace.as_ref().map(TraceLink::to_bytes));
         let found = self
             .transact(
                 Part::First,

@@ -29,6 +29,7 @@ use crate::{
     },
     proto::{ErasureReceipt, Integration},
     status::{CaptureRecord, State},
+    trace::TraceLink,
     vault::{Vault, unsealed_len},
 };
 
@@ -174,7 +175,7 @@ impl Database {
             one.record.queue_time.0, one.capture.capture_id.as_str(),
             encode_status(&one.record.identify), encode_status(&one.record.track),
             encode_attempts(&one.record.attempts),
-            one.record.trace.map(|trace| trace.to_bytes().to_vec()));
+            one.record.trace.as_ref().map(TraceLink::to_bytes));
         let ids = columns!(arriving, one => one.key, one.id);
         let statements: [(&str, Arguments<'_>); 2] =
             [(CAPTURES, &arguments(&rows)), (DIGESTS, &arguments(&ids))];
