@@ -255,15 +255,17 @@ impl Simulation {
 
     /// Every lane that has something to do does it, in a random order.
     fn work(&mut self) {
-        let mut keys: Vec<LaneKey> = self.outbox.waiting_lanes().into_iter().collect();
-        keys.extend(
-            self.lanes
-                .keys()
-                .filter(|key| self.lanes[*key].in_flight.is_some())
-                .cloned(),
-        );
+        let is_due = |working: &Working| match &working.in_flight {
+            Some(in_flight) => in_flight.at <= self.elapsed,
+            None => working.idle_until <= self.elapsed,
+        };
+        let mut keys = self.outbox.waiting_lanes();
+        keys.retain(|key| self.lanes.get(key).is_none_or(is_due));
+        let in_flight = |working: &Working| working.in_flight.is_some() && is_due(working);
+        let answered = self.lanes.iter().filter(|(_, working)| in_flight(working));
+        keys.extend(answered.map(|(key, _)| key.clone()));
+        let mut keys: Vec<LaneKey> = keys.into_iter().collect();
         self.rng.shuffle(&mut keys);
-        keys.dedup();
         for key in keys {
             let mut working = self.lanes.remove(&key).unwrap_or_else(|| Working {
                 lane: Lane::new(key.clone(), self.options),
