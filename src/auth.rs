@@ -15,7 +15,10 @@ use sha2::{Digest, Sha256};
 use subtle::ConstantTimeEq;
 use tokio_util::sync::CancellationToken;
 
-use crate::{config::KnownCaller, permission::Caller};
+use crate::{
+    config::KnownCaller,
+    permission::{Caller, CertificateName},
+};
 
 pub use jwks::{Jwks, JwksError};
 pub use jwt::JwtVerifier;
@@ -68,7 +71,7 @@ pub struct Authenticator {
     /// Who everybody is where nobody is asked.
     anonymous: Option<Arc<Caller>>,
     tokens: Vec<([u8; 32], Arc<Caller>)>,
-    certificates: HashMap<String, Arc<Caller>>,
+    certificates: HashMap<CertificateName, Arc<Caller>>,
     jwt: Option<JwtVerifier>,
 }
 
@@ -109,7 +112,7 @@ impl Authenticator {
     pub async fn authenticate(
         &self,
         headers: &http::HeaderMap,
-        certificate_names: &[String],
+        certificate_names: &[CertificateName],
     ) -> Result<Arc<Caller>, AuthError> {
         if let Some(anonymous) = &self.anonymous {
             return Ok(Arc::clone(anonymous));
@@ -145,7 +148,7 @@ impl Authenticator {
         found.map(Arc::clone).ok_or(AuthError::UnknownToken)
     }
 
-    fn by_certificate(&self, names: &[String]) -> Result<Arc<Caller>, AuthError> {
+    fn by_certificate(&self, names: &[CertificateName]) -> Result<Arc<Caller>, AuthError> {
         if names.is_empty() {
             return Err(AuthError::Missing);
         }

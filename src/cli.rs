@@ -41,7 +41,8 @@ enum Command {
     Demo,
     /// Run an imitation of Segment's tracking API on loopback
     Sandbox(sandbox::SandboxArgs),
-    /// Check a configuration file: all its faults at once, each with its line
+    /// Check a configuration file: all its faults at once, each with its line; warn of files of
+    /// secrets that other users may read or write
     Check(check::CheckArgs),
     /// Prepare the shared outbox on PostgreSQL, and move what is stored
     Outbox(outbox::OutboxArgs),

@@ -16,11 +16,12 @@
 //! to another table, and most of what one would find there is no fault.
 
 use std::{
+    cell::RefCell,
     ffi::OsString,
     fmt,
     fs::File,
     io::{self, Read},
-    path::Path,
+    path::{Path, PathBuf},
 };
 
 use crate::{outbox::PostgresConnection, proto, violation::Violation};
@@ -29,6 +30,7 @@ mod callers;
 mod document;
 mod endpoint;
 mod entry;
+mod exposed;
 mod fault;
 mod integrations;
 mod postgres;
@@ -102,6 +104,8 @@ pub struct Config {
     /// The integrations of the file, in its order, with their write keys: take
     /// the keys out of these messages before anything prints them.
     pub integrations: Vec<proto::Integration>,
+    /// The first files from which [`read`](Config::read) has taken their write keys.
+    write_key_files: Vec<PathBuf>,
 }
 
 impl fmt::Debug for Config {
@@ -187,14 +191,23 @@ impl Config {
                 }
             }
         });
+        let write_key_files = RefCell::new(Vec::new());
         let outside = Outside {
             validate,
-            read_key_file: &|path| read_bounded(path, MAX_KEY_FILE_BYTES),
+            read_key_file: &|path| {
+                let mut files = write_key_files.borrow_mut();
+                if files.len() < exposed::MAX_WRITE_KEY_FILES {
+                    files.push(path.to_owned());
+                }
+                read_bounded(path, MAX_KEY_FILE_BYTES)
+            },
         };
         let file = file
             .as_ref()
             .map(|(name, text)| (name.as_str(), text.as_str()));
-        Self::load_noting(faults, file, std::env::vars_os(), &outside)
+        let mut config = Self::load_noting(faults, file, std::env::vars_os(), &outside)?;
+        config.write_key_files = write_key_files.take();
+        Ok(config)
     }
 
     fn load_noting<K, V>(
@@ -264,6 +277,7 @@ impl Config {
                 metrics: metrics?,
                 log: log?,
                 integrations,
+                write_key_files: Vec::new(),
             })
         };
         if !faults.is_empty() {

@@ -83,6 +83,42 @@ impl Scope {
     }
 }
 
+/// A name in a client certificate. The kinds are kept apart: a CA that lets a client choose
+/// its URI has not confirmed a DNS name of the same characters.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum CertificateName {
+    /// A DNS name, in lower case.
+    Dns(String),
+    /// A URI, e.g. a SPIFFE id, as it stands there.
+    Uri(String),
+}
+
+impl CertificateName {
+    /// A DNS name; it has no case.
+    #[must_use]
+    pub fn dns(name: &str) -> Self {
+        Self::Dns(name.to_ascii_lowercase())
+    }
+
+    /// A name of a configuration: a URI has a colon behind its scheme (RFC 3986, 3), and no DNS
+    /// name has one.
+    #[must_use]
+    pub fn parse(name: &str) -> Self {
+        match name.contains(':') {
+            true => Self::Uri(name.to_owned()),
+            false => Self::dns(name),
+        }
+    }
+
+    /// Its characters.
+    #[must_use]
+    pub fn as_str(&self) -> &str {
+        match self {
+            Self::Dns(name) | Self::Uri(name) => name,
+        }
+    }
+}
+
 /// Whoever calls, as authenticated.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Caller {
@@ -132,6 +168,19 @@ mod tests {
         }
         assert_eq!(Permission::parse("Capture"), None);
         assert_eq!(Permission::parse(""), None);
+    }
+
+    #[test]
+    fn a_colon_tells_uris_from_dns_names() {
+        let uri = |name: &str| CertificateName::Uri(name.to_owned());
+        for name in ["spiffe://x/A", "urn:example:A", "mailto:A@x"] {
+            assert_eq!(CertificateName::parse(name), uri(name));
+        }
+        assert_eq!(
+            CertificateName::parse("Ops.Internal"),
+            CertificateName::dns("ops.internal")
+        );
+        assert_ne!(CertificateName::parse("ops.internal"), uri("ops.internal"));
     }
 
     #[test]

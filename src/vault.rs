@@ -13,7 +13,7 @@ mod blinder;
 
 use std::{
     fmt,
-    fs::{self, File},
+    fs::File,
     io::{self, Read, Write},
     path::Path,
 };
@@ -133,7 +133,6 @@ impl Vault {
                 file.take(MAX_FILE_BYTES)
                     .read_to_string(&mut text)
                     .map_err(failed)?;
-                warn_if_open_to_others(path);
                 Self::parse(&text, &format!("key_file {shown}"))
             }
             Err(error) if error.kind() == io::ErrorKind::NotFound => {
@@ -295,19 +294,6 @@ fn write_private(path: &Path, line: &str) -> io::Result<()> {
     File::open(parent.unwrap_or(Path::new(".")))?.sync_all()
 }
 
-/// Says in the log where others than the owner and its group may read a file of secrets.
-#[cfg(unix)]
-pub(crate) fn warn_if_open_to_others(path: &Path) {
-    use std::os::unix::fs::PermissionsExt;
-    const OTHERS: u32 = 0o007;
-    if fs::metadata(path).is_ok_and(|file| file.permissions().mode() & OTHERS != 0) {
-        tracing::warn!(path = %path.display(), "others may read this file of secrets; chmod 600 it");
-    }
-}
-
-#[cfg(not(unix))]
-pub(crate) fn warn_if_open_to_others(_: &Path) {}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -365,7 +351,10 @@ mod tests {
         #[cfg(unix)]
         {
             use std::os::unix::fs::PermissionsExt;
-            let mode = fs::metadata(&path).expect("there").permissions().mode();
+            let mode = std::fs::metadata(&path)
+                .expect("there")
+                .permissions()
+                .mode();
             assert_eq!(mode & 0o777, 0o600);
         }
     }

@@ -103,6 +103,10 @@ impl JwtVerifier {
         let claims = decode::<Map<String, Value>>(token, key, &rules)
             .map_err(|error| AuthError::BadJwt(why(error.kind())))?
             .claims;
+        // One text (RFC 7519, 4.1.1); of an array the library takes any member.
+        if claims.get("iss").and_then(Value::as_str) != Some(&self.options.issuer) {
+            return Err(AuthError::BadJwt("it is another issuer's"));
+        }
         let caller = Arc::new(self.caller(&claims)?);
         let expiry = claims.get("exp").and_then(Value::as_f64).unwrap_or(0.0);
         #[expect(clippy::cast_possible_truncation, reason = "a cast saturates")]

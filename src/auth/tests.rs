@@ -129,6 +129,25 @@ async fn a_good_token_names_its_caller_and_nothing_else_does() {
             "it is another issuer's",
         ),
         (
+            issuer.sign(&changed("iss", json!(["https://issuer.example"]))),
+            "it is another issuer's",
+        ),
+        (
+            issuer.sign(&changed(
+                "iss",
+                json!(["https://other.example", "https://issuer.example"]),
+            )),
+            "it is another issuer's",
+        ),
+        (
+            issuer.sign(&changed("iss", json!({"https://issuer.example": 1}))),
+            "it lacks one of exp, iss, aud and sub",
+        ),
+        (
+            issuer.sign(&changed("sub", json!(["service-a"]))),
+            "it is malformed",
+        ),
+        (
             issuer.sign(&changed("aud", json!("other"))),
             "it is meant for another audience",
         ),

@@ -49,6 +49,9 @@ pub(super) async fn run(args: &ServeArgs) -> Result<(), Failure> {
     let telemetry = telemetry::start(&config)?;
     panics::install();
     descriptors::fit(&mut config);
+    for warning in config.exposed_files(args.config.as_deref()) {
+        tracing::warn!("{warning}");
+    }
     let outbox = match config.outbox.kind {
         OutboxKind::Embedded => config.outbox.path.display().to_string(),
         OutboxKind::Postgres => format!("PostgreSQL, databases: {}", config.postgres.urls.len()),

@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use crate::{
     integration::IntegrationId,
-    permission::{Caller, Permission, Scope},
+    permission::{Caller, CertificateName, Permission, Scope},
 };
 
 use super::{
@@ -26,7 +26,7 @@ pub struct KnownCaller {
     /// SHA-256 of each of its bearer tokens: two while they are changed.
     pub token_hashes: Vec<[u8; 32]>,
     /// DNS names and URIs (SPIFFE ids) of its client certificates.
-    pub certificate_names: Vec<String>,
+    pub certificate_names: Vec<CertificateName>,
 }
 
 /// Reads all callers of the file.
@@ -50,7 +50,7 @@ pub(super) fn take(from: &mut Reader<'_>) -> Vec<KnownCaller> {
             known
                 .certificate_names
                 .iter()
-                .map(|name| ("certificates", name.clone())),
+                .map(|name| ("certificates", name.as_str().to_owned())),
         );
         let name = &known.caller.name;
         for (key, used) in uses.chain([("name", name.clone())]) {
@@ -71,7 +71,8 @@ fn caller(entry: &mut Entry<'_>, from: &mut Reader<'_>) -> KnownCaller {
     let faults = &mut from.faults;
     let name: String = entry.take("name", name, faults);
     let token_hashes: Vec<[u8; 32]> = entry.take("token_sha256", list(sha256), faults);
-    let certificate_names = entry.take("certificates", list(certificate), faults);
+    let certificate_names: Vec<CertificateName> =
+        entry.take("certificates", list(certificate), faults);
     let permissions: BTreeSet<Permission> = entry
         .take("permissions", list(permission), faults)
         .into_iter()
@@ -133,14 +134,11 @@ fn sha256(raw: Raw<'_>) -> Parsed<[u8; 32]> {
     })
 }
 
-fn certificate(raw: Raw<'_>) -> Parsed<String> {
+fn certificate(raw: Raw<'_>) -> Parsed<CertificateName> {
     text(raw)
         .ok()
         .filter(|name| (1..=2_048).contains(&name.len()) && name.chars().all(|c| c.is_ascii_graphic()))
-        .map(|name| {
-            // DNS names have no case, URIs do.
-            if name.contains("://") { name } else { name.to_ascii_lowercase() }
-        })
+        .map(|name| CertificateName::parse(&name))
         .ok_or_else(|| {
             Expected::new("a DNS name or URI in a client certificate, such as capture.internal or spiffe://example.org/capture")
         })

@@ -10,13 +10,15 @@ use std::{
 
 use tokio::time::Instant;
 
+use crate::permission::CertificateName;
+
 /// The other end of a connection.
 #[derive(Clone, Debug)]
 pub struct Peer {
     /// Its address.
     pub address: Option<SocketAddr>,
     /// DNS names and URIs of its certificate, as the TLS handshake has verified it.
-    pub certificate_names: Arc<[String]>,
+    pub certificate_names: Arc<[CertificateName]>,
     /// The calls on the connection.
     pub activity: Arc<Activity>,
 }

@@ -17,7 +17,10 @@ use tokio::{
 };
 use tokio_rustls::{TlsAcceptor, rustls::pki_types::CertificateDer, server::TlsStream};
 
-use crate::grpc::{Activity, Peer};
+use crate::{
+    grpc::{Activity, Peer},
+    permission::CertificateName,
+};
 
 /// Length of HTTP/2's preface (RFC 9113, 3.4), in bytes.
 const PREFACE_BYTES: usize = 24;
@@ -84,14 +87,15 @@ impl Connection {
 
 /// DNS names and URIs of the client's certificate, which the handshake has
 /// verified. A common name is none (RFC 9525, 2).
-fn certificate_names(stream: &TlsStream<TcpStream>) -> Vec<String> {
+fn certificate_names(stream: &TlsStream<TcpStream>) -> Vec<CertificateName> {
     let (_, session) = stream.get_ref();
     let leaf: Option<&CertificateDer<'_>> = session.peer_certificates().and_then(<[_]>::first);
     let Some(certificate) = leaf.and_then(|leaf| webpki::EndEntityCert::try_from(leaf).ok()) else {
         return Vec::new();
     };
-    let dns = certificate.valid_dns_names().map(str::to_ascii_lowercase);
-    let uris = certificate.valid_uri_names().map(str::to_owned);
+    let dns = certificate.valid_dns_names().map(CertificateName::dns);
+    let uris = certificate.valid_uri_names();
+    let uris = uris.map(|uri| CertificateName::Uri(uri.to_owned()));
     dns.chain(uris).collect()
 }
 

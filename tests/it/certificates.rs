@@ -30,7 +30,7 @@ impl Authority {
         self.0.pem()
     }
 
-    /// A certificate for DNS names and URIs.
+    /// A certificate for DNS names and URIs; `uri:` before a name makes it a URI.
     pub(crate) fn issue(&self, names: &[&str]) -> Certified {
         self.sign(names, |_| {})
     }
@@ -50,14 +50,17 @@ impl Authority {
             ExtendedKeyUsagePurpose::ClientAuth,
         ];
         for name in names {
-            let text = (*name).try_into().expect("ASCII");
-            params.subject_alt_names.push(if name.contains("://") {
-                SanType::URI(text)
-            } else if let Ok(address) = name.parse() {
-                SanType::IpAddress(address)
-            } else {
-                SanType::DnsName(text)
-            });
+            let uri = name.strip_prefix("uri:");
+            let text = uri.unwrap_or(name).try_into().expect("ASCII");
+            params
+                .subject_alt_names
+                .push(if uri.is_some() || name.contains("://") {
+                    SanType::URI(text)
+                } else if let Ok(address) = name.parse() {
+                    SanType::IpAddress(address)
+                } else {
+                    SanType::DnsName(text)
+                });
         }
         change(&mut params);
         let key = KeyPair::generate().expect("a key");

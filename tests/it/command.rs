@@ -110,6 +110,59 @@ fn a_check_names_every_fault_with_its_line_and_no_secret() {
     assert!(!err.contains("planted"), "{err}");
 }
 
+#[cfg(unix)]
+#[test]
+fn files_of_secrets_that_others_may_use_are_warned_of_by_check_and_serve() {
+    use std::os::unix::fs::PermissionsExt;
+    let directory = tempfile::tempdir().expect("a directory");
+    let path = |name: &str| directory.path().join(name);
+    let (store, key, write_key) = (path("store"), path("key"), path("acme.key"));
+    std::fs::create_dir(&store).expect("made");
+    let made = String::from_utf8(run(&["key"]).stdout).expect("UTF-8");
+    std::fs::write(&key, made.split_whitespace().last().expect("a key")).expect("written");
+    std::fs::write(&write_key, "any").expect("written");
+    let file = path("relay.toml");
+    let text = format!(
+        "[server]\nlisten = \"127.0.0.1:0\"\n[outbox]\npath = \"{}\"\n\
+         [secrets]\nkey_file = \"{}\"\n[[integrations]]\nintegration_id = \"acme\"\n\
+         [[integrations.credentials]]\ndata_region = \"eu\"\nwrite_key_file = \"{}\"\n",
+        store.display(),
+        key.display(),
+        write_key.display(),
+    );
+    std::fs::write(&file, text).expect("written");
+    let set = |path: &Path, mode| {
+        std::fs::set_permissions(path, std::fs::Permissions::from_mode(mode)).expect("set");
+    };
+    let settings = [
+        (&store, 0o700, 0o755, "[outbox] path"),
+        (&key, 0o600, 0o604, "[secrets] key_file"),
+        (&write_key, 0o600, 0o660, "write_key_file"),
+        (&file, 0o644, 0o666, "configuration"),
+    ];
+    let name = file.to_str().expect("UTF-8");
+    for open in [false, true] {
+        for (path, shut, wide, _) in settings {
+            set(path, if open { wide } else { shut });
+        }
+        let checked = run(&["check", "--config", name]);
+        assert!(checked.status.success(), "a warning is no fault");
+        let mut serving = segment_relay();
+        serving.args(["serve", "--config", name]);
+        serving.stdout(Stdio::piped()).stderr(Stdio::piped());
+        let mut serving = serving.spawn().expect("starts");
+        first_line(&mut serving);
+        serving.kill().expect("killed");
+        let served = serving.wait_with_output().expect("ended");
+        for said in [stderr(&checked), stderr(&served)] {
+            for (path, _, _, setting) in settings {
+                let told = format!("{setting} {}: other users may", path.display());
+                assert_eq!(said.contains(&told), open, "{told} in\n{said}");
+            }
+        }
+    }
+}
+
 #[test]
 fn an_open_port_without_tls_is_refused_unless_it_is_asked_for() {
     let directory = tempfile::tempdir().expect("a directory");

@@ -160,13 +160,21 @@ async fn clients_are_known_by_the_names_in_their_certificates() {
         let pair = clients.issue(&["host-7.internal", good]);
         list(&world, &ca, Some(&pair)).await.expect(good);
     }
-    let unknown = clients.issue(&["writer.internal"]);
-    match list(&world, &ca, Some(&unknown)).await {
-        Err(Problem::Call(status)) => {
-            assert_eq!(status.code(), Code::Unauthenticated);
-            assert_eq!(reason(&status), "CERTIFICATE_UNKNOWN");
+    for unknown in [
+        "writer.internal",
+        // Of the wrong kind, or another case.
+        "uri:reader.internal",
+        "uri:dns:reader.internal",
+        "spiffe://jebbit/Reader",
+    ] {
+        let pair = clients.issue(&["host-7.internal", unknown]);
+        match list(&world, &ca, Some(&pair)).await {
+            Err(Problem::Call(status)) => {
+                assert_eq!(status.code(), Code::Unauthenticated);
+                assert_eq!(reason(&status), "CERTIFICATE_UNKNOWN", "{unknown}");
+            }
+            other => panic!("{unknown}: {other:?}"),
         }
-        other => panic!("{other:?}"),
     }
     for unfit in [
         Some(stranger.issue(&["reader.internal"])),

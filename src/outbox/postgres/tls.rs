@@ -8,7 +8,6 @@ use rustls::{
 };
 
 use super::{PostgresConnection, PostgresError};
-use crate::vault::warn_if_open_to_others;
 
 /// The client's side of TLS. Whether a connection is encrypted is the URL's `sslmode`.
 pub(super) fn client_config(options: &PostgresConnection) -> Result<ClientConfig, PostgresError> {
@@ -33,7 +32,6 @@ pub(super) fn client_config(options: &PostgresConnection) -> Result<ClientConfig
     let Some((certificate, key)) = &options.identity else {
         return Ok(builder.with_no_client_auth());
     };
-    warn_if_open_to_others(key);
     let chain = certificates("certificate_file", certificate)?;
     let private = PrivateKeyDer::from_pem_file(key).map_err(|e| fault("key_file", key, &e))?;
     let config = builder.with_client_auth_cert(chain, private);
