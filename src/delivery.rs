@@ -41,4 +41,5 @@ pub use holds::LaneHolds;
 pub use lane::{Credentials, Ended, Lane, LaneOptions, Plan, Step};
 pub use parts::DeliveryParts;
 pub use rate::RateLimits;
+pub use turns::Turns;
 pub use vitals::{Vitals, VitalsBoard};

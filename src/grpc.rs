@@ -35,7 +35,7 @@ use tonic::service::Routes;
 use crate::{
     audit::Audit,
     config,
-    delivery::{LaneHolds, Sources, VitalsBoard},
+    delivery::{LaneHolds, Sources, Turns, VitalsBoard},
     metrics::Metrics,
     notify::Notices,
     outbox::Outbox,
@@ -92,6 +92,8 @@ pub struct Services {
     pub sources: Arc<Sources>,
     /// Who works with which lane.
     pub holds: Arc<LaneHolds>,
+    /// Who may send to Segment.
+    pub turns: Arc<Turns>,
     /// Who is told of changes.
     pub notices: Notices,
     /// Lets calls in.

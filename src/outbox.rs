@@ -15,6 +15,7 @@ mod claim;
 pub(crate) mod conformance;
 mod dead_letters;
 mod event_set;
+mod feed;
 mod lease;
 #[cfg(test)]
 pub(crate) mod model;
@@ -47,6 +48,7 @@ use crate::{
 pub use claim::Claim;
 pub use dead_letters::{DeadLetter, DeadLetterCount, DeadLetterFilter, Selection};
 pub use event_set::EventSet;
+pub use feed::{Watched, Watcher};
 pub use lease::{LeaseBudget, LeaseScope, LeasedCapture, SettledCapture, Settlement};
 pub use moved::{MoveError, Moved};
 pub use postgres::{

@@ -77,6 +77,10 @@ impl Tls {
 pub struct Limits {
     /// Calls of one caller at once, 1 to 1,000,000.
     pub caller_calls_in_flight: usize,
+    /// `WatchDeliveries` calls of one caller at once, 0 to 10,000.
+    pub caller_watchers: usize,
+    /// Calls of one caller at work that list, search or change what is stored, 1 to 1,000.
+    pub caller_costly_calls: usize,
     /// Captures of one caller in a second on average, 1 to 10,000,000.
     pub caller_captures_per_second: u32,
     /// Captures of one caller at once, 1,000 to 10,000,000.
@@ -99,6 +103,9 @@ impl Limits {
                 "limits.caller_calls_in_flight",
                 number("calls", 1..=1_000_000),
             )?,
+            caller_watchers: from.take("limits.caller_watchers", number("calls", 0..=10_000))?,
+            caller_costly_calls: from
+                .take("limits.caller_costly_calls", number("calls", 1..=1_000))?,
             caller_captures_per_second: from
                 .take("limits.caller_captures_per_second", captures())?,
             caller_burst_captures: from.take("limits.caller_burst_captures", burst())?,

@@ -10,7 +10,6 @@ use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use super::{
     bell::Bell,
     parts::{DeliveryParts, Shared},
-    turns::Turns,
     worker::Worker,
 };
 use crate::{
@@ -33,11 +32,9 @@ impl Delivery {
         let waiting = parts.outbox.waiting_lanes().await?;
         parts.outbox.signals().wake_lanes(waiting);
         let (stop, tasks) = (CancellationToken::new(), TaskTracker::new());
-        let turns = Turns::new(parts.max_requests_in_flight);
         let dispatcher = Dispatcher {
             parts: Arc::new(parts),
             shared: Arc::new(Shared {
-                turns,
                 breakers: PerRegion::default(),
             }),
             lanes: HashMap::new(),

@@ -35,12 +35,11 @@ pub struct DeliveryParts {
     pub rates: Arc<RateLimits>,
     /// Bounds of each lane.
     pub lanes: LaneOptions,
-    /// Requests in flight at the most, of all lanes.
-    pub max_requests_in_flight: usize,
+    /// Who may send, of all lanes.
+    pub turns: Arc<Turns>,
 }
 
 /// What lanes share beside the parts.
 pub(super) struct Shared {
-    pub(super) turns: Turns,
     pub(super) breakers: PerRegion<Breaker>,
 }

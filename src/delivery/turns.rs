@@ -10,37 +10,38 @@ use std::{
     sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
-use tokio::sync::{Mutex as Queue, Semaphore, SemaphorePermit};
+use tokio::sync::{Mutex as Queue, OwnedSemaphorePermit, Semaphore};
 
 use crate::integration::IntegrationId;
 
-/// The permits for requests in flight.
+/// The permits for requests in flight, of deliveries and of tests of integrations.
 #[derive(Debug)]
-pub(super) struct Turns {
-    permits: Semaphore,
+pub struct Turns {
+    permits: Arc<Semaphore>,
     /// Its holder stands in the common queue for the integration.
     heads: Mutex<HashMap<IntegrationId, Arc<Queue<()>>>>,
 }
 
 impl Turns {
     /// So many requests may be in flight.
-    pub(super) fn new(permits: usize) -> Self {
+    #[must_use]
+    pub fn new(permits: usize) -> Self {
         Self {
-            permits: Semaphore::new(permits),
+            permits: Arc::new(Semaphore::new(permits)),
             heads: Mutex::default(),
         }
     }
 
     /// Waits for this integration's turn; it may send as long as the permit lives.
     /// `None` never happens: the permits are not closed.
-    pub(super) async fn take(&self, id: &IntegrationId) -> Option<SemaphorePermit<'_>> {
+    pub async fn take(&self, id: &IntegrationId) -> Option<OwnedSemaphorePermit> {
         let head = Arc::clone(self.lock().entry(id.clone()).or_default());
         let _first = head.lock().await;
-        self.permits.acquire().await.ok()
+        Arc::clone(&self.permits).acquire_owned().await.ok()
     }
 
     /// Forgets an integration that is no more.
-    pub(super) fn forget(&self, id: &IntegrationId) {
+    pub fn forget(&self, id: &IntegrationId) {
         self.lock().remove(id);
     }
 

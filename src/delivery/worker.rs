@@ -135,7 +135,7 @@ impl Worker {
             () = self.stop.cancelled() => return Turn::Idle,
             both = async {
                 let admission = breaker.admit().await;
-                (admission, shared.turns.take(&self.key.integration_id).await)
+                (admission, self.parts.turns.take(&self.key.integration_id).await)
             } => both,
         };
         let hold = self.parts.holds.hold(&self.key).await;
@@ -219,7 +219,7 @@ impl Worker {
         };
         if credentials == Credentials::IntegrationGone {
             self.parts.rates.forget(id);
-            self.shared.turns.forget(id);
+            self.parts.turns.forget(id);
         }
         let step = self.lane.next_step(leased, credentials, UnixMillis::now());
         match (step, write_key) {

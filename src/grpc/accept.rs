@@ -37,7 +37,7 @@ impl Services {
         let pass = pass(request)?;
         let place = match &pass.place {
             Some(place) => place.clone(),
-            None => self.gate.enter()?,
+            None => self.gate.enter(pass.turn.clone())?,
         };
         Ok((Arc::clone(&pass.caller), place))
     }

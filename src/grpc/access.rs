@@ -11,6 +11,7 @@ use super::{
     body::{CallGuards, Meter},
     gate::Place,
     rpcs::{Need, Rpc},
+    usage::CallerPermit,
 };
 use crate::{
     audit::Audit,
@@ -41,6 +42,9 @@ pub(super) struct Pass {
     pub(super) caller: Arc<Caller>,
     /// The place of a call with captures, whose bytes may be many.
     pub(super) place: Option<Place>,
+    /// Its turn among those of its caller, where few may be at work at once. A change that is
+    /// carried to its end keeps it, also when the caller has gone.
+    pub(super) turn: Option<Arc<CallerPermit>>,
     /// Until when it has to be answered.
     pub(super) deadline: Instant,
 }
@@ -99,16 +103,19 @@ impl Access {
         }
         let caller = self.known(rpc, request, peer).await?;
         let permit = self.usage.enter(&caller)?;
+        // Before it has a place among those of all callers.
+        let turn = self.usage.turn(&caller, rpc.cost()).await.map(Arc::new);
         let place = match rpc.need {
-            Need::Permission(Permission::Capture) => Some(self.gate.enter()?),
+            Need::Permission(Permission::Capture) => Some(self.gate.enter(turn.clone())?),
             _ => None,
         };
-        let guards = CallGuards::new(activity, permit);
+        let guards = CallGuards::new(activity, permit, turn.clone());
         let (usage, bytes) = (Arc::clone(&self.usage), Arc::clone(guards.bytes()));
         Ok(Admission {
             pass: Some(Pass {
                 caller,
                 place,
+                turn,
                 deadline,
             }),
             guards,

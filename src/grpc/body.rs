@@ -18,7 +18,7 @@ use super::{
     Usage,
     peer::{ActiveCall, OpenCall},
     timer::CallTimer,
-    usage::units,
+    usage::{CallerPermit, units},
 };
 
 /// Bytes of a request that are held.
@@ -47,16 +47,22 @@ impl HeldBytes {
 /// What a call holds until its answer has left.
 pub(super) struct CallGuards {
     _activity: ActiveCall,
-    _permit: Option<OwnedSemaphorePermit>,
+    _permit: Option<CallerPermit>,
+    _turn: Option<Arc<CallerPermit>>,
     _open: Option<OpenCall>,
     bytes: Arc<HeldBytes>,
 }
 
 impl CallGuards {
-    pub(super) fn new(activity: ActiveCall, permit: OwnedSemaphorePermit) -> Self {
+    pub(super) fn new(
+        activity: ActiveCall,
+        permit: CallerPermit,
+        turn: Option<Arc<CallerPermit>>,
+    ) -> Self {
         Self {
             _activity: activity,
             _permit: Some(permit),
+            _turn: turn,
             _open: None,
             bytes: Arc::default(),
         }
@@ -67,6 +73,7 @@ impl CallGuards {
         Self {
             _activity: activity,
             _permit: None,
+            _turn: None,
             _open: Some(open),
             bytes: Arc::default(),
         }

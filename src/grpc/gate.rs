@@ -5,11 +5,15 @@ use std::sync::Arc;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
-use super::RelayError;
+use super::{RelayError, usage::CallerPermit};
 
-/// A call's place among those in flight; it is free again when the last copy goes.
+/// A call's place among those in flight, and among its caller's; both are free again when the
+/// last copy goes.
 #[derive(Clone, Debug)]
-pub(super) struct Place(#[expect(dead_code, reason = "held")] Arc<OwnedSemaphorePermit>);
+pub(super) struct Place {
+    _place: Arc<OwnedSemaphorePermit>,
+    _turn: Option<Arc<CallerPermit>>,
+}
 
 /// Counts calls and streams. Cheap to ask.
 #[derive(Debug)]
@@ -34,11 +38,14 @@ impl Gate {
     }
 
     /// Lets a call in for as long as it has its place.
-    pub(super) fn enter(&self) -> Result<Place, RelayError> {
+    pub(super) fn enter(&self, turn: Option<Arc<CallerPermit>>) -> Result<Place, RelayError> {
         self.open()?;
         let permit = Arc::clone(&self.calls).try_acquire_owned();
         let permit = permit.map_err(|_| RelayError::Busy("calls"))?;
-        Ok(Place(Arc::new(permit)))
+        Ok(Place {
+            _place: Arc::new(permit),
+            _turn: turn,
+        })
     }
 
     /// Lets a watcher in for as long as the permit lives.

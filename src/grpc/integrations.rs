@@ -158,12 +158,15 @@ impl IntegrationService for Integrations {
         check_access(&caller, &id)?;
         let found = self.0.registry.find_stored_open(&id).await;
         let integration = found.map_err(RelayError::from)?;
+        // Among the requests of deliveries, and given up where the caller goes meanwhile.
+        let turn = self.0.turns.take(integration.id()).await;
         let this = self.clone();
         let test = async move {
-            let tests = integration
-                .regions()
-                .map(|region| this.test(&integration, region));
-            let results = futures_util::future::try_join_all(tests).await?;
+            let mut results = Vec::new();
+            for region in integration.regions() {
+                results.push(this.test(&integration, region).await?);
+            }
+            drop(turn);
             let facts = results.iter().map(outcome).collect::<Vec<_>>();
             let facts = [("results", facts.join(", ").into())];
             this.tell(&caller, Happening::Tested, &integration, &facts)

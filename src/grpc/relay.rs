@@ -142,6 +142,8 @@ impl SegmentRelay for Relay {
         let found = self.0.registry.find_stored_open(id).await;
         let integration = found.map_err(RelayError::from)?;
         let capture = required(request.capture)?;
+        // It costs what a capture costs, but for the disk.
+        self.0.usage.capture(&caller, integration.id(), 1)?;
         match preview(&integration, &capture) {
             Ok(events) => Ok(Response::new(PreviewCaptureResponse {
                 events,
@@ -188,9 +190,10 @@ impl SegmentRelay for Relay {
         request: Request<WatchDeliveriesRequest>,
     ) -> Result<Response<Self::WatchDeliveriesStream>, Status> {
         let caller = Arc::clone(&pass(&request)?.caller);
-        let permit = self.0.gate.enter_watcher()?;
         let filter = watch::Filter::new(&self.0, &caller, request.get_ref()).await?;
-        Ok(Response::new(watch::serve(&self.0, filter, permit)))
+        let own = self.0.usage.enter_watcher(&caller)?;
+        let place = self.0.gate.enter_watcher()?;
+        Ok(Response::new(watch::serve(&self.0, filter, (own, place))))
     }
 }
 

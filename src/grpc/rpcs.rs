@@ -95,10 +95,27 @@ pub const RPCS: [(&str, Need); 17] = [
     ),
 ];
 
+/// What a call costs others, and how that is bounded for each caller.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Cost {
+    /// Bounded otherwise: captures by their rates, watchers by their number.
+    Metered,
+    /// A look-up or a computation.
+    LookUp,
+    /// It lists, searches, or changes what is stored.
+    Costly,
+}
+
 /// The methods of health checks.
 const HEALTH: [&str; 2] = [
     "/grpc.health.v1.Health/Check",
     "/grpc.health.v1.Health/Watch",
+];
+/// Services whose rpcs cost more than a look-up.
+const COSTLY: [&str; 3] = [
+    ".IntegrationService",
+    ".DeadLetterService",
+    ".PrivacyService",
 ];
 /// Stands for the paths of all other rpcs.
 const OTHER: &str = "_OTHER";
@@ -131,6 +148,18 @@ impl Rpc {
     /// for RPC, `rpc.method`).
     pub(super) fn method(self) -> &'static str {
         self.path.strip_prefix('/').unwrap_or(self.path)
+    }
+
+    /// What it costs others.
+    pub(super) fn cost(self) -> Cost {
+        let (service, method) = self.path.rsplit_once('/').unwrap_or(("", self.path));
+        match (service, method) {
+            (_, "Capture" | "CaptureBatch" | "CaptureStream" | "WatchDeliveries") => Cost::Metered,
+            (_, "GetIntegration") => Cost::LookUp,
+            (service, _) if COSTLY.iter().any(|one| service.ends_with(one)) => Cost::Costly,
+            (_, OTHER) => Cost::Metered,
+            _ => Cost::LookUp,
+        }
     }
 
     /// Whether its requests are a stream.

@@ -14,7 +14,7 @@ use super::{Gate, Services, Usage, access::Pass};
 use crate::{
     audit::Audit,
     config::{Config, Outside},
-    delivery::Sources,
+    delivery::{Sources, Turns},
     metrics::Metrics,
     notify::Notices,
     outbox::{Outbox, shared_double::SharedDouble},
@@ -59,8 +59,9 @@ async fn relay(outbox: &Arc<SharedDouble>, audit: Audit) -> Services {
         vitals: Arc::default(),
         sources: Arc::new(Sources::new(Duration::from_secs(300))),
         holds: Arc::default(),
+        turns: Arc::new(Turns::new(config.delivery.max_requests_in_flight)),
         notices,
-        usage: Arc::new(Usage::new(config.limits.clone())),
+        usage: Arc::new(Usage::new(&config)),
         audit,
         metrics: Metrics::off(),
         traces: Traces::Off,
@@ -74,6 +75,7 @@ fn request<T>(message: T) -> Request<T> {
     request.extensions_mut().insert(Pass {
         caller: Arc::new(Caller::anonymous()),
         place: None,
+        turn: None,
         deadline: Instant::now() + Duration::from_secs(30),
     });
     request

@@ -12,10 +12,14 @@ use governor::{
     DefaultDirectRateLimiter, Quota, RateLimiter,
     clock::{Clock, MonotonicClock},
 };
-use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, TryAcquireError};
 
-use super::RelayError;
-use crate::{config::Limits, integration::IntegrationId, permission::Caller};
+use super::{RelayError, rpcs::Cost};
+use crate::{
+    config::{self, Config, Limits},
+    integration::IntegrationId,
+    permission::Caller,
+};
 
 /// Callers and integrations that are remembered: beyond, those without a call in
 /// hand are forgotten, which fills their buckets.
@@ -23,9 +27,13 @@ const KEPT: usize = 10_000;
 /// Bytes are counted in units of this size.
 const UNIT_BYTES: u64 = 1_024;
 
+/// Look-ups and the like of one caller that are done at once; more wait for their turn.
+const CALLER_LOOK_UPS: usize = 16;
+
 /// Counts what is used.
 pub struct Usage {
     limits: Limits,
+    shares: Shares,
     callers: Mutex<HashMap<String, Arc<CallerUse>>>,
     integrations: Mutex<HashMap<IntegrationId, Arc<Bucket>>>,
     memory: Arc<Semaphore>,
@@ -33,9 +41,53 @@ pub struct Usage {
 
 type Bucket = DefaultDirectRateLimiter;
 
+/// What one caller may have of what all share.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Shares {
+    calls: usize,
+    watchers: usize,
+}
+
+impl Shares {
+    /// At most half of all, so that one caller leaves room for others. Where callers are not
+    /// told apart, there is but one.
+    fn new(limits: &Limits, server: &config::Server, told_apart: bool) -> Self {
+        let half = |all: usize| all.div_ceil(2);
+        match told_apart {
+            true => Self {
+                calls: limits
+                    .caller_calls_in_flight
+                    .min(half(server.max_calls_in_flight)),
+                watchers: limits.caller_watchers.min(half(server.max_watchers)),
+            },
+            false => Self {
+                calls: limits.caller_calls_in_flight,
+                watchers: server.max_watchers,
+            },
+        }
+    }
+}
+
 struct CallerUse {
     calls: Arc<Semaphore>,
+    watchers: Arc<Semaphore>,
+    look_ups: Arc<Semaphore>,
+    costly: Arc<Semaphore>,
     captures: Bucket,
+}
+
+/// Something that a caller has of its share.
+#[derive(Debug)]
+pub(super) struct CallerPermit {
+    _permit: OwnedSemaphorePermit,
+    /// Its caller is remembered for as long.
+    _use: Arc<CallerUse>,
+}
+
+impl std::fmt::Debug for CallerUse {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("CallerUse").finish_non_exhaustive()
+    }
 }
 
 /// A bound that was reached, whose it is, and when there is room again.
@@ -64,10 +116,12 @@ impl Throttle {
 impl Usage {
     /// Nothing is used.
     #[must_use]
-    pub fn new(limits: Limits) -> Self {
+    pub fn new(config: &Config) -> Self {
+        let limits = config.limits.clone();
         let units = limits.request_bytes_in_flight / UNIT_BYTES;
         Self {
             memory: Arc::new(Semaphore::new(usize::try_from(units).unwrap_or(usize::MAX))),
+            shares: Shares::new(&limits, &config.server, config.authenticates()),
             limits,
             callers: Mutex::default(),
             integrations: Mutex::default(),
@@ -75,14 +129,37 @@ impl Usage {
     }
 
     /// Counts a call for as long as the permit lives.
-    pub(super) fn enter(&self, caller: &Caller) -> Result<OwnedSemaphorePermit, RelayError> {
-        let calls = Arc::clone(&self.caller(caller).calls);
-        calls.try_acquire_owned().map_err(|_| {
-            RelayError::Throttled(Throttle {
-                subject: "caller",
-                what: "calls at once ([limits] caller_calls_in_flight)",
-                wait: SHORT_WAIT,
-            })
+    pub(super) fn enter(&self, caller: &Caller) -> Result<CallerPermit, RelayError> {
+        let own = self.caller(caller);
+        let permit = Arc::clone(&own.calls).try_acquire_owned();
+        held(
+            own,
+            permit,
+            "calls at once ([limits] caller_calls_in_flight)",
+        )
+    }
+
+    /// Counts a watcher for as long as the permit lives.
+    pub(super) fn enter_watcher(&self, caller: &Caller) -> Result<CallerPermit, RelayError> {
+        let own = self.caller(caller);
+        let permit = Arc::clone(&own.watchers).try_acquire_owned();
+        held(own, permit, "watchers at once ([limits] caller_watchers)")
+    }
+
+    /// Waits until fewer calls of the caller are at work that cost as much. Who goes meanwhile
+    /// has asked for nothing.
+    pub(super) async fn turn(&self, caller: &Caller, cost: Cost) -> Option<CallerPermit> {
+        let own = self.caller(caller);
+        let queue = match cost {
+            Cost::Metered => return None,
+            Cost::LookUp => &own.look_ups,
+            Cost::Costly => &own.costly,
+        };
+        // Never closed.
+        let permit = Arc::clone(queue).acquire_owned().await.ok()?;
+        Some(CallerPermit {
+            _permit: permit,
+            _use: own,
         })
     }
 
@@ -135,12 +212,33 @@ impl Usage {
 
     fn caller(&self, caller: &Caller) -> Arc<CallerUse> {
         kept(&self.callers, caller.name.as_str(), || CallerUse {
-            calls: Arc::new(Semaphore::new(self.limits.caller_calls_in_flight)),
+            calls: Arc::new(Semaphore::new(self.shares.calls)),
+            watchers: Arc::new(Semaphore::new(self.shares.watchers)),
+            look_ups: Arc::new(Semaphore::new(CALLER_LOOK_UPS)),
+            costly: Arc::new(Semaphore::new(self.limits.caller_costly_calls)),
             captures: bucket(
                 self.limits.caller_captures_per_second,
                 self.limits.caller_burst_captures,
             ),
         })
+    }
+}
+
+fn held(
+    own: Arc<CallerUse>,
+    permit: Result<OwnedSemaphorePermit, TryAcquireError>,
+    what: &'static str,
+) -> Result<CallerPermit, RelayError> {
+    match permit {
+        Ok(permit) => Ok(CallerPermit {
+            _permit: permit,
+            _use: own,
+        }),
+        Err(_) => Err(RelayError::Throttled(Throttle {
+            subject: "caller",
+            what,
+            wait: SHORT_WAIT,
+        })),
     }
 }
 

@@ -1,13 +1,13 @@
 //! WatchDeliveries: the live feed.
 
-use tokio::sync::{OwnedSemaphorePermit, broadcast::error::RecvError, mpsc};
+use tokio::sync::{OwnedSemaphorePermit, mpsc};
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::Status;
 
-use super::{RelayError, Services, convert};
+use super::{RelayError, Services, convert, usage::CallerPermit};
 use crate::{
     integration::IntegrationId,
-    outbox::Change,
+    outbox::{Change, Watched},
     permission::{Caller, Scope},
     proto::{DeliveryState, EventType, WatchDeliveriesRequest, WatchDeliveriesResponse},
     time::UnixMillis,
@@ -73,14 +73,15 @@ impl Filter {
     }
 }
 
-/// Serves a watcher in a task of its own, which holds the permit.
+/// Serves a watcher in a task of its own, which holds the permits.
 pub(super) fn serve(
     services: &Services,
     filter: Filter,
-    permit: OwnedSemaphorePermit,
+    permits: (CallerPermit, OwnedSemaphorePermit),
 ) -> ReceiverStream<Result<WatchDeliveriesResponse, Status>> {
     let (updates, receiver) = mpsc::channel(UPDATES);
-    let mut feed = services.outbox.signals().watch();
+    let wants = move |change: &Change| filter.wants(change);
+    let mut feed = services.outbox.signals().watch(wants);
     let gate = std::sync::Arc::clone(&services.gate);
     services.gate.streams.spawn(async move {
         loop {
@@ -91,20 +92,18 @@ pub(super) fn serve(
                     let _ = updates.try_send(Err(RelayError::Draining.into()));
                     break;
                 }
-                next = feed.recv() => next,
+                next = feed.next() => next,
             };
             let update = match next {
-                Ok(change) if filter.wants(&change) => update(&change),
-                Ok(_) => continue,
-                Err(RecvError::Lagged(missed)) => notice(missed),
-                Err(RecvError::Closed) => break,
+                Watched::Change(change) => update(&change),
+                Watched::Missed(missed) => notice(missed),
             };
             tokio::select! {
                 sent = updates.send(Ok(update)) => if sent.is_err() { break },
                 () = gate.draining() => break,
             }
         }
-        drop(permit);
+        drop(permits);
     });
     ReceiverStream::new(receiver)
 }

@@ -14,7 +14,7 @@ use sha2::{Digest, Sha256};
 use super::{
     Backlog, BoxFuture, Content, DeadLetterFilter, Erasure, EventSet, LaneKey, LeaseBudget,
     LeaseScope, LeasedCapture, Limits, NewCapture, Outbox, OutboxError, Quota, Selection,
-    SettledCapture, Settlement, SubjectQuery, Submitted,
+    SettledCapture, Settlement, SubjectQuery, Submitted, Watched,
 };
 use crate::{
     event::{EventPair, EventType},
@@ -319,7 +319,7 @@ pub(crate) async fn bounds_refuse_whole_captures_and_a_delivery_makes_room(rig: 
 pub(crate) async fn waiting_callers_and_watchers_hear_of_what_is_durable(rig: &impl Rig) {
     let outbox = rig.open().await;
     let outbox = outbox.as_ref();
-    let mut watcher = outbox.signals().watch();
+    let mut watcher = outbox.signals().watch(|_| true);
     submit_one(outbox, "acme", "a").await;
     assert!(outbox.signals().ready_lanes().await.contains(&lane("acme")));
     let expectation = outbox.signals().expect(&id("acme"), "a");
@@ -328,7 +328,7 @@ pub(crate) async fn waiting_callers_and_watchers_hear_of_what_is_durable(rig: &i
     settle(outbox, leased, |_, _| Outcome::Delivered).await;
     change.await;
     let mut seen = Vec::new();
-    while let Ok(change) = watcher.try_recv() {
+    while let Some(Watched::Change(change)) = watcher.take() {
         seen.push((
             change.event,
             change.record.event(change.event).state.to_proto(),

@@ -6,15 +6,15 @@ use std::{
     sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
-use tokio::sync::{Notify, broadcast, futures::OwnedNotified, watch};
+use tokio::sync::{Notify, futures::OwnedNotified, watch};
 
-use super::LaneKey;
+use super::{
+    LaneKey,
+    feed::{Feed, Watcher},
+};
 use crate::{
     event::EventType, integration::IntegrationId, status::CaptureRecord, time::UnixMillis,
 };
-
-/// Changes that a watcher may lag behind before it misses some.
-const FEED_LENGTH: usize = 4_096;
 
 /// One event of a capture has changed its state.
 #[derive(Clone, Debug)]
@@ -30,12 +30,12 @@ pub struct Change {
 type CaptureKey = (IntegrationId, String);
 
 /// Wakes those who wait for something in the outbox. All its memory is bounded
-/// by the number of lanes, of waiting calls, and the length of the feed.
+/// by the number of lanes, of waiting calls, and of watchers with their queues.
 #[derive(Debug)]
 pub struct Signals {
     ready_lanes: Mutex<HashSet<LaneKey>>,
     work: Notify,
-    feed: broadcast::Sender<Change>,
+    feed: Arc<Feed>,
     waiting: Mutex<HashMap<CaptureKey, Arc<Notify>>>,
     writable: watch::Sender<bool>,
 }
@@ -45,7 +45,7 @@ impl Default for Signals {
         Self {
             ready_lanes: Mutex::default(),
             work: Notify::new(),
-            feed: broadcast::Sender::new(FEED_LENGTH),
+            feed: Arc::default(),
             waiting: Mutex::default(),
             writable: watch::Sender::new(true),
         }
@@ -76,15 +76,14 @@ impl Signals {
         }
     }
 
-    /// The changes from now on.
-    #[must_use]
-    pub fn watch(&self) -> broadcast::Receiver<Change> {
-        self.feed.subscribe()
+    /// The changes from now on that are wanted.
+    pub fn watch(&self, wants: impl Fn(&Change) -> bool + Send + Sync + 'static) -> Watcher {
+        self.feed.watch(wants)
     }
 
     /// Whether somebody watches: without, nobody needs to describe changes.
     pub(super) fn is_watched(&self) -> bool {
-        self.feed.receiver_count() > 0
+        self.feed.is_watched()
     }
 
     /// Whether somebody waits for a capture.
@@ -98,9 +97,8 @@ impl Signals {
     }
 
     /// Tells the watchers. Never waits for a slow one.
-    pub(super) fn publish(&self, change: Change) {
-        // An error says that nobody watches.
-        let _ = self.feed.send(change);
+    pub(super) fn publish(&self, change: &Change) {
+        self.feed.publish(change);
     }
 
     /// Whether the last attempt to write went well, now and from now on.

@@ -9,7 +9,7 @@ use crate::{
     audit::Audit,
     auth::{Authenticator, Jwks, JwtVerifier},
     config::{self, Config},
-    delivery::{Backoff, DeliveryParts, LaneOptions, RateLimits, Sources},
+    delivery::{Backoff, DeliveryParts, LaneOptions, RateLimits, Sources, Turns},
     grpc::{Gate, Services, Usage},
     metrics::{BacklogBoard, Export, Metrics},
     notify::Notices,
@@ -44,10 +44,11 @@ pub(super) fn services(
         vitals: Arc::default(),
         sources: Arc::new(Sources::new(broken_after.unwrap_or(BROKEN_AFTER))),
         holds: Arc::default(),
+        turns: Arc::new(Turns::new(config.delivery.max_requests_in_flight)),
         notices,
         outbox,
         limits,
-        usage: Arc::new(Usage::new(config.limits.clone())),
+        usage: Arc::new(Usage::new(config)),
         audit,
         metrics,
         traces: telemetry::traces(config),
@@ -82,7 +83,7 @@ pub(super) fn delivery_parts(config: &Config, services: &Services) -> DeliveryPa
         holds: Arc::clone(&services.holds),
         rates: Arc::new(rate_limits(&config.delivery)),
         lanes: lane_options(&config.delivery),
-        max_requests_in_flight: config.delivery.max_requests_in_flight,
+        turns: Arc::clone(&services.turns),
     }
 }
 

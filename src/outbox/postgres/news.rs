@@ -126,7 +126,7 @@ impl Database {
         if signals.is_watched() {
             for event in events.iter() {
                 let record = Arc::clone(record);
-                signals.publish(Change {
+                signals.publish(&Change {
                     record,
                     event,
                     time,

@@ -276,7 +276,7 @@ impl Writer {
 
     fn tell(&self, news: News) {
         self.signals.wake_lanes(news.lanes);
-        for change in news.changes {
+        for change in &news.changes {
             self.signals.publish(change);
         }
         for (integration_id, capture_id) in &news.settled {

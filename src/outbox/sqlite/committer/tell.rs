@@ -27,7 +27,7 @@ impl Committer {
             if watched {
                 let time = if next.is_new { record.accept_time } else { now };
                 for event in next.announce.iter() {
-                    self.signals.publish(Change {
+                    self.signals.publish(&Change {
                         record: Arc::clone(record),
                         event,
                         time,
