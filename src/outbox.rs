@@ -46,7 +46,7 @@ use crate::{
 };
 
 pub use claim::Claim;
-pub use dead_letters::{DeadLetter, DeadLetterCount, DeadLetterFilter, Selection};
+pub use dead_letters::{DeadLetter, DeadLetterCount, DeadLetterFilter, Selection, Taken};
 pub use event_set::EventSet;
 pub use feed::{Watched, Watcher};
 pub use lease::{LeaseBudget, LeaseScope, LeasedCapture, SettledCapture, Settlement};
@@ -321,17 +321,17 @@ pub trait Outbox: Send + Sync + 'static {
     ) -> Result<DeadLetterCount, OutboxError>;
 
     /// Queues a bounded number of the selected dead letters again, behind what
-    /// waits; returns how many. None are left when it returns 0 but those of deleted
-    /// integrations, which are passed over.
+    /// waits; returns how many of which integrations. None are left when it returns 0 but those
+    /// of deleted integrations, which are passed over.
     async fn replay(
         &self,
         selection: Selection,
         now: UnixMillis,
-    ) -> Result<Result<u64, Quota>, OutboxError>;
+    ) -> Result<Result<Taken, Quota>, OutboxError>;
 
     /// Removes a bounded number of the selected dead letters with their payloads;
-    /// returns how many. None are left when it returns 0.
-    async fn discard(&self, selection: Selection) -> Result<u64, OutboxError>;
+    /// returns how many of which integrations. None are left when it returns 0.
+    async fn discard(&self, selection: Selection) -> Result<Taken, OutboxError>;
 
     /// Where a person's data is: all that was accepted before this call, at most
     /// 100,000 captures.

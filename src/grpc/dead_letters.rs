@@ -8,7 +8,7 @@ use super::{RelayError, Services, convert};
 use crate::{
     audit::Entry,
     integration::IntegrationId,
-    outbox::{DeadLetter, DeadLetterCount, DeadLetterFilter, OutboxError, Selection},
+    outbox::{DeadLetter, DeadLetterCount, DeadLetterFilter, OutboxError, Selection, Taken},
     permission::Caller,
     proto::{
         self, DeliveryReason, DiscardDeadLettersRequest, DiscardDeadLettersResponse,
@@ -20,6 +20,9 @@ use crate::{
 
 /// Ids of one request at the most.
 const MAX_IDS: usize = 1_000;
+/// Ids and integrations that the audit names of one request, at the most.
+const NOTED_IDS: usize = 100;
+const NOTED_INTEGRATIONS: usize = 20;
 /// For so long Segment removes repeats by messageId.
 const DEDUPLICATION_WINDOW: Duration = Duration::from_secs(24 * 3_600);
 
@@ -80,11 +83,12 @@ impl DeadLetterService for DeadLetters {
         } else {
             let this = self.clone();
             let replay = async move {
-                let mut replayed = 0;
-                let ended = this.replay_all(&selection, now, &mut replayed).await;
-                this.note(&caller, "dead_letters.replayed", replayed, &ended);
-                ended.map_err(|error| partly(error, "replayed", replayed))?;
-                Ok(replayed)
+                let mut taken = Taken::default();
+                let ended = this.replay_all(&selection, now, &mut taken).await;
+                let action = "dead_letters.replayed";
+                this.note(&caller, action, &selection, &taken, &ended);
+                ended.map_err(|error| partly(error, "replayed", taken.events()))?;
+                Ok(taken.events())
             };
             self.0.carry_out(permit, replay).await?
         };
@@ -109,11 +113,12 @@ impl DeadLetterService for DeadLetters {
         }
         let this = self.clone();
         let discard = async move {
-            let mut discarded = 0;
-            let ended = this.discard_all(&selection, &mut discarded).await;
-            this.note(&caller, "dead_letters.discarded", discarded, &ended);
-            ended.map_err(|error| partly(error, "discarded", discarded))?;
-            Ok(discarded)
+            let mut taken = Taken::default();
+            let ended = this.discard_all(&selection, &mut taken).await;
+            let action = "dead_letters.discarded";
+            this.note(&caller, action, &selection, &taken, &ended);
+            ended.map_err(|error| partly(error, "discarded", taken.events()))?;
+            Ok(taken.events())
         };
         let event_count = self.0.carry_out(permit, discard).await?;
         Ok(Response::new(DiscardDeadLettersResponse { event_count }))
@@ -136,20 +141,30 @@ impl DeadLetters {
     }
 
     /// Notes what was done, also where it broke off half-way.
-    fn note(&self, caller: &Caller, action: &str, events: u64, ended: &Result<(), RelayError>) {
+    fn note(
+        &self,
+        caller: &Caller,
+        action: &str,
+        selection: &Selection,
+        taken: &Taken,
+        ended: &Result<(), RelayError>,
+    ) {
         let broke_off = match ended {
             Ok(()) => "",
             Err(RelayError::Outbox(OutboxError::OutcomeUnknown(_))) => {
                 ", then it broke off; perhaps some more"
             }
-            Err(_) if events == 0 => return,
+            Err(_) if taken.events() == 0 => return,
             Err(_) => ", then it broke off",
         };
+        let (whose, counts) = shown_counts(taken);
+        let events = taken.events();
+        let selected = shown_selection(selection);
         self.0.audit.note(&Entry {
             caller: &caller.name,
             action,
-            integration: "",
-            detail: format!("{events} events{broke_off}"),
+            integration: whose.unwrap_or(""),
+            detail: format!("{events} events{broke_off}{counts}; {selected}"),
         });
     }
 
@@ -173,27 +188,85 @@ impl DeadLetters {
         &self,
         selection: &Selection,
         now: UnixMillis,
-        total: &mut u64,
+        total: &mut Taken,
     ) -> Result<(), RelayError> {
         loop {
             let _replays = self.0.holds.hold_replays().await;
             match self.0.outbox.replay(selection.clone(), now).await? {
-                Ok(0) => return Ok(()),
-                Ok(replayed) => *total += replayed,
-                Err(quota) if *total == 0 => return Err(RelayError::Full(quota)),
+                Ok(taken) if taken.events() == 0 => return Ok(()),
+                Ok(taken) => total.append(&taken),
+                Err(quota) if total.events() == 0 => return Err(RelayError::Full(quota)),
                 Err(_) => return Ok(()),
             }
         }
     }
 
-    async fn discard_all(&self, selection: &Selection, total: &mut u64) -> Result<(), RelayError> {
+    async fn discard_all(
+        &self,
+        selection: &Selection,
+        total: &mut Taken,
+    ) -> Result<(), RelayError> {
         loop {
-            match self.0.outbox.discard(selection.clone()).await? {
-                0 => return Ok(()),
-                discarded => *total += discarded,
+            let taken = self.0.outbox.discard(selection.clone()).await?;
+            if taken.events() == 0 {
+                return Ok(());
             }
+            total.append(&taken);
         }
     }
+}
+
+/// The integration, if it is one; otherwise how many events of each, for the first of them.
+fn shown_counts(taken: &Taken) -> (Option<&str>, String) {
+    let mut each = taken.each();
+    let others = each.len().saturating_sub(NOTED_INTEGRATIONS);
+    match (each.len(), each.next()) {
+        (1, Some((id, _))) => (Some(id), String::new()),
+        (_, None) => (None, String::new()),
+        (_, Some(first)) => {
+            let named = std::iter::once(first).chain(each).take(NOTED_INTEGRATIONS);
+            let mut named: Vec<_> = named.map(|(id, events)| format!("{id} {events}")).collect();
+            if others > 0 {
+                named.push(format!("{others} more integrations"));
+            }
+            (None, format!(" ({})", named.join(", ")))
+        }
+    }
+}
+
+/// What was asked for, of bounded length. It holds no address.
+fn shown_selection(selection: &Selection) -> String {
+    let of = |integrations: &Option<Vec<IntegrationId>>| match integrations.as_deref() {
+        None => "all integrations".to_owned(),
+        Some(ids) => bounded(ids.iter().map(IntegrationId::name), NOTED_INTEGRATIONS),
+    };
+    match selection {
+        Selection::Filter(filter) => {
+            let time = |time: Option<UnixMillis>| time.map_or("any".to_owned(), UnixMillis::to_iso);
+            let reason = filter.reason.map_or("any", |reason| reason.as_str_name());
+            format!(
+                "filter: {}, reason {reason}, from {} to {}",
+                of(&filter.integrations),
+                time(filter.start),
+                time(filter.end)
+            )
+        }
+        Selection::Ids { ids, integrations } => format!(
+            "ids: {}, of {}",
+            bounded(ids.iter(), NOTED_IDS),
+            of(integrations)
+        ),
+    }
+}
+
+/// The first of some words, and how many more there are.
+fn bounded<T: ToString>(words: impl ExactSizeIterator<Item = T>, most: usize) -> String {
+    let more = words.len().saturating_sub(most);
+    let mut shown: Vec<_> = words.take(most).map(|word| word.to_string()).collect();
+    if more > 0 {
+        shown.push(format!("and {more} more"));
+    }
+    shown.join(" ")
 }
 
 /// Says how far a change came that the outbox broke off.

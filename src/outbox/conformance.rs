@@ -14,7 +14,7 @@ use sha2::{Digest, Sha256};
 use super::{
     Backlog, BoxFuture, Content, DeadLetterFilter, Erasure, EventSet, LaneKey, LeaseBudget,
     LeaseScope, LeasedCapture, Limits, NewCapture, Outbox, OutboxError, Quota, Selection,
-    SettledCapture, Settlement, SubjectQuery, Submitted, Watched,
+    SettledCapture, Settlement, SubjectQuery, Submitted, Taken, Watched,
 };
 use crate::{
     event::{EventPair, EventType},
@@ -314,6 +314,11 @@ pub(crate) async fn bounds_refuse_whole_captures_and_a_delivery_makes_room(rig: 
         Submitted::Accepted(_)
     ));
     outbox.close().await;
+}
+
+/// How many dead letters a replay has taken.
+pub(crate) fn taken(replayed: Result<Result<Taken, Quota>, OutboxError>) -> u64 {
+    replayed.expect("done").expect("room").events()
 }
 
 pub(crate) async fn waiting_callers_and_watchers_hear_of_what_is_durable(rig: &impl Rig) {

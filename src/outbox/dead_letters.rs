@@ -1,6 +1,8 @@
 //! Dead letters: events that were refused for good or given up, kept with their
 //! payload until somebody replays or discards them.
 
+use std::collections::BTreeMap;
+
 use crate::{
     event::EventType, integration::IntegrationId, proto::DeliveryReason, status::CaptureRecord,
     time::UnixMillis,
@@ -46,6 +48,37 @@ pub struct DeadLetter {
     pub time: UnixMillis,
     /// Size of the kept payload.
     pub payload_bytes: u64,
+}
+
+/// How many dead letters were replayed or discarded, of which integrations.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Taken(BTreeMap<IntegrationId, u64>);
+
+impl Taken {
+    /// Adds some of an integration; of all its incarnations by their name.
+    pub fn add(&mut self, id: &IntegrationId, events: u64) {
+        if events > 0 {
+            *self.0.entry(id.of_incarnation(1)).or_default() += events;
+        }
+    }
+
+    /// Adds others.
+    pub fn append(&mut self, others: &Self) {
+        for (id, events) in &others.0 {
+            self.add(id, *events);
+        }
+    }
+
+    /// How many they are together.
+    #[must_use]
+    pub fn events(&self) -> u64 {
+        self.0.values().sum()
+    }
+
+    /// How many of each integration, by its name.
+    pub fn each(&self) -> impl ExactSizeIterator<Item = (&str, u64)> {
+        self.0.iter().map(|(id, events)| (id.name(), *events))
+    }
 }
 
 /// What dead letters weigh.

@@ -14,7 +14,7 @@ use super::{
     Backlog, Claim, DeadLetter, DeadLetterCount, DeadLetterFilter, Erasure, FoundSubject, LaneKey,
     LeaseBudget, LeaseScope, LeasedCapture, NewCapture, Outbox, OutboxError, Quota, Receipt,
     Selection, Settlement, Signals, SqliteOptions, SqliteOutbox, StoredIntegration, SubjectQuery,
-    Submitted, conformance::LIMITS,
+    Submitted, Taken, conformance::LIMITS,
 };
 use crate::{
     integration::{IntegrationId, revision_number},
@@ -237,12 +237,12 @@ impl Outbox for SharedDouble {
         &self,
         selection: Selection,
         now: UnixMillis,
-    ) -> Result<Result<u64, Quota>, OutboxError> {
+    ) -> Result<Result<Taken, Quota>, OutboxError> {
         self.call("replay")?;
         self.inner.replay(selection, now).await
     }
 
-    async fn discard(&self, selection: Selection) -> Result<u64, OutboxError> {
+    async fn discard(&self, selection: Selection) -> Result<Taken, OutboxError> {
         self.call("discard")?;
         self.inner.discard(selection).await
     }

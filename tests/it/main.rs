@@ -48,6 +48,7 @@ mod secrets;
 mod services;
 mod stream;
 mod swallowed;
+mod tenants;
 mod tls;
 mod traces;
 mod used_again;

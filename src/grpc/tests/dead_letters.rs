@@ -91,7 +91,7 @@ async fn a_failure_half_way_says_how_many_were_done() {
     let told = refused.message();
     assert!(told.starts_with("6 events were replayed, then"), "{told}");
     let noted = world.noted();
-    assert!(noted.contains("6 events, then it broke off\""), "{noted}");
+    assert!(noted.contains("6 events, then it broke off;"), "{noted}");
 }
 
 #[tokio::test]

@@ -15,7 +15,7 @@ use crate::{
     outbox::{
         Backlog, Claim, DeadLetter, DeadLetterCount, DeadLetterFilter, Erasure, FoundSubject,
         LaneKey, LeaseBudget, LeaseScope, LeasedCapture, NewCapture, Outbox, OutboxError, Quota,
-        Receipt, Selection, Settlement, Signals, StoredIntegration, SubjectQuery, stored_id,
+        Receipt, Selection, Settlement, Signals, StoredIntegration, SubjectQuery, Taken, stored_id,
     },
     proto::ErasureReceipt,
     status::CaptureRecord,
@@ -109,28 +109,28 @@ impl Outbox for PostgresOutbox {
         &self,
         selection: Selection,
         now: UnixMillis,
-    ) -> Result<Result<u64, Quota>, OutboxError> {
+    ) -> Result<Result<Taken, Quota>, OutboxError> {
         self.check_open()?;
         let mut full = None;
         for database in self.databases.iter() {
             match database.replay(&selection, now).await? {
-                Ok(0) => {}
-                Ok(replayed) => return Ok(Ok(replayed)),
+                Ok(taken) if taken.events() == 0 => {}
+                Ok(taken) => return Ok(Ok(taken)),
                 Err(quota) => full = Some(quota),
             }
         }
-        Ok(full.map_or(Ok(0), Err))
+        Ok(full.map_or(Ok(Taken::default()), Err))
     }
 
-    async fn discard(&self, selection: Selection) -> Result<u64, OutboxError> {
+    async fn discard(&self, selection: Selection) -> Result<Taken, OutboxError> {
         self.check_open()?;
         for database in self.databases.iter() {
-            let discarded = database.discard(&selection).await?;
-            if discarded > 0 {
-                return Ok(discarded);
+            let taken = database.discard(&selection).await?;
+            if taken.events() > 0 {
+                return Ok(taken);
             }
         }
-        Ok(0)
+        Ok(Taken::default())
     }
 
     async fn find_subject(&self, subject: SubjectQuery) -> Result<FoundSubject, OutboxError> {

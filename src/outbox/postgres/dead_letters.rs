@@ -8,6 +8,7 @@ use tokio_postgres::Row;
 use super::{
     counts::{COUNT, Load, Loads, OTHER_SLOT},
     database::{Call, Database},
+    error::damaged,
     news::Changed,
     row::{NAME, RECORD_COLUMNS, RECORDS, events_of, record_of},
     settle::records,
@@ -15,7 +16,8 @@ use super::{
 };
 use crate::{
     event::EventType,
-    outbox::{DeadLetter, DeadLetterCount, DeadLetterFilter, OutboxError, Quota, Selection},
+    integration::IntegrationId,
+    outbox::{DeadLetter, DeadLetterCount, DeadLetterFilter, OutboxError, Quota, Selection, Taken},
     time::UnixMillis,
 };
 
@@ -81,25 +83,30 @@ impl Database {
     }
 
     /// Removes the first of the selected dead letters; returns how many.
-    pub(super) async fn discard(&self, selection: &Selection) -> Result<u64, OutboxError> {
+    pub(super) async fn discard(&self, selection: &Selection) -> Result<Taken, OutboxError> {
         // Rows of dead letters are locked in no order: a call that removes some has their lanes.
         const SQL: &str = "
-            WITH gone AS (DELETE FROM dead_letters WHERE id = ANY ($1) RETURNING 1)
-            SELECT count(*) FROM gone";
+            WITH gone AS (DELETE FROM dead_letters WHERE id = ANY ($1) RETURNING integration)
+            SELECT i.integration_id, count(*) FROM gone JOIN integrations i ON i.key = integration
+            GROUP BY i.key";
         let call = self.call().await?;
         loop {
             let rows = call.first(selection, "true").await?;
             let ids: Vec<i64> = rows.iter().map(|row| row.get(0)).collect();
             let lanes: Vec<i64> = rows.iter().map(|row| row.get(4)).collect();
             if ids.is_empty() {
-                return Ok(0);
+                return Ok(Taken::default());
             }
             let statements: [(&str, Arguments<'_>); 2] = [(LOCK_LANES, &[&lanes]), (SQL, &[&ids])];
             let answers = call.transact(Part::Whole, &statements).await?;
-            let gone = answers[1].first().map_or(0, |row| row.get::<_, i64>(0));
+            let mut taken = Taken::default();
+            for row in &answers[1] {
+                let id = IntegrationId::stored(row.get(0)).ok_or_else(|| damaged("integration"))?;
+                taken.add(&id, row.get::<_, i64>(1).cast_unsigned());
+            }
             // At 0 another call was faster with these.
-            if gone > 0 {
-                return Ok(gone.cast_unsigned());
+            if taken.events() > 0 {
+                return Ok(taken);
             }
         }
     }
@@ -109,19 +116,19 @@ impl Database {
         &self,
         selection: &Selection,
         now: UnixMillis,
-    ) -> Result<Result<u64, Quota>, OutboxError> {
+    ) -> Result<Result<Taken, Quota>, OutboxError> {
         let call = self.call().await?;
         loop {
             let rows = call.first(selection, "NOT k.deleted").await?;
             let (ids, lanes) = match self.with_room(&rows) {
-                Ok((ids, _)) if ids.is_empty() => return Ok(Ok(0)),
+                Ok((ids, _)) if ids.is_empty() => return Ok(Ok(Taken::default())),
                 Ok(chosen) => chosen,
                 Err(quota) => return Ok(Err(quota)),
             };
-            let replayed = call.requeue(&ids, &lanes, now).await?;
+            let taken = call.requeue(&ids, &lanes, now).await?;
             // At 0 another call was faster with these.
-            if replayed > 0 {
-                return Ok(Ok(replayed));
+            if taken.events() > 0 {
+                return Ok(Ok(taken));
             }
         }
     }
@@ -160,18 +167,22 @@ impl Call<'_> {
         ids: &[i64],
         lanes: &[i64],
         now: UnixMillis,
-    ) -> Result<u64, OutboxError> {
+    ) -> Result<Taken, OutboxError> {
         // The lanes first, as settlements and erasures do.
         let sql = format!("{REQUEUE} {RECORD_COLUMNS} {REQUEUE_FROM}");
         let statements: [(&str, Arguments<'_>); 2] = [(LOCK_LANES, &[&lanes]), (&sql, &[&ids])];
         let rows = self.transact(Part::First, &statements).await?.remove(1);
-        let (mut loads, mut replayed) = (Loads::default(), 0);
+        let (mut loads, mut taken) = (Loads::default(), Taken::default());
         let mut changes = Vec::with_capacity(rows.len());
         for row in &rows {
             let load = Load::of(row, 3);
-            replayed += load.events;
             loads.add(row.get(0), load);
-            changes.push(replayed_record(row, now)?);
+            let change = replayed_record(row, now)?;
+            taken.add(
+                &change.1.integration_id,
+                u64::try_from(load.events).unwrap_or(0),
+            );
+            changes.push(change);
         }
         let columns = records(&changes);
         let mut written = arguments(&columns);
@@ -180,7 +191,7 @@ impl Call<'_> {
         self.wake_numbers(lanes).await;
         drop(columns);
         self.tell_changes(changes, now);
-        Ok(u64::try_from(replayed).unwrap_or(0))
+        Ok(taken)
     }
 
     /// The last statements of a transaction that has changed the queue; counts, and commits.

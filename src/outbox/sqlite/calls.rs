@@ -19,8 +19,8 @@ use crate::{
     outbox::{
         Backlog, DeadLetter, DeadLetterCount, DeadLetterFilter, Erasure, FoundSubject, LaneKey,
         LeaseBudget, LeaseScope, LeasedCapture, NewCapture, Outbox, OutboxError, Quota, Receipt,
-        Selection, Settlement, Signals, StoredIntegration, SubjectQuery, sealing::SealedCapture,
-        stored_id,
+        Selection, Settlement, Signals, StoredIntegration, SubjectQuery, Taken,
+        sealing::SealedCapture, stored_id,
     },
     proto::ErasureReceipt,
     status::CaptureRecord,
@@ -158,7 +158,7 @@ impl Outbox for SqliteOutbox {
         &self,
         selection: Selection,
         now: UnixMillis,
-    ) -> Result<Result<u64, Quota>, OutboxError> {
+    ) -> Result<Result<Taken, Quota>, OutboxError> {
         self.alone(move |reply| WriteCommand::Replay {
             selection,
             now,
@@ -167,7 +167,7 @@ impl Outbox for SqliteOutbox {
         .await
     }
 
-    async fn discard(&self, selection: Selection) -> Result<u64, OutboxError> {
+    async fn discard(&self, selection: Selection) -> Result<Taken, OutboxError> {
         self.alone(move |reply| WriteCommand::Discard { selection, reply })
             .await
     }

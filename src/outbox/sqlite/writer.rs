@@ -25,7 +25,7 @@ use super::{
 };
 use crate::{
     integration::IntegrationId,
-    outbox::{Change, LaneKey, OutboxError, Quota, Signals, sealing::Sealing},
+    outbox::{Change, LaneKey, OutboxError, Quota, Signals, Taken, sealing::Sealing},
     proto::ErasureReceipt,
     time::UnixMillis,
 };
@@ -45,8 +45,8 @@ const GROUP: usize = 512;
 enum Owed {
     Flushed(FlushJob),
     Alone(channel::SyncSender<Done>),
-    Replayed(Reply<Result<u64, Quota>>, Result<u64, Quota>),
-    Discarded(Reply<u64>, u64),
+    Replayed(Reply<Result<Taken, Quota>>, Result<Taken, Quota>),
+    Discarded(Reply<Taken>, Taken),
     Erased(Reply<ErasureReceipt>, Box<ErasureReceipt>),
     Maintained(Reply<bool>, bool),
     Done(Reply<()>),
@@ -327,7 +327,7 @@ impl Work<'_> {
                 now,
                 reply,
             } => {
-                owed.push(Owed::Replayed(reply, Ok(0)));
+                owed.push(Owed::Replayed(reply, Ok(Taken::default())));
                 let replayed = self.replay(&selection, now)?;
                 if let Some(Owed::Replayed(_, answer)) = owed.last_mut() {
                     *answer = replayed;
@@ -335,8 +335,8 @@ impl Work<'_> {
                 Ok(())
             }
             WriteCommand::Discard { selection, reply } => {
-                owed.push(Owed::Discarded(reply, 0));
-                let discarded = self.discard(&selection).map_err(unavailable)?;
+                owed.push(Owed::Discarded(reply, Taken::default()));
+                let discarded = self.discard(&selection)?;
                 self.news.empty_log = true;
                 if let Some(Owed::Discarded(_, answer)) = owed.last_mut() {
                     *answer = discarded;

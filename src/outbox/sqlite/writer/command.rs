@@ -6,7 +6,7 @@ use super::Reply;
 use crate::{
     integration::IntegrationId,
     notice::Notice,
-    outbox::{Erasure, OutboxError, Quota, Selection, sqlite::entry::Entry},
+    outbox::{Erasure, OutboxError, Quota, Selection, Taken, sqlite::entry::Entry},
     proto::ErasureReceipt,
     time::UnixMillis,
 };
@@ -30,11 +30,11 @@ pub(in crate::outbox::sqlite) enum WriteCommand {
     Replay {
         selection: Selection,
         now: UnixMillis,
-        reply: Reply<Result<u64, Quota>>,
+        reply: Reply<Result<Taken, Quota>>,
     },
     Discard {
         selection: Selection,
-        reply: Reply<u64>,
+        reply: Reply<Taken>,
     },
     PutNotice {
         notice: Notice,

@@ -7,7 +7,7 @@ use crate::{
     event::EventType,
     integration::IntegrationId,
     outbox::{
-        LaneKey, OutboxError, Quota, Selection, record,
+        LaneKey, OutboxError, Quota, Selection, Taken, record,
         sqlite::{
             row::{record_of, region_of, unavailable},
             selection::{event_of, first_ids},
@@ -37,18 +37,17 @@ impl Work<'_> {
         &mut self,
         selection: &Selection,
         now: UnixMillis,
-    ) -> Result<Result<u64, Quota>, OutboxError> {
-        let mut replayed = 0;
+    ) -> Result<Result<Taken, Quota>, OutboxError> {
+        let mut taken = Taken::default();
         for id in first_ids(self.transaction, selection, CHUNK, true).map_err(unavailable)? {
             let Some(mut row) = self.dead_letter(id)? else {
                 continue;
             };
             let quota = self.counters.full(&row.lane.integration_id, row.bytes);
             if let Some(quota) = quota {
-                return Ok(if replayed > 0 {
-                    Ok(replayed)
-                } else {
-                    Err(quota)
+                return Ok(match taken.events() {
+                    0 => Err(quota),
+                    _ => Ok(taken),
                 });
             }
             row.record.event_mut(row.event).replay();
@@ -56,10 +55,10 @@ impl Work<'_> {
             self.requeue(id, &row).map_err(unavailable)?;
             self.counters.add(row.lane_id, 1, row.bytes);
             self.announce(&row.record, &[row.event], now);
+            taken.add(&row.lane.integration_id, 1);
             self.news.lanes.push(row.lane);
-            replayed += 1;
         }
-        Ok(Ok(replayed))
+        Ok(Ok(taken))
     }
 
     fn requeue(&self, id: i64, row: &Row) -> rusqlite::Result<()> {
@@ -88,25 +87,38 @@ impl Work<'_> {
         Ok(())
     }
 
-    /// Removes the first of the selected dead letters; returns how many.
-    pub(super) fn discard(&mut self, selection: &Selection) -> rusqlite::Result<u64> {
+    /// Removes the first of the selected dead letters; returns how many of whom.
+    pub(super) fn discard(&mut self, selection: &Selection) -> Result<Taken, OutboxError> {
+        let mut taken = Taken::default();
+        for id in first_ids(self.transaction, selection, CHUNK, false).map_err(unavailable)? {
+            let integration = self.remove(id).map_err(unavailable)?;
+            let integration = IntegrationId::stored(&integration)
+                .ok_or_else(|| OutboxError::Unavailable("a damaged lane".to_owned()))?;
+            taken.add(&integration, 1);
+        }
+        Ok(taken)
+    }
+
+    /// Removes a dead letter; returns whose it was.
+    fn remove(&self, id: i64) -> rusqlite::Result<String> {
+        const GONE: &str = "DELETE FROM dead_letter WHERE id = ?1 RETURNING sequence, lane";
         const LEFT: &str = "
             SELECT EXISTS (SELECT 1 FROM dead_letter WHERE sequence = ?1)
                 OR EXISTS (SELECT 1 FROM queue WHERE sequence = ?1)";
         const CLOSE: &str = "UPDATE capture SET open = ?2 WHERE sequence = ?1";
-        let ids = first_ids(self.transaction, selection, CHUNK, false)?;
-        for id in &ids {
-            let sequence: i64 = self
-                .transaction
-                .prepare_cached("DELETE FROM dead_letter WHERE id = ?1 RETURNING sequence")?
-                .query_row(params![id], |row| row.get(0))?;
-            let mut left = self.transaction.prepare_cached(LEFT)?;
-            let open: bool = left.query_row(params![sequence], |row| row.get(0))?;
-            self.transaction
-                .prepare_cached(CLOSE)?
-                .execute(params![sequence, open])?;
-        }
-        Ok(ids.len() as u64)
+        const LANE: &str = "SELECT integration_id FROM lane WHERE id = ?1";
+        let (sequence, lane): (i64, i64) = self
+            .transaction
+            .prepare_cached(GONE)?
+            .query_row(params![id], |row| Ok((row.get(0)?, row.get(1)?)))?;
+        let mut left = self.transaction.prepare_cached(LEFT)?;
+        let open: bool = left.query_row(params![sequence], |row| row.get(0))?;
+        self.transaction
+            .prepare_cached(CLOSE)?
+            .execute(params![sequence, open])?;
+        self.transaction
+            .prepare_cached(LANE)?
+            .query_row(params![lane], |row| row.get(0))
     }
 
     fn dead_letter(&self, id: i64) -> Result<Option<Row>, OutboxError> {
