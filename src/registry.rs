@@ -231,6 +231,11 @@ impl Registry {
     ) -> Vec<Arc<Integration>> {
         let from = after.map_or(Bound::Unbounded, Bound::Excluded);
         let known = self.known.read().unwrap_or_else(PoisonError::into_inner);
+        if let Scope::Only(ids) = scope {
+            let own = ids.range::<IntegrationId, _>((from, Bound::Unbounded));
+            let own = own.filter_map(|id| known.get(id));
+            return own.take(limit).cloned().collect();
+        }
         known
             .range::<IntegrationId, _>((from, Bound::Unbounded))
             .filter(|(id, _)| scope.holds(id))

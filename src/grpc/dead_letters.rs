@@ -191,7 +191,7 @@ impl DeadLetters {
         total: &mut Taken,
     ) -> Result<(), RelayError> {
         loop {
-            let _replays = self.0.holds.hold_replays().await;
+            let _replays = self.0.holds.hold_replays(selection.integrations()).await;
             match self.0.outbox.replay(selection.clone(), now).await? {
                 Ok(taken) if taken.events() == 0 => return Ok(()),
                 Ok(taken) => total.append(&taken),

@@ -24,6 +24,9 @@ use crate::{
 const CHUNK: usize = 500;
 /// Searches of one erasure at the most: captures of the person may keep coming.
 const MAX_SEARCHES: usize = 1_000;
+/// Receipts that are read at once, and for one page at the most.
+const RECEIPTS: usize = 200;
+const MAX_LOOKED_AT: usize = 2_000;
 /// Longest wait for the requests that carry the person's events.
 const HOLD_TIMEOUT: Duration = Duration::from_secs(60);
 
@@ -80,27 +83,25 @@ impl PrivacyService for Privacy {
             (hash.is_empty() || *hash == receipt.email_sha256)
                 && (caller.scope == Scope::All || caller.may_touch(&receipt.integration_id))
         };
-        let mut receipts = Vec::new();
-        loop {
-            let page = self.0.outbox.erasure_receipts(before, size + 1).await;
+        let (mut receipts, mut looked_at, mut last) = (Vec::new(), 0, false);
+        // Receipts of others cost as much as those that are wanted, so a page ends after some.
+        while receipts.len() < size && looked_at < MAX_LOOKED_AT && !last {
+            let page = self.0.outbox.erasure_receipts(before, RECEIPTS).await;
             let page = page.map_err(RelayError::from)?;
-            let last = page.len() <= size;
+            last = page.len() < RECEIPTS;
             for receipt in page {
+                if receipts.len() == size {
+                    last = false;
+                    break;
+                }
+                looked_at += 1;
                 before = receipt.receipt_id.parse().ok();
                 if wanted(&receipt) {
                     receipts.push(receipt);
                 }
             }
-            if last || before.is_none() || receipts.len() > size {
-                break;
-            }
         }
-        let more = receipts.len() > size;
-        receipts.truncate(size);
-        let token = receipts
-            .last()
-            .filter(|_| more)
-            .map(|last| last.receipt_id.clone());
+        let token = before.filter(|_| !last).map(|id: i64| id.to_string());
         Ok(Response::new(ListErasureReceiptsResponse {
             receipts,
             next_page_token: token.unwrap_or_default(),
@@ -140,7 +141,9 @@ impl Privacy {
     ) -> Result<(), RelayError> {
         for _ in 0..MAX_SEARCHES {
             // A dead letter that went back into its lane meanwhile could be on its way.
-            let _replays = self.0.holds.hold_replays().await;
+            let name = subject.integration_id.as_slice();
+            let name = (!name.is_empty()).then_some(name);
+            let _replays = self.0.holds.hold_replays(name).await;
             let found = self.0.outbox.find_subject(subject.clone()).await?;
             // What is on its way to Segment is settled before it is counted.
             let _holds = self.hold(&found.lanes).await?;

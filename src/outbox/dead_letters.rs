@@ -35,6 +35,17 @@ pub enum Selection {
     },
 }
 
+impl Selection {
+    /// The names of the integrations to which it is bound.
+    #[must_use]
+    pub fn integrations(&self) -> Option<&[IntegrationId]> {
+        match self {
+            Self::Filter(filter) => filter.integrations.as_deref(),
+            Self::Ids { integrations, .. } => integrations.as_deref(),
+        }
+    }
+}
+
 /// One dead letter.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct DeadLetter {

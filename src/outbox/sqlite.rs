@@ -33,6 +33,7 @@ mod calls;
 mod check;
 mod committer;
 mod entry;
+mod exclusive;
 pub(super) mod export;
 mod filter;
 mod fresh;
@@ -43,6 +44,7 @@ mod lookup;
 mod open;
 mod overlay;
 mod priority;
+mod read_queue;
 mod reader;
 mod recent;
 mod row;
@@ -64,18 +66,21 @@ use tokio::sync::{mpsc, oneshot};
 
 use super::{
     FoundSubject, LaneKey, LeaseBudget, LeaseScope, LeasedCapture, Limits, Outbox, OutboxError,
-    Signals, SubjectQuery, sealing::Sealing,
+    Selection, Signals, SubjectQuery, sealing::Sealing,
 };
 use crate::{metrics::Metrics, vault::Vault};
 
 pub use check::{CheckError, CheckReport, Damage, accept_damage, check};
 use committer::Command;
+use exclusive::{Exclusive, FlushPace};
 pub use export::ExportError;
 use hidden::Hidden;
 pub use journal::JournalError;
 pub use keys::KeyError;
 use overlay::Shared;
+use read_queue::ReadSender;
 use reader::ReadCommand;
+use selection::{Found, Walk, Want};
 use subjects::SubjectScan;
 use writer::WriteCommand;
 
@@ -83,7 +88,7 @@ use writer::WriteCommand;
 const WRITE_QUEUE: usize = 4_096;
 /// Captures of one person that a search finds at the most.
 const MAX_FOUND: usize = 100_000;
-/// Commands that wait for the reader.
+/// Commands of one rank that wait for the reader.
 const READ_QUEUE: usize = 1_024;
 
 /// How the embedded outbox works.
@@ -175,7 +180,9 @@ fn remedy(error: &JournalError) -> &'static str {
 pub struct SqliteOutbox {
     committer: mpsc::Sender<Command>,
     writer: mpsc::Sender<WriteCommand>,
-    reader: mpsc::Sender<ReadCommand>,
+    reader: ReadSender,
+    exclusive: Exclusive,
+    flushes: FlushPace,
     signals: Arc<Signals>,
     sealing: Arc<Sealing>,
     shared: Arc<Shared>,
@@ -230,6 +237,7 @@ impl SqliteOutbox {
     /// Goes through all that was accepted, piece by piece, so that leases are
     /// answered in between.
     async fn scan_subjects(&self, query: SubjectQuery) -> Result<FoundSubject, OutboxError> {
+        self.flushes.wait().await;
         self.flush().await?;
         let ids = query.user_ids.iter();
         let mut scan = SubjectScan {
@@ -309,7 +317,32 @@ impl SqliteOutbox {
         &self,
         command: impl FnOnce(oneshot::Sender<Result<T, OutboxError>>) -> ReadCommand,
     ) -> Result<T, OutboxError> {
-        ask(&self.reader, command).await
+        let (reply, answer) = oneshot::channel();
+        self.reader.send(command(reply)).await?;
+        answer.await.unwrap_or(Err(OutboxError::Closed))
+    }
+
+    /// What is wanted of the selected dead letters after an id, piece by piece.
+    async fn walk(
+        &self,
+        selection: &Arc<Selection>,
+        after: i64,
+        want: Want,
+    ) -> Result<Found, OutboxError> {
+        let names = selection.integrations();
+        if self.shared.lock().has_dead_letters(names) {
+            self.flushes.wait().await;
+            self.flush().await?;
+        }
+        let mut found = Found::default();
+        let mut rest = Some(Walk::new(Arc::clone(selection), after));
+        while let Some(walk) = rest.filter(|_| !found.is_enough(want)) {
+            let command = move |reply| ReadCommand::DeadLetters { walk, want, reply };
+            let piece = self.read(command).await?;
+            found.append(piece.found);
+            rest = piece.rest;
+        }
+        Ok(found)
     }
 }
 

@@ -77,7 +77,16 @@ pub(crate) async fn call(
     path: &str,
     request: Request<Vec<u8>>,
 ) -> Result<(), Status> {
-    let mut answers = begin(&world.channel, path, request).await?;
+    call_over(&world.channel, path, request).await
+}
+
+/// The same over another connection.
+pub(crate) async fn call_over(
+    channel: &Channel,
+    path: &str,
+    request: Request<Vec<u8>>,
+) -> Result<(), Status> {
+    let mut answers = begin(channel, path, request).await?;
     // A watch says nothing until something happens: it has begun with its headers.
     if path.ends_with("/WatchDeliveries") {
         return Ok(());

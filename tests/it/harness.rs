@@ -116,12 +116,23 @@ impl World {
     /// Drains the relay and starts another on the same outbox.
     pub(crate) async fn restart(&mut self) {
         self.drain().await;
+        self.restarted().await;
+    }
+
+    async fn restarted(&mut self) {
         let started = run_relay(&self.settings, &self.directory, &self.shared).await;
         self.address = started.address;
         self.metrics = started.metrics;
         self.shutdown = started.shutdown;
         self.relay = started.relay;
         self.channel = connect(self.address);
+    }
+
+    /// The same, with something done to the store of the stopped relay.
+    pub(crate) async fn restart_after(&mut self, change: impl FnOnce(&Path)) {
+        self.drain().await;
+        change(&self.store);
+        self.restarted().await;
     }
 
     /// The same with other settings.
@@ -399,7 +410,7 @@ async fn run_relay(settings: &str, directory: &TempDir, shared: &Shared) -> Star
 }
 
 /// Connects with the first call.
-fn connect(address: SocketAddr) -> Channel {
+pub(crate) fn connect(address: SocketAddr) -> Channel {
     Channel::from_shared(format!("http://{address}"))
         .expect("a URL")
         .connect_lazy()

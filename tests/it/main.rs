@@ -26,6 +26,7 @@ mod dead_letters_command;
 mod delivery;
 mod descriptors;
 mod drain;
+mod fairness;
 mod faults;
 mod harness;
 mod integrations;

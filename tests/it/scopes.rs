@@ -18,7 +18,7 @@ use crate::auth::{by, call, callers};
 use crate::harness::{PATIENCE, World, acme, credential, numbered, reason, worked_example};
 
 /// An rpc with a request that names an integration.
-fn naming(id: &str) -> Vec<(&'static str, Vec<u8>)> {
+pub(crate) fn naming(id: &str) -> Vec<(&'static str, Vec<u8>)> {
     let integration = Some(Integration {
         integration_id: id.into(),
         ..acme()

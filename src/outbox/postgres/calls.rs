@@ -54,6 +54,7 @@ impl Outbox for PostgresOutbox {
         capture_id: &str,
     ) -> Result<Option<CaptureRecord>, OutboxError> {
         let home = self.home(integration_id)?;
+        let _turn = home.look_up().await?;
         home.find(integration_id, capture_id).await
     }
 
@@ -67,7 +68,9 @@ impl Outbox for PostgresOutbox {
     }
 
     async fn backlog(&self, integration_id: &IntegrationId) -> Result<Backlog, OutboxError> {
-        self.home(integration_id)?.backlog(integration_id).await
+        let home = self.home(integration_id)?;
+        let _turn = home.look_up().await?;
+        home.backlog(integration_id).await
     }
 
     async fn dead_letters(
@@ -77,8 +80,9 @@ impl Outbox for PostgresOutbox {
         limit: usize,
     ) -> Result<Vec<DeadLetter>, OutboxError> {
         let filter = &filter;
-        let found = self.each(|database| async move {
-            database.dead_letters(filter.clone(), after, limit).await
+        let found = self.each(|database| {
+            let filter = filter.clone();
+            database.scan(move |one| async move { one.dead_letters(filter, after, limit).await })
         });
         let mut letters: Vec<DeadLetter> = found.await?.into_iter().flatten().collect();
         letters.sort_unstable_by_key(|letter| letter.id);
@@ -93,7 +97,12 @@ impl Outbox for PostgresOutbox {
     ) -> Result<DeadLetterCount, OutboxError> {
         let selection = &selection;
         let counts = self
-            .each(|one| async move { one.count_dead_letters(selection, older_than).await })
+            .each(|database| {
+                let selection = selection.clone();
+                database.scan(move |one| async move {
+                    one.count_dead_letters(&selection, older_than).await
+                })
+            })
             .await?;
         let mut sum = DeadLetterCount::default();
         for count in counts {
@@ -113,7 +122,9 @@ impl Outbox for PostgresOutbox {
         self.check_open()?;
         let mut full = None;
         for database in self.databases.iter() {
-            match database.replay(&selection, now).await? {
+            let (database, selection) = (Arc::clone(database), selection.clone());
+            let replay = database.scan(move |one| async move { one.replay(&selection, now).await });
+            match replay.await? {
                 Ok(taken) if taken.events() == 0 => {}
                 Ok(taken) => return Ok(Ok(taken)),
                 Err(quota) => full = Some(quota),
@@ -125,7 +136,9 @@ impl Outbox for PostgresOutbox {
     async fn discard(&self, selection: Selection) -> Result<Taken, OutboxError> {
         self.check_open()?;
         for database in self.databases.iter() {
-            let taken = database.discard(&selection).await?;
+            let (database, selection) = (Arc::clone(database), selection.clone());
+            let discard = database.scan(move |one| async move { one.discard(&selection).await });
+            let taken = discard.await?;
             if taken.events() > 0 {
                 return Ok(taken);
             }
@@ -136,7 +149,10 @@ impl Outbox for PostgresOutbox {
     async fn find_subject(&self, subject: SubjectQuery) -> Result<FoundSubject, OutboxError> {
         let subject = &subject;
         let found = self
-            .each(|database| async move { database.find_subject(subject).await })
+            .each(|database| {
+                let subject = subject.clone();
+                database.scan(move |one| async move { one.find_subject(&subject).await })
+            })
             .await?;
         let mut all = FoundSubject::default();
         for one in found {
@@ -165,7 +181,9 @@ impl Outbox for PostgresOutbox {
         limit: usize,
     ) -> Result<Vec<ErasureReceipt>, OutboxError> {
         let parts = self
-            .each(|database| async move { database.receipts(before, limit).await })
+            .each(|database| {
+                database.scan(move |one| async move { one.receipts(before, limit).await })
+            })
             .await?;
         let mut receipts: BTreeMap<i64, ErasureReceipt> = BTreeMap::new();
         for (id, part) in parts.into_iter().flatten() {

@@ -11,7 +11,7 @@ use std::{
     time::Instant,
 };
 
-use tokio::sync::{mpsc, watch};
+use tokio::sync::{Semaphore, SemaphorePermit, mpsc, watch};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use twox_hash::XxHash3_64;
 
@@ -26,6 +26,9 @@ use crate::{
     vault::Vault,
 };
 
+/// Of the pool's connections lists and searches have a quarter, look-ups half.
+const SCAN_SHARE: usize = 4;
+const LOOK_UP_SHARE: usize = 2;
 /// Connections of a relay for heartbeats and maintenance.
 const CONTROL_CONNECTIONS: usize = 2;
 /// Lanes of one integration: `key * LANES + region * SHARDS + shard`.
@@ -95,6 +98,10 @@ pub(super) struct Database {
     pub(super) connector: Connector,
     /// For heartbeats and maintenance, which do not wait for callers.
     pub(super) control: Connector,
+    /// Connections that lists and searches may have, and look-ups: the others are left to
+    /// captures and deliveries.
+    scans: Arc<Semaphore>,
+    look_ups: Semaphore,
     /// This relay's registration; `None` while the database is away or was replaced.
     session: RwLock<Option<Arc<Session>>>,
     /// Whether the last heartbeat was answered.
@@ -117,7 +124,10 @@ impl Database {
             pool_size: CONTROL_CONNECTIONS,
             ..context.connection.clone()
         };
+        let pool = context.connection.pool_size;
         Ok(Self {
+            scans: Arc::new(Semaphore::new((pool / SCAN_SHARE).max(1))),
+            look_ups: Semaphore::new((pool / LOOK_UP_SHARE).max(1)),
             place,
             connector: Connector::new(&context.connection, place)?,
             control: Connector::new(&few, place)?,
@@ -175,6 +185,37 @@ impl Database {
             session,
             connection,
         })
+    }
+
+    /// Lists or searches in its turn. Until it has begun, it is given up with its caller; then
+    /// it ends by itself, since a statement that is cut off costs its connection.
+    pub(super) async fn scan<T, F>(
+        self: Arc<Self>,
+        work: impl FnOnce(Arc<Self>) -> F,
+    ) -> Result<T, OutboxError>
+    where
+        T: Send + 'static,
+        F: Future<Output = Result<T, OutboxError>> + Send + 'static,
+    {
+        let turn = Arc::clone(&self.scans).acquire_owned().await;
+        let turn = turn.map_err(|_| OutboxError::Closed)?;
+        let tasks = self.context.tasks.clone();
+        let work = work(self);
+        let task = tasks.spawn(async move {
+            let done = work.await;
+            drop(turn);
+            done
+        });
+        task.await.unwrap_or_else(|_| {
+            let broke = "a statement broke off".to_owned();
+            Err(OutboxError::OutcomeUnknown(broke))
+        })
+    }
+
+    /// The turn of a look-up.
+    pub(super) async fn look_up(&self) -> Result<SemaphorePermit<'_>, OutboxError> {
+        let turn = self.look_ups.acquire().await;
+        turn.map_err(|_| OutboxError::Closed)
     }
 
     pub(super) fn counts(&self) -> MutexGuard<'_, Counts> {

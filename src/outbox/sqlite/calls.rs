@@ -11,7 +11,8 @@ use super::{
     entry::key_of,
     join,
     reader::ReadCommand,
-    writer::WriteCommand,
+    selection::Want,
+    writer::{CHUNK, WriteCommand},
 };
 use crate::{
     integration::IntegrationId,
@@ -128,15 +129,9 @@ impl Outbox for SqliteOutbox {
         after: i64,
         limit: usize,
     ) -> Result<Vec<DeadLetter>, OutboxError> {
-        let command = move |reply| ReadCommand::DeadLetters {
-            filter,
-            after,
-            limit,
-            reply,
-        };
-
-        self.flush().await?;
-        self.read(command).await
+        let selection = Arc::new(Selection::Filter(filter));
+        let found = self.walk(&selection, after, Want::Letters(limit)).await?;
+        Ok(found.letters)
     }
 
     async fn count_dead_letters(
@@ -144,14 +139,9 @@ impl Outbox for SqliteOutbox {
         selection: Selection,
         older_than: UnixMillis,
     ) -> Result<DeadLetterCount, OutboxError> {
-        let command = move |reply| ReadCommand::CountDeadLetters {
-            selection,
-            older_than,
-            reply,
-        };
-
-        self.flush().await?;
-        self.read(command).await
+        let selection = Arc::new(selection);
+        let found = self.walk(&selection, 0, Want::Count(older_than)).await?;
+        Ok(found.count)
     }
 
     async fn replay(
@@ -159,17 +149,55 @@ impl Outbox for SqliteOutbox {
         selection: Selection,
         now: UnixMillis,
     ) -> Result<Result<Taken, Quota>, OutboxError> {
-        self.alone(move |reply| WriteCommand::Replay {
-            selection,
-            now,
-            reply,
-        })
-        .await
+        let selection = Arc::new(selection);
+        let want = Want::Ids {
+            most: CHUNK,
+            replay: true,
+        };
+        loop {
+            // Without any, nobody is held up.
+            let ids = self.walk(&selection, 0, want).await?.ids;
+            if ids.is_empty() {
+                return Ok(Ok(Taken::default()));
+            }
+            let selection = Arc::clone(&selection);
+            let change = self.alone(move |reply| WriteCommand::Replay {
+                ids,
+                selection,
+                now,
+                reply,
+            });
+            match self.exclusive.run(change).await? {
+                // Another call was faster with these.
+                Ok(taken) if taken.events() == 0 => {}
+                done => return Ok(done),
+            }
+        }
     }
 
     async fn discard(&self, selection: Selection) -> Result<Taken, OutboxError> {
-        self.alone(move |reply| WriteCommand::Discard { selection, reply })
-            .await
+        let selection = Arc::new(selection);
+        let want = Want::Ids {
+            most: CHUNK,
+            replay: false,
+        };
+        loop {
+            let ids = self.walk(&selection, 0, want).await?.ids;
+            if ids.is_empty() {
+                return Ok(Taken::default());
+            }
+            let selection = Arc::clone(&selection);
+            let change = self.alone(move |reply| WriteCommand::Discard {
+                ids,
+                selection,
+                reply,
+            });
+            let taken = self.exclusive.run(change).await?;
+            // At 0 another call was faster with these.
+            if taken.events() > 0 {
+                return Ok(taken);
+            }
+        }
     }
 
     async fn find_subject(&self, subject: SubjectQuery) -> Result<FoundSubject, OutboxError> {
@@ -178,8 +206,13 @@ impl Outbox for SqliteOutbox {
 
     async fn erase(&self, erasure: Erasure) -> Result<ErasureReceipt, OutboxError> {
         let erasure = Box::new(erasure);
-        self.alone(move |reply| WriteCommand::Erase { erasure, reply })
-            .await
+        let is_empty = erasure.captures.is_empty();
+        let command = move |reply| WriteCommand::Erase { erasure, reply };
+        match is_empty {
+            // Only the receipt is stored.
+            true => self.write(command).await,
+            false => self.exclusive.run(self.alone(command)).await,
+        }
     }
 
     async fn erasure_receipts(

@@ -5,7 +5,7 @@ mod flush;
 mod known;
 mod owed;
 mod pace;
-mod parked;
+pub(super) mod parked;
 mod stage;
 mod staged;
 mod tell;

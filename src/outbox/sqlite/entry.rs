@@ -9,7 +9,7 @@ use crate::{
     event::EventType,
     integration::IntegrationId,
     outbox::{LaneKey, LeaseBudget, LeaseScope, LeasedCapture},
-    status::CaptureRecord,
+    status::{CaptureRecord, State},
     vault::unsealed_len,
 };
 
@@ -85,6 +85,12 @@ impl Payloads {
 }
 
 impl Entry {
+    /// Whether one of its events was given up.
+    pub(super) fn has_dead_letter(&self) -> bool {
+        let dead = |event| matches!(self.record.event(event).state, State::DeadLettered { .. });
+        EventType::ALL.into_iter().any(dead)
+    }
+
     pub(super) fn fresh_events(&self) -> u64 {
         match self.origin {
             Origin::New { .. } => events(&self.waiting),

@@ -11,14 +11,15 @@ use std::{
 use tokio::sync::mpsc;
 
 use super::{
-    OpenError, OpenFiles, READ_QUEUE, SqliteOptions, SqliteOutbox, WRITE_QUEUE,
+    OpenError, OpenFiles, SqliteOptions, SqliteOutbox, WRITE_QUEUE,
     committer::{self, Committer, Parts, SEGMENT_BYTES},
+    exclusive::{Exclusive, FlushPace},
     hidden::Hidden,
     journal::{self, Journal, JournalError, OnDamage, Record, record},
     keys,
     lookup::Lookup,
     overlay::{Overlay, Shared},
-    reader, schema,
+    read_queue, reader, schema,
     writer::Writer,
 };
 use crate::{
@@ -109,7 +110,7 @@ pub(super) fn open(options: &SqliteOptions, vault: &Arc<Vault>) -> Result<Sqlite
 
     let (write_sender, write_receiver) = mpsc::channel(WRITE_QUEUE);
     let (commit_sender, commit_receiver) = mpsc::channel(WRITE_QUEUE);
-    let (read_sender, read_receiver) = mpsc::channel(READ_QUEUE);
+    let (read_sender, read_receiver) = read_queue::channel();
     let parts = Parts {
         journal,
         lookup,
@@ -144,6 +145,8 @@ pub(super) fn open(options: &SqliteOptions, vault: &Arc<Vault>) -> Result<Sqlite
         committer: commit_sender,
         writer: write_sender,
         reader: read_sender,
+        exclusive: Exclusive::default(),
+        flushes: FlushPace::default(),
         signals,
         sealing,
         shared,

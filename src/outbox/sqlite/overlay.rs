@@ -6,7 +6,7 @@
 use std::{
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
-        atomic::{AtomicBool, Ordering},
+        atomic::{AtomicBool, AtomicU64, Ordering},
     },
     time::{Duration, Instant},
 };
@@ -52,6 +52,8 @@ pub(super) struct Overlay {
     entries: HashMap<i64, Arc<Entry>>,
     keys: HashMap<Key, i64>,
     lanes: HashMap<LaneKey, Lane>,
+    /// Captures here with dead letters, which the database may not have yet.
+    dead: HashMap<IntegrationId, usize>,
     pub(super) tally: Tally,
     /// Room that captures on their way here have.
     pub(super) reserved: Reserved,
@@ -90,6 +92,17 @@ impl Overlay {
     pub(super) fn put(&mut self, entry: &Arc<Entry>, before: [Option<u64>; 2]) {
         let old = self.entries.insert(entry.sequence, Arc::clone(entry));
         let waited = old.as_ref().map_or(before, |old| old.waiting);
+        let was_dead = old.as_ref().is_some_and(|old| old.has_dead_letter());
+        match (was_dead, entry.has_dead_letter()) {
+            (false, true) => {
+                *self
+                    .dead
+                    .entry(entry.record.integration_id.clone())
+                    .or_default() += 1
+            }
+            (true, false) => self.forget_dead(entry),
+            _ => {}
+        }
         if old.is_none() {
             self.keys.insert(entry.key, entry.sequence);
         }
@@ -124,6 +137,9 @@ impl Overlay {
                 self.entries.insert(entry.sequence, Arc::new(stored));
             } else {
                 self.entries.remove(&entry.sequence);
+                if entry.has_dead_letter() {
+                    self.forget_dead(entry);
+                }
                 // A newer capture may have its place.
                 if self.keys.get(&entry.key) == Some(&entry.sequence) {
                     self.keys.remove(&entry.key);
@@ -141,6 +157,27 @@ impl Overlay {
                 lane.fresh = Fresh::default();
                 lane.passed > 0
             });
+        }
+    }
+
+    fn forget_dead(&mut self, entry: &Entry) {
+        let id = &entry.record.integration_id;
+        if let Some(count) = self.dead.get_mut(id) {
+            *count -= 1;
+            if *count == 0 {
+                self.dead.remove(id);
+            }
+        }
+    }
+
+    /// Whether dead letters of integrations of these names, or of any, may be here alone.
+    pub(super) fn has_dead_letters(&self, names: Option<&[IntegrationId]>) -> bool {
+        match names {
+            None => !self.dead.is_empty(),
+            Some(names) => self
+                .dead
+                .keys()
+                .any(|id| names.iter().any(|one| one.name() == id.name())),
         }
     }
 
@@ -304,9 +341,20 @@ pub(super) struct Shared {
     filter: Mutex<Option<Arc<Filter>>>,
     /// Keys of the database that are not in its index yet.
     pub(super) recent: Arc<Recent>,
+    /// Rows at which lists and counts have looked.
+    scanned: AtomicU64,
 }
 
 impl Shared {
+    pub(super) fn note_scanned(&self, rows: usize) {
+        self.scanned.fetch_add(rows as u64, Ordering::Relaxed);
+    }
+
+    #[cfg(test)]
+    pub(super) fn scanned(&self) -> u64 {
+        self.scanned.load(Ordering::Relaxed)
+    }
+
     /// Whether payloads are being sealed anew.
     pub(super) fn is_rekeying(&self) -> bool {
         self.rekeying.load(Ordering::Relaxed)

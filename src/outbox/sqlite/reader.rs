@@ -4,14 +4,16 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 use rusqlite::{Connection, OptionalExtension, Row, params};
-use tokio::sync::{mpsc, oneshot};
+use tokio::sync::oneshot;
 
 use super::{
+    committer::parked::Parked,
     entry::{Origin, key_of, stored_key},
     lookup,
     overlay::{Filler, Shared, earlier},
+    read_queue::{Rank, ReadReceiver},
     row::{crc32, record_of, region_number, unavailable},
-    selection,
+    selection::{Piece, Walk, Want},
     subjects::{self, Scanned, SubjectScan},
 };
 
@@ -19,10 +21,7 @@ use crate::{
     event::EventType,
     integration::IntegrationId,
     notice::Notice,
-    outbox::{
-        Backlog, DeadLetter, DeadLetterCount, DeadLetterFilter, LaneKey, LeaseBudget, LeaseScope,
-        LeasedCapture, OutboxError, Selection,
-    },
+    outbox::{Backlog, LaneKey, LeaseBudget, LeaseScope, LeasedCapture, OutboxError},
     status::{CaptureRecord, EventStatus, State},
     time::UnixMillis,
     vault::unsealed_len,
@@ -48,16 +47,11 @@ pub(super) enum ReadCommand {
         integration_id: IntegrationId,
         reply: Reply<Backlog>,
     },
+    /// A piece of a walk through dead letters.
     DeadLetters {
-        filter: DeadLetterFilter,
-        after: i64,
-        limit: usize,
-        reply: Reply<Vec<DeadLetter>>,
-    },
-    CountDeadLetters {
-        selection: Selection,
-        older_than: UnixMillis,
-        reply: Reply<DeadLetterCount>,
+        walk: Walk,
+        want: Want,
+        reply: Reply<Piece>,
     },
     LastIncarnation {
         name: IntegrationId,
@@ -85,16 +79,42 @@ pub(super) enum ReadCommand {
 /// Memory for pages, in KiB: each lane reads its own backlog in order.
 pub(super) const CACHE_KIB: i64 = 4 * 1024;
 
-/// Answers until it is closed. Each answer sees all commits before it.
-pub(super) fn run(
-    connection: Connection,
-    shared: &Shared,
-    mut commands: mpsc::Receiver<ReadCommand>,
-) {
-    let connection = &connection;
-    // Whoever asked may have gone; then nobody needs the answer.
-    while let Some(command) = commands.blocking_recv() {
-        match command {
+impl ReadCommand {
+    /// Who is to be answered first.
+    pub(super) fn rank(&self) -> Rank {
+        match self {
+            Self::Lease { .. } => Rank::Lease,
+            Self::Find { .. }
+            | Self::Backlog { .. }
+            | Self::LastIncarnation { .. }
+            | Self::Integrations { .. }
+            | Self::Notices { .. } => Rank::LookUp,
+            Self::DeadLetters { .. }
+            | Self::ScanSubjects { .. }
+            | Self::Receipts { .. }
+            | Self::Close => Rank::Scan,
+        }
+    }
+
+    /// Whether the caller has gone: nobody needs the answer.
+    fn is_abandoned(&self) -> bool {
+        match self {
+            Self::Lease { reply, .. } => reply.is_closed(),
+            Self::Find { reply, .. } => reply.is_closed(),
+            Self::Backlog { reply, .. } => reply.is_closed(),
+            Self::DeadLetters { reply, .. } => reply.is_closed(),
+            Self::LastIncarnation { reply, .. } => reply.is_closed(),
+            Self::Integrations { reply } => reply.is_closed(),
+            Self::ScanSubjects { reply, .. } => reply.is_closed(),
+            Self::Receipts { reply, .. } => reply.is_closed(),
+            Self::Notices { reply, .. } => reply.is_closed(),
+            Self::Close => false,
+        }
+    }
+
+    /// Answers it. The caller may go meanwhile.
+    fn answer(self, connection: &Connection, shared: &Shared) {
+        match self {
             ReadCommand::Lease {
                 lane,
                 budget,
@@ -116,21 +136,11 @@ pub(super) fn run(
             } => {
                 let _ = reply.send(backlog(connection, shared, &integration_id));
             }
-            ReadCommand::DeadLetters {
-                filter,
-                after,
-                limit,
-                reply,
-            } => {
-                let _ = reply.send(selection::list(connection, &filter, after, limit));
-            }
-            ReadCommand::CountDeadLetters {
-                selection,
-                older_than,
-                reply,
-            } => {
-                let counted = selection::count(connection, &selection, older_than);
-                let _ = reply.send(counted.map_err(unavailable));
+            ReadCommand::DeadLetters { walk, want, reply } => {
+                let piece = walk.go(connection, want);
+                let looked_at = piece.as_ref().map_or(0, |piece| piece.looked_at);
+                shared.note_scanned(looked_at);
+                let _ = reply.send(piece);
             }
             ReadCommand::LastIncarnation { name, reply } => {
                 let _ = reply.send(last_incarnation(connection, &name).map_err(unavailable));
@@ -152,7 +162,24 @@ pub(super) fn run(
             ReadCommand::Notices { limit, reply } => {
                 let _ = reply.send(notices(connection, limit).map_err(unavailable));
             }
-            ReadCommand::Close => return,
+            ReadCommand::Close => {}
+        }
+    }
+}
+
+/// Answers until it is closed. Each answer sees all commits before it.
+pub(super) fn run(connection: Connection, shared: &Shared, mut commands: ReadReceiver) {
+    let parked = Parked::here();
+    while let Some(command) = commands.next(&parked) {
+        let closing = matches!(command, ReadCommand::Close);
+        if !command.is_abandoned() {
+            command.answer(&connection, shared);
+        }
+        if closing {
+            while let Some(command) = commands.rest() {
+                command.answer(&connection, shared);
+            }
+            return;
         }
     }
 }
@@ -363,20 +390,23 @@ fn backlog(
     const OLDEST: &str = "
         SELECT c.accept_millis FROM queue q CROSS JOIN capture c
         WHERE c.sequence = q.sequence AND q.sequence =
-          (SELECT min(sequence) FROM queue WHERE lane = ?1 AND sequence > ?2)";
+          (SELECT sequence FROM queue INDEXED BY queue_by_lane
+           WHERE lane = ?1 AND replay = ?3 AND sequence > ?2 ORDER BY sequence LIMIT 1)";
     let (mut backlog, stored) = shared.lock().backlog(id);
     for (lane, passed) in stored {
         let Some(number) = lane_number(connection, &lane)? else {
             continue;
         };
-        let oldest: Option<i64> = connection
-            .prepare_cached(OLDEST)
-            .and_then(|mut statement| {
-                let row = statement.query_row(params![number, passed], |row| row.get(0));
-                row.optional()
-            })
-            .map_err(unavailable)?;
-        backlog.oldest = earlier(backlog.oldest, oldest.map(UnixMillis));
+        for replay in [false, true] {
+            let oldest: Option<i64> = connection
+                .prepare_cached(OLDEST)
+                .and_then(|mut statement| {
+                    let values = params![number, passed, replay];
+                    statement.query_row(values, |row| row.get(0)).optional()
+                })
+                .map_err(unavailable)?;
+            backlog.oldest = earlier(backlog.oldest, oldest.map(UnixMillis));
+        }
     }
     Ok(backlog)
 }
@@ -393,8 +423,8 @@ fn integrations(connection: &Connection) -> rusqlite::Result<Vec<(String, Vec<u8
 /// The incarnation of the last integration of a name.
 fn last_incarnation(connection: &Connection, name: &IntegrationId) -> rusqlite::Result<u32> {
     const SQL: &str = "
-        SELECT id FROM integration
-        WHERE id = ?1 OR substr(id, 1, length(?1) + 1) = ?1 || '@'";
+        SELECT id FROM integration WHERE id = ?1
+        UNION ALL SELECT id FROM integration WHERE id >= ?1 || '@' AND id < ?1 || 'A'";
     let mut statement = connection.prepare_cached(SQL)?;
     let mut ids = statement.query_map([name.name()], |row| row.get::<_, String>(0))?;
     ids.try_fold(0, |last, id| {

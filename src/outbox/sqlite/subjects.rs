@@ -9,8 +9,8 @@ use crate::{
     outbox::{LaneKey, SubjectQuery},
 };
 
-/// Rows of one piece: some milliseconds of the reader's time.
-const PIECE: i64 = 100_000;
+/// Rows of one piece: about a millisecond of the reader's time.
+const PIECE: i64 = 10_000;
 
 /// A piece of a search.
 #[derive(Clone, Debug)]

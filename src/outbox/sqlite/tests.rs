@@ -5,6 +5,7 @@ mod keys;
 mod model;
 mod notices;
 mod power_loss;
+mod tenants;
 
 use std::{path::Path, sync::LazyLock};
 

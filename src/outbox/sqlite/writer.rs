@@ -34,6 +34,7 @@ pub(super) use command::{Done, FlushJob, WriteCommand};
 use counters::Counters;
 pub(super) use ids::Ids;
 use rekey::Rekey;
+pub(super) use replay::CHUNK;
 use rests::Rests;
 
 type Reply<T> = oneshot::Sender<Result<T, OutboxError>>;
@@ -323,20 +324,25 @@ impl Work<'_> {
                 self.delete_integration(&id).map_err(unavailable)
             }
             WriteCommand::Replay {
+                ids,
                 selection,
                 now,
                 reply,
             } => {
                 owed.push(Owed::Replayed(reply, Ok(Taken::default())));
-                let replayed = self.replay(&selection, now)?;
+                let replayed = self.replay(&ids, &selection, now)?;
                 if let Some(Owed::Replayed(_, answer)) = owed.last_mut() {
                     *answer = replayed;
                 }
                 Ok(())
             }
-            WriteCommand::Discard { selection, reply } => {
+            WriteCommand::Discard {
+                ids,
+                selection,
+                reply,
+            } => {
                 owed.push(Owed::Discarded(reply, Taken::default()));
-                let discarded = self.discard(&selection)?;
+                let discarded = self.discard(&ids, &selection)?;
                 self.news.empty_log = true;
                 if let Some(Owed::Discarded(_, answer)) = owed.last_mut() {
                     *answer = discarded;
@@ -354,7 +360,7 @@ impl Work<'_> {
             WriteCommand::Erase { erasure, reply } => {
                 owed.push(Owed::Erased(reply, Box::default()));
                 let receipt = self.erase(&erasure)?;
-                self.news.empty_log = true;
+                self.news.empty_log |= !erasure.captures.is_empty();
                 if let Some(Owed::Erased(_, answer)) = owed.last_mut() {
                     **answer = receipt;
                 }

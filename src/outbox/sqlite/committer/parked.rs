@@ -15,7 +15,7 @@ use tokio::sync::mpsc;
 pub(super) struct Elapsed;
 
 /// Receives in the thread that made it.
-pub(super) struct Parked {
+pub(in crate::outbox::sqlite) struct Parked {
     waker: Waker,
 }
 
@@ -33,7 +33,7 @@ impl Wake for Unpark {
 
 impl Parked {
     /// For this thread alone.
-    pub(super) fn here() -> Self {
+    pub(in crate::outbox::sqlite) fn here() -> Self {
         Self {
             waker: Arc::new(Unpark(thread::current())).into(),
         }
@@ -43,6 +43,20 @@ impl Parked {
     #[expect(clippy::disallowed_methods, reason = "the thread is its own")]
     pub(super) fn rest(&self, time: Duration) {
         thread::sleep(time);
+    }
+
+    /// Waits as long as it takes.
+    pub(in crate::outbox::sqlite) fn wait<T>(
+        &self,
+        mut poll: impl FnMut(&mut Context<'_>) -> Poll<T>,
+    ) -> T {
+        let mut context = Context::from_waker(&self.waker);
+        loop {
+            if let Poll::Ready(ready) = poll(&mut context) {
+                return ready;
+            }
+            thread::park();
+        }
     }
 
     /// The next command; `None` where nobody can send one any more.

@@ -27,13 +27,16 @@ pub(in crate::outbox::sqlite) enum WriteCommand {
         id: IntegrationId,
         reply: Reply<()>,
     },
+    /// Those of these dead letters that are there and selected.
     Replay {
-        selection: Selection,
+        ids: Vec<i64>,
+        selection: Arc<Selection>,
         now: UnixMillis,
         reply: Reply<Result<Taken, Quota>>,
     },
     Discard {
-        selection: Selection,
+        ids: Vec<i64>,
+        selection: Arc<Selection>,
         reply: Reply<Taken>,
     },
     PutNotice {

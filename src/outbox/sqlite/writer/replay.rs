@@ -10,7 +10,7 @@ use crate::{
         LaneKey, OutboxError, Quota, Selection, Taken, record,
         sqlite::{
             row::{record_of, region_of, unavailable},
-            selection::{event_of, first_ids},
+            selection::{event_of, is_selected},
         },
     },
     status::CaptureRecord,
@@ -18,7 +18,7 @@ use crate::{
 };
 
 /// Dead letters that one transaction takes at the most.
-const CHUNK: usize = 500;
+pub(in crate::outbox::sqlite) const CHUNK: usize = 500;
 
 /// A dead letter's row, with the lane and the capture that it belongs to.
 struct Row {
@@ -31,15 +31,19 @@ struct Row {
 }
 
 impl Work<'_> {
-    /// Queues the first of the selected dead letters again; returns how many, or
+    /// Queues those of these dead letters again that are there and selected; returns how many, or
     /// the bound that left no room for the next one.
     pub(super) fn replay(
         &mut self,
+        ids: &[i64],
         selection: &Selection,
         now: UnixMillis,
     ) -> Result<Result<Taken, Quota>, OutboxError> {
         let mut taken = Taken::default();
-        for id in first_ids(self.transaction, selection, CHUNK, true).map_err(unavailable)? {
+        for id in ids.iter().copied() {
+            if !is_selected(self.transaction, selection, id, true)? {
+                continue;
+            }
             let Some(mut row) = self.dead_letter(id)? else {
                 continue;
             };
@@ -87,10 +91,17 @@ impl Work<'_> {
         Ok(())
     }
 
-    /// Removes the first of the selected dead letters; returns how many of whom.
-    pub(super) fn discard(&mut self, selection: &Selection) -> Result<Taken, OutboxError> {
+    /// Removes those of these dead letters that are there and selected; returns how many of whom.
+    pub(super) fn discard(
+        &mut self,
+        ids: &[i64],
+        selection: &Selection,
+    ) -> Result<Taken, OutboxError> {
         let mut taken = Taken::default();
-        for id in first_ids(self.transaction, selection, CHUNK, false).map_err(unavailable)? {
+        for id in ids.iter().copied() {
+            if !is_selected(self.transaction, selection, id, false)? {
+                continue;
+            }
             let integration = self.remove(id).map_err(unavailable)?;
             let integration = IntegrationId::stored(&integration)
                 .ok_or_else(|| OutboxError::Unavailable("a damaged lane".to_owned()))?;
