@@ -7,6 +7,7 @@
 
 mod backlog;
 mod connections;
+mod http2;
 mod parts;
 mod removal;
 mod store;

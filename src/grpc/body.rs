@@ -9,13 +9,12 @@ use std::{
 
 use bytes::Bytes;
 use http_body::{Body as HttpBody, Frame, SizeHint};
-use hyper::body::Incoming;
 use tokio::sync::OwnedSemaphorePermit;
 use tokio_util::sync::PollSemaphore;
 use tonic::{Status, body::Body};
 
 use super::{
-    Usage,
+    Incoming, Usage,
     peer::{ActiveCall, OpenCall},
     timer::CallTimer,
     usage::{CallerPermit, units},

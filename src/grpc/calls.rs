@@ -5,13 +5,12 @@ use std::{convert::Infallible, pin::pin, sync::Arc, task::Poll, time::Duration};
 
 use futures_util::{FutureExt, poll};
 use http::{Request, Response};
-use hyper::body::Incoming;
 use tokio::time::Instant;
 use tonic::{Code, Status, body::Body, codegen::BoxFuture};
 use tracing::{Instrument, Span};
 
 use super::{
-    Access, Dispatch, Peer, RelayError,
+    Access, Dispatch, Incoming, Peer, RelayError,
     access::{Admission, Pass},
     body::{Answering, Meter, Metered},
     deadline,
@@ -44,7 +43,7 @@ impl Calls {
 
     /// Answers one call. What fails is a status in the answer.
     ///
-    /// In one box from its beginning: hyper and tokio move what they spawn several times.
+    /// In one box from its beginning: tokio moves what it spawns several times.
     /// And in one block: each future that hands a request on has room for one of its own.
     pub fn answer(
         self: Arc<Self>,

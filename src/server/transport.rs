@@ -5,7 +5,10 @@ use std::{
     io,
     net::SocketAddr,
     pin::Pin,
-    sync::Arc,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
     task::{Context, Poll, ready},
     time::Duration,
 };
@@ -32,6 +35,8 @@ pub(super) struct Connection {
     preface: Option<(usize, Pin<Box<Sleep>>)>,
     /// Whether what is written now has waited for others: see [`Self::gather`].
     gathered: bool,
+    /// Set whenever the peer has sent something.
+    heard: Arc<AtomicBool>,
 }
 
 enum Stream {
@@ -70,8 +75,14 @@ impl Connection {
             stream,
             preface: Some((PREFACE_BYTES, Box::pin(tokio::time::sleep_until(deadline)))),
             gathered: false,
+            heard: Arc::default(),
         };
         Ok((connection, peer))
+    }
+
+    /// A flag that is set whenever the peer has sent something.
+    pub(super) fn heard(&self) -> Arc<AtomicBool> {
+        Arc::clone(&self.heard)
     }
 
     /// Lets other tasks run once before a write, so that the answers of calls that end
@@ -128,6 +139,9 @@ impl AsyncRead for Connection {
         let this = &mut *self;
         let before = buffer.filled().len();
         let read = this.stream.poll_read(context, buffer);
+        if buffer.filled().len() > before {
+            this.heard.store(true, Ordering::Relaxed);
+        }
         if let Some((missing, deadline)) = &mut this.preface {
             *missing = missing.saturating_sub(buffer.filled().len() - before);
             if *missing == 0 {

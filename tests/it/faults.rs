@@ -24,7 +24,7 @@ use crate::{
 };
 
 /// Builds the shim; a C compiler is needed for the bundled SQLite anyway.
-fn build_shim(directory: &Path) -> PathBuf {
+pub(crate) fn build_shim(directory: &Path) -> PathBuf {
     let shim = directory.join("shim.so");
     let source = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/it/faults/shim.c");
     let built = Command::new("cc")

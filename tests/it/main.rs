@@ -28,6 +28,7 @@ mod descriptors;
 mod drain;
 mod fairness;
 mod faults;
+mod flow;
 mod harness;
 mod integrations;
 mod jwt;
@@ -53,5 +54,6 @@ mod tenants;
 mod tls;
 mod traces;
 mod used_again;
+mod wire;
 #[path = "../../benches/workload/mod.rs"]
 mod workload;

@@ -1,7 +1,8 @@
 //! The relay as a process of its own, and a sandbox that outlives it.
 
 use std::{
-    path::Path,
+    net::SocketAddr,
+    path::{Path, PathBuf},
     process::{Child, Command, Stdio},
     sync::Arc,
 };
@@ -44,8 +45,8 @@ async fn listener() -> TcpListener {
 /// `segment-relay serve`, killed when it is dropped.
 pub(crate) struct Process {
     pub(crate) child: Child,
+    pub(crate) address: SocketAddr,
     pub(crate) channel: Channel,
-    pub(crate) address: String,
     pub(crate) log: Written,
 }
 
@@ -69,6 +70,19 @@ impl Process {
             .arg(format!("ulimit -n {limit} && exec \"$0\" serve"))
             .arg(env!("CARGO_BIN_EXE_segment-relay"))
             .env("SEGMENT_RELAY__LOG__FILTER", "trace");
+        Self::run(command, outbox, urls, &[]).await
+    }
+
+    /// The same with more variables in its environment.
+    pub(crate) async fn start_faulty(
+        outbox: &Path,
+        urls: &[String; 2],
+        file: &Path,
+        environment: &[(&str, PathBuf)],
+    ) -> Self {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_segment-relay"));
+        command.arg("serve").arg("--config").arg(file);
+        command.envs(environment.iter().map(|(name, value)| (name, value)));
         Self::run(command, outbox, urls, &[]).await
     }
 
@@ -128,8 +142,8 @@ impl Process {
         let channel = Channel::from_shared(format!("http://{address}")).expect("a URL");
         Self {
             child,
+            address: address.parse().expect("an address"),
             channel: channel.connect().await.expect("connects"),
-            address,
             log,
         }
     }

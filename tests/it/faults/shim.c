@@ -1,5 +1,5 @@
 /* A fault layer below the relay: while the control file says so, syncs or writes
- * of the outbox's database fail as on a broken or a full disk. Loaded by
+ * of the outbox's database fail as on a broken or a full disk, or syncs do not end. Loaded by
  * LD_PRELOAD; FAULT_CONTROL names the control file. */
 #define _GNU_SOURCE
 #include <dlfcn.h>
@@ -40,8 +40,14 @@ static int fault(int fd, const char *kind) {
     }                                \
   } while (0)
 
+/* A disk that does not answer for now. */
+static void stall(int fd) {
+  while (fault(fd, "stall") != 0) usleep(1000);
+}
+
 int fsync(int fd) {
   static int (*real)(int);
+  stall(fd);
   FAIL_IF("sync");
   if (real == NULL) real = dlsym(RTLD_NEXT, "fsync");
   return real(fd);
@@ -49,6 +55,7 @@ int fsync(int fd) {
 
 int fdatasync(int fd) {
   static int (*real)(int);
+  stall(fd);
   FAIL_IF("sync");
   if (real == NULL) real = dlsym(RTLD_NEXT, "fdatasync");
   return real(fd);
