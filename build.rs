@@ -35,14 +35,12 @@ fn main() -> Result<(), Box<dyn Error>> {
     files.sort();
 
     // One descriptor set serves three readers: the code generator below, server
-    // reflection, and the JSON forms that the command prints.
+    // reflection, which shows the comments too, and the JSON forms of the command.
     let mut compiler = protox::Compiler::new(["proto"])?;
     compiler.include_imports(true).include_source_info(true);
     compiler.open_files(&files)?;
     let described = compiler.file_descriptor_set();
 
-    // Comments serve the generator alone; reflection does without their weight.
-    compiler.include_source_info(false);
     let out_dir = PathBuf::from(env::var_os("OUT_DIR").ok_or("cargo sets OUT_DIR")?);
     fs::write(
         out_dir.join("descriptors.bin"),

@@ -16,6 +16,8 @@ mod integrations;
 mod peer;
 mod pieces;
 mod privacy;
+mod protocol;
+mod reflection;
 mod relay;
 mod rpcs;
 mod spans;
@@ -58,6 +60,7 @@ pub use error::RelayError;
 pub use gate::Gate;
 pub use incoming::Incoming;
 pub use peer::{Activity, Peer};
+pub use reflection::with_reflection;
 pub use rpcs::{Need, RPCS};
 pub use usage::{Throttle, Usage};
 

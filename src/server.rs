@@ -7,6 +7,7 @@
 
 mod backlog;
 mod connections;
+mod health;
 mod http2;
 mod parts;
 mod removal;
@@ -16,28 +17,32 @@ mod transport;
 
 use std::{net::SocketAddr, path::PathBuf, sync::Arc, time::Duration};
 
-use tokio::{net::TcpListener, sync::watch, time::Instant};
+use tokio::{
+    net::TcpListener,
+    sync::watch,
+    time::{Instant, timeout_at},
+};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
-use tonic_health::server::HealthReporter;
+use tonic_health::pb::health_server::HealthServer;
 
 use crate::{
     audit::Audit,
     auth::JwksError,
     config::Config,
     delivery::{Delivery, DeliveryParts},
-    grpc::{Access, RELAY_SERVICE, Services},
+    grpc::{Access, Services, with_reflection},
     metrics::{self, BacklogBoard, MetricsError},
     notify::{self, Notices, SenderOptions},
     outbox::{OpenError, OutboxError, PostgresError},
-    proto,
     registry::{Configured, LoadError, Registry, Told},
     segment::SetupError,
-    telemetry::OtlpError,
+    telemetry::{FLUSH_TIMEOUT, OtlpError, until},
     time::UnixMillis,
     vault::VaultError,
 };
 
 use connections::Connections;
+use health::HealthService;
 use store::Store;
 use tls::Tls;
 pub use tls::TlsError;
@@ -46,6 +51,11 @@ pub use tls::TlsError;
 const MAX_HEALTH_BYTES: usize = 1_024;
 /// This part of the drain's time-out is kept for requests to Segment.
 const SHARE_FOR_DELIVERY: u32 = 4;
+/// Of that, this part of the whole is kept for the last exports.
+const SHARE_FOR_EXPORT: u32 = 8;
+/// These have a little time even where the drain has none left.
+const LEAST_CLOSE: Duration = Duration::from_secs(2);
+const LEAST_EXPORT: Duration = Duration::from_millis(250);
 
 /// Why the relay can't run.
 #[derive(Debug, thiserror::Error)]
@@ -98,7 +108,7 @@ pub enum RunError {
     },
     /// Reflection can't be set up.
     #[error("reflection: {0}")]
-    Reflection(#[from] tonic_reflection::server::Error),
+    Reflection(#[from] prost_reflect::DescriptorError),
 }
 
 /// A relay that is ready to run.
@@ -203,22 +213,39 @@ impl Relay {
     /// # Errors
     /// [`RunError`]: the server failed. What was acknowledged is on disk.
     pub async fn run(
-        mut self,
+        self,
         listener: TcpListener,
         shutdown: CancellationToken,
     ) -> Result<(), RunError> {
+        self.run_beside(listener, shutdown, async |_| {}).await
+    }
+
+    /// The same; `last` is done at the end, until the drain's deadline, beside the last export
+    /// of metrics.
+    ///
+    /// # Errors
+    /// As with [`Self::run`].
+    pub async fn run_beside(
+        mut self,
+        listener: TcpListener,
+        shutdown: CancellationToken,
+        last: impl AsyncFnOnce(Instant),
+    ) -> Result<(), RunError> {
         let delivery = Delivery::start(self.delivery.clone()).await?;
         let maintenance = tokio::spawn(self.store.maintain());
-        let (health, health_service) = tonic_health::server::health_reporter();
+        let (serving, health) = watch::channel(true);
+        let health = HealthServer::new(HealthService {
+            serving: health,
+            closing: self.draining.clone(),
+        });
         let writable = self.services.outbox.signals().writable();
         let closing = CancellationToken::new();
         let drain = self.drain_on(shutdown.clone(), closing.clone());
         let mut routes = self.services.routes();
         // Anybody may ask for it.
-        routes = routes.add_service(health_service.max_decoding_message_size(MAX_HEALTH_BYTES));
+        routes = routes.add_service(health.max_decoding_message_size(MAX_HEALTH_BYTES));
         if self.config.server.reflection {
-            routes = routes.add_service(reflection()?.build_v1()?);
-            routes = routes.add_service(reflection()?.build_v1alpha()?);
+            routes = with_reflection(routes, self.draining.clone())?;
         }
         let background = self.background(&closing);
         let scraped = CancellationToken::new();
@@ -226,8 +253,7 @@ impl Relay {
             let metrics = self.services.metrics.clone();
             tokio::spawn(metrics::serve(listener, metrics, scraped.clone()));
         }
-        set_health(&health, true).await;
-        let reports = tokio::spawn(report_health(health, writable, shutdown.clone()));
+        let reports = tokio::spawn(report_health(serving, writable, shutdown.clone()));
         let connections = Connections {
             options: Arc::clone(&self.services.limits),
             tls: self.tls.clone(),
@@ -237,23 +263,33 @@ impl Relay {
         let serve = connections.serve(listener, closing.clone());
         let deadline = serve_until_drained(serve, drain, self.config.server.drain_timeout).await;
         background.close();
-        background.wait().await;
         maintenance.abort();
         reports.abort();
-        let stopped = tokio::time::timeout_at(deadline, async {
+        let for_export = FLUSH_TIMEOUT.min(self.config.server.drain_timeout / SHARE_FOR_EXPORT);
+        let stopped = tokio::time::timeout_at(deadline - for_export, async {
+            background.wait().await;
             self.services.gate.drained().await;
             delivery.stop().await;
         });
         if stopped.await.is_err() {
             tracing::warn!("requests to Segment were still under way; they are sent again");
         }
-        self.services.outbox.close().await;
+        let closed = self.services.outbox.close();
+        if timeout_at(deadline.max(Instant::now() + LEAST_CLOSE), closed)
+            .await
+            .is_err()
+        {
+            tracing::warn!("the disk does not answer; the next start reads what it has");
+        }
         // To the end, so that a drain can be watched.
         scraped.cancel();
-        let metrics = self.services.metrics.clone();
-        // The last ones may have to wait for a collector.
-        let _ = tokio::task::spawn_blocking(move || metrics.close()).await;
         tracing::info!("stopped");
+        // Both may have to wait for a collector.
+        let deadline = deadline
+            .max(Instant::now() + LEAST_EXPORT)
+            .min(Instant::now() + FLUSH_TIMEOUT);
+        let metrics = self.services.metrics.clone();
+        tokio::join!(last(deadline), until(deadline, move || metrics.close()));
         Ok(())
     }
 
@@ -329,13 +365,12 @@ async fn serve_until_drained(
 
 /// Health follows the outbox, until the drain: then it is NOT_SERVING for good.
 async fn report_health(
-    health: HealthReporter,
+    serving: watch::Sender<bool>,
     mut writable: watch::Receiver<bool>,
     draining: CancellationToken,
 ) {
     loop {
-        let serving = *writable.borrow_and_update();
-        set_health(&health, serving).await;
+        serving.send_replace(*writable.borrow_and_update());
         tokio::select! {
             () = draining.cancelled() => break,
             changed = writable.changed() => if changed.is_err() { break },
@@ -345,21 +380,7 @@ async fn report_health(
             "the outbox has changed its state"
         );
     }
-    set_health(&health, false).await;
-}
-
-async fn set_health(health: &HealthReporter, serving: bool) {
-    use tonic_health::ServingStatus::{NotServing, Serving};
-    let status = if serving { Serving } else { NotServing };
-    for service in ["", RELAY_SERVICE] {
-        health.set_service_status(service, status).await;
-    }
-}
-
-fn reflection() -> Result<tonic_reflection::server::Builder<'static>, RunError> {
-    Ok(tonic_reflection::server::Builder::configure()
-        .register_encoded_file_descriptor_set(proto::FILE_DESCRIPTOR_SET)
-        .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
-        // So that a client that knows nothing can read the details of an error.
-        .register_encoded_file_descriptor_set(tonic_types::pb::FILE_DESCRIPTOR_SET))
+    serving.send_replace(false);
+    // Receivers take a channel without a sender for one that changes no more.
+    serving.closed().await;
 }

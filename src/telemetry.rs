@@ -12,7 +12,12 @@ use std::{io::IsTerminal, sync::Arc, time::Duration};
 use opentelemetry::{InstrumentationScope, Key, KeyValue, trace::TracerProvider};
 use opentelemetry_sdk::{
     Resource,
+    error::OTelSdkError,
     trace::{BatchConfigBuilder, BatchSpanProcessor, SdkTracerProvider},
+};
+use tokio::{
+    sync::oneshot,
+    time::{Instant, timeout_at},
 };
 use tracing::{Metadata, Subscriber, level_filters::LevelFilter};
 use tracing_subscriber::{
@@ -40,7 +45,7 @@ const MAX_LINKS: u32 = 2_500;
 /// Spans of one export.
 const MAX_EXPORTED_SPANS: usize = 512;
 /// Longest time for the last spans to leave.
-const FLUSH_TIMEOUT: Duration = Duration::from_secs(3);
+pub const FLUSH_TIMEOUT: Duration = Duration::from_secs(3);
 /// Name of the service where the environment gives none.
 const SERVICE: &str = "segment-relay";
 
@@ -188,14 +193,29 @@ impl Telemetry {
         storm::report(&self.storm).await;
     }
 
-    /// Gives the last spans to the collector, and waits at most three seconds.
-    pub async fn flush(self) {
+    /// Gives the last spans to the collector, until `deadline`. Later calls do nothing.
+    pub async fn flush(&self, deadline: Instant) {
         storm::tell(&self.storm);
-        let tracers = self.tracers;
-        let flushed =
-            tokio::task::spawn_blocking(move || tracers.shutdown_with_timeout(FLUSH_TIMEOUT));
-        if let Ok(Err(error)) = flushed.await {
-            tracing::warn!(%error, "the last spans may not have reached the collector");
+        let tracers = self.tracers.clone();
+        let work = move || match tracers.shutdown_with_timeout(FLUSH_TIMEOUT) {
+            Ok(()) | Err(OTelSdkError::AlreadyShutdown) => {}
+            Err(error) => tracing::warn!(%error, "the last spans may not have been exported"),
+        };
+        if !until(deadline, work).await {
+            tracing::warn!("the last spans may not have been exported: the collector is silent");
         }
     }
+}
+
+/// Does work that may block longer than it is told to, and waits for it until `deadline`: on a
+/// thread that the end of the process does not wait for.
+pub async fn until(deadline: Instant, work: impl FnOnce() + Send + 'static) -> bool {
+    let (tell, told) = oneshot::channel();
+    let thread = std::thread::Builder::new().name("last-export".to_owned());
+    let begun = thread.spawn(move || {
+        work();
+        // An error says that it took too long.
+        let _ = tell.send(());
+    });
+    begun.is_ok() && matches!(timeout_at(deadline, told).await, Ok(Ok(())))
 }

@@ -7,6 +7,7 @@ use std::{
 };
 
 use clap::{Args, Subcommand};
+use tokio::time::Instant;
 
 use super::{Failure, spec_violations};
 use crate::{
@@ -14,7 +15,7 @@ use crate::{
     integration::IntegrationId,
     outbox::{self, MoveError, Moved, PostgresError, PostgresOutbox, SchemaChange},
     server::RunError,
-    telemetry,
+    telemetry::{self, FLUSH_TIMEOUT},
     vault::Vault,
 };
 
@@ -143,7 +144,7 @@ async fn move_integration(args: &MoveIntegrationArgs) -> Result<u8, Failure> {
     let shown = |done, total| progress.show(done, total);
     let moved = outbox::move_integration(&config.postgres, &vault, &id, args.to, shown).await;
     progress.end();
-    telemetry.flush().await;
+    telemetry.flush(Instant::now() + FLUSH_TIMEOUT).await;
     writeln!(
         std::io::stdout(),
         "moved {name} with {} captures to database {}",
@@ -162,7 +163,7 @@ async fn move_embedded(args: &ConfigArgs) -> Result<u8, Failure> {
     let shown = |done, total| progress.show(done, total);
     let moved = outbox::move_to_postgres(path, &config.postgres, &vault, remember, shown).await;
     progress.end();
-    telemetry.flush().await;
+    telemetry.flush(Instant::now() + FLUSH_TIMEOUT).await;
     report(&moved?, path)
 }
 
@@ -200,7 +201,7 @@ async fn check(args: &CheckArgs) -> Result<u8, Failure> {
         outbox::accept_damage(path, &vault).map_err(RunError::Open)?;
         writeln!(out, "accepted: the relay can start")?;
     }
-    telemetry.flush().await;
+    telemetry.flush(Instant::now() + FLUSH_TIMEOUT).await;
     Ok(u8::from(!report.damages.is_empty() && !args.accept_damage))
 }
 

@@ -3,7 +3,7 @@
 use std::{io::Write, path::PathBuf};
 
 use clap::Args;
-use tokio::net::TcpListener;
+use tokio::{net::TcpListener, time::Instant};
 use tokio_util::sync::CancellationToken;
 
 use super::{
@@ -15,7 +15,7 @@ use crate::{
     config::{Config, OutboxKind},
     panics,
     server::Relay,
-    telemetry::{self, Telemetry},
+    telemetry::{self, FLUSH_TIMEOUT, Telemetry},
 };
 
 /// Arguments of `serve`.
@@ -73,13 +73,15 @@ pub(super) async fn run(args: &ServeArgs) -> Result<(), Failure> {
                 change_filter(args, &telemetry, &mut current);
             }
         };
+        let last = async |deadline| telemetry.flush(deadline).await;
         tokio::select! {
-            ended = relay.run(listener, shutdown) => ended,
+            ended = relay.run_beside(listener, shutdown, last) => ended,
             () = telemetry.tell_of_storms() => Ok(()),
             () = reload => Ok(()),
         }
     };
-    telemetry.flush().await;
+    // Where the relay could not even begin.
+    telemetry.flush(Instant::now() + FLUSH_TIMEOUT).await;
     Ok(ended?)
 }
 

@@ -13,7 +13,7 @@ use super::{
     Access, Dispatch, Incoming, Peer, RelayError,
     access::{Admission, Pass},
     body::{Answering, Meter, Metered},
-    deadline,
+    deadline, protocol,
     rpcs::Rpc,
     spans,
     timer::CallTimer,
@@ -49,6 +49,9 @@ impl Calls {
         self: Arc<Self>,
         request: Request<Incoming>,
     ) -> BoxFuture<Response<Answering>, Infallible> {
+        if let Some(refusal) = protocol::refusal(&request) {
+            return Box::pin(std::future::ready(Ok(refusal.map(Answering::free))));
+        }
         Box::pin(async move {
             let Begun {
                 rpc,

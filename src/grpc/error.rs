@@ -66,6 +66,8 @@ pub enum RelayError {
     Throttled(Throttle),
     /// The call was not answered in its time.
     DeadlineExceeded,
+    /// Health was asked for of a service that is not watched.
+    UnknownService,
 }
 
 impl From<CaptureFault> for RelayError {
@@ -114,7 +116,7 @@ impl RelayError {
             }
             Self::Capture(_) => Code::FailedPrecondition,
             Self::CaptureIdReused => Code::AlreadyExists,
-            Self::CaptureNotFound(_) => Code::NotFound,
+            Self::CaptureNotFound(_) | Self::UnknownService => Code::NotFound,
             Self::Full(_) | Self::Busy(_) | Self::Throttled(_) => Code::ResourceExhausted,
             Self::Draining
             | Self::Outbox(_)
@@ -160,6 +162,7 @@ impl RelayError {
             Self::Unauthenticated(error) => error.reason(),
             Self::PermissionMissing(_) => "PERMISSION_MISSING",
             Self::OutOfScope => "INTEGRATION_OUT_OF_SCOPE",
+            Self::UnknownService => "SERVICE_UNKNOWN",
             Self::Throttled(throttle) => match throttle.subject {
                 "caller" => "CALLER_LIMIT",
                 "integration" => "INTEGRATION_LIMIT",
@@ -253,6 +256,10 @@ impl RelayError {
                 "too many {}; nothing was stored, try again after {:.1} s",
                 throttle.what,
                 throttle.wait.as_secs_f64()
+            ),
+            Self::UnknownService => format!(
+                "health is known of \"\" and of \"{}\" alone",
+                super::RELAY_SERVICE
             ),
             Self::DeadlineExceeded => {
                 "the call was not answered in its time (its own deadline, or \

@@ -115,7 +115,7 @@ async fn an_old_connection_is_asked_to_end_and_its_calls_finish() {
 }
 
 /// A peer that speaks HTTP/2 by hand: it has sent its preface and settings.
-async fn by_hand(world: &World) -> TcpStream {
+pub(crate) async fn by_hand(world: &World) -> TcpStream {
     let mut peer = TcpStream::connect(world.address).await.expect("connects");
     let mut bytes = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n".to_vec();
     bytes.extend_from_slice(&frame(4, 0, 0, &[]));

@@ -42,6 +42,7 @@ mod postgres_command;
 mod postgres_server;
 mod privacy;
 mod process;
+mod protocol;
 mod receiver;
 mod removed;
 mod scan;

@@ -86,6 +86,20 @@ impl Process {
         Self::run(command, outbox, urls, &[]).await
     }
 
+    /// Starts it with a configuration file and a collector of its own.
+    pub(crate) async fn start_against(
+        outbox: &Path,
+        urls: &[String; 2],
+        file: &Path,
+        collector: SocketAddr,
+    ) -> Self {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_segment-relay"));
+        command.arg("serve").arg("--config").arg(file);
+        let endpoint = PathBuf::from(format!("http://{collector}"));
+        let environment = [("SEGMENT_RELAY__OTLP__ENDPOINT", endpoint.as_path())];
+        Self::run(command, outbox, urls, &environment).await
+    }
+
     /// Starts it with more variables in its environment.
     pub(crate) async fn start_with(
         outbox: &Path,

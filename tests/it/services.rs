@@ -10,7 +10,7 @@ use tonic_health::pb::{
     HealthCheckRequest, health_check_response::ServingStatus, health_client::HealthClient,
 };
 
-use crate::harness::{World, acme, numbered, text, worked_example};
+use crate::harness::{World, acme, numbered, reason, text, worked_example};
 
 #[tokio::test]
 async fn health_answers_for_the_relay_as_a_whole_and_for_its_service() {
@@ -28,7 +28,22 @@ async fn health_answers_for_the_relay_as_a_whole_and_for_its_service() {
             service: "nobody".into(),
         })
         .await;
-    assert_eq!(unknown.expect_err("unknown").code(), Code::NotFound);
+    let unknown = unknown.expect_err("unknown");
+    assert_eq!(
+        (unknown.code(), reason(&unknown).as_str()),
+        (Code::NotFound, "SERVICE_UNKNOWN")
+    );
+    // A watch of it stays (grpc.health.v1): it says so, and nothing else until the drain.
+    let request = HealthCheckRequest {
+        service: "nobody".into(),
+    };
+    let watch = health.watch(request).await.expect("watches");
+    let mut watch = watch.into_inner();
+    let first = watch.next().await.expect("a report").expect("no error");
+    assert_eq!(first.status(), ServingStatus::ServiceUnknown);
+    world.begin_drain();
+    let end = watch.next().await.expect("an end").expect_err("a status");
+    assert_eq!(end.code(), Code::Unavailable);
     world.stop().await;
 }
 
@@ -92,6 +107,42 @@ async fn reflection_lists_the_services_in_both_versions() {
         .expect_err("hidden");
     assert_eq!(refused.code(), Code::Unimplemented);
     hidden.stop().await;
+}
+
+#[tokio::test]
+async fn reflection_says_what_it_does_not_know_and_goes_on() {
+    use tonic_reflection::pb::v1alpha::{
+        ServerReflectionRequest, server_reflection_client::ServerReflectionClient,
+        server_reflection_request::MessageRequest, server_reflection_response::MessageResponse,
+    };
+    let world = World::start().await;
+    let symbol = |name: &str| MessageRequest::FileContainingSymbol(name.into());
+    let questions = [
+        symbol("no.such.Symbol"),
+        MessageRequest::FileByFilename("no/such.proto".into()),
+        MessageRequest::AllExtensionNumbersOfType("no.such.Message".into()),
+        symbol("jebbit.segmentrelay.v1.DELIVERY_STATE_QUEUED"),
+    ];
+    let requests = questions.map(|question| ServerReflectionRequest {
+        host: String::new(),
+        message_request: Some(question),
+    });
+    let answers = ServerReflectionClient::new(world.channel.clone())
+        .server_reflection_info(tokio_stream::iter(requests))
+        .await;
+    let mut answers = answers.expect("answered").into_inner();
+    for _ in 0..3 {
+        let answer = answers.next().await.expect("an answer").expect("no error");
+        match answer.message_response {
+            Some(MessageResponse::ErrorResponse(error)) => assert_eq!(error.error_code, 5),
+            other => panic!("{other:?}"),
+        }
+    }
+    let last = answers.next().await.expect("an answer").expect("no error");
+    let found = last.message_response.expect("a response");
+    assert!(matches!(found, MessageResponse::FileDescriptorResponse(_)));
+    assert!(answers.next().await.is_none());
+    world.stop().await;
 }
 
 #[tokio::test]
