@@ -205,7 +205,7 @@ pub(super) fn again<T>(capture: Result<T, Malformed>) -> Result<T, RelayError> {
     capture.map_err(|error| RelayError::invalid("capture", "MALFORMED", error.to_string()))
 }
 
-/// The status that tonic gives to bytes that are no message.
+/// What bytes that are no message are refused with.
 pub(super) fn malformed(error: Malformed) -> Status {
-    Status::internal(error.to_string())
+    RelayError::Malformed(error.to_string()).into()
 }

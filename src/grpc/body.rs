@@ -15,17 +15,21 @@ use tonic::{Status, body::Body};
 
 use super::{
     Incoming, Usage,
+    inflate::Inflater,
     peer::{ActiveCall, OpenCall},
     timer::CallTimer,
     usage::{CallerPermit, units},
 };
+
+/// Bytes of a compressed request that anybody may send.
+const MAX_OPEN_BYTES: usize = 4_096;
 
 /// Bytes of a request that are held.
 #[derive(Default)]
 pub(super) struct HeldBytes(Mutex<Option<OwnedSemaphorePermit>>);
 
 impl HeldBytes {
-    fn add(&self, permit: OwnedSemaphorePermit) {
+    pub(super) fn add(&self, permit: OwnedSemaphorePermit) {
         let mut held = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         match held.as_mut() {
             Some(all) => all.merge(permit),
@@ -87,6 +91,8 @@ impl CallGuards {
 pub(super) struct Metered {
     body: Incoming,
     meter: Option<Meter>,
+    /// Where its messages are compressed.
+    inflater: Option<Box<Inflater>>,
 }
 
 /// Takes the room.
@@ -125,7 +131,27 @@ impl Meter {
 impl Metered {
     /// Takes no room without a meter.
     pub(super) fn new(body: Incoming, meter: Option<Meter>) -> Self {
-        Self { body, meter }
+        Self {
+            body,
+            meter,
+            inflater: None,
+        }
+    }
+
+    /// The same with messages that come compressed and leave plain, of at most `limit` bytes.
+    pub(super) fn inflated(body: Incoming, meter: Option<Meter>, limit: usize) -> Self {
+        let inflater = match &meter {
+            None => Inflater::unary(limit.min(MAX_OPEN_BYTES), None),
+            Some(meter) if meter.stream.is_some() => Inflater::stream(limit),
+            Some(meter) => {
+                let held = (Arc::clone(&meter.usage), Arc::clone(&meter.held));
+                Inflater::unary(limit, Some(held))
+            }
+        };
+        Self {
+            inflater: Some(Box::new(inflater)),
+            ..Self::new(body, meter)
+        }
     }
 }
 
@@ -137,12 +163,10 @@ fn poll_incoming(body: &mut Incoming, context: &mut Context<'_>) -> PolledFrame 
     frame.map_err(|error| Status::from_error(error.into()))
 }
 
-impl HttpBody for Metered {
-    type Data = Bytes;
-    type Error = Status;
-
-    fn poll_frame(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> PolledFrame {
-        let Self { body, meter } = &mut *self;
+impl Metered {
+    /// The next frame once it has its room.
+    fn poll_metered(&mut self, context: &mut Context<'_>) -> PolledFrame {
+        let Self { body, meter, .. } = self;
         let Some(meter) = meter else {
             return poll_incoming(body, context);
         };
@@ -176,15 +200,50 @@ impl HttpBody for Metered {
         }
         Poll::Ready(frame.map(Ok))
     }
+}
+
+impl HttpBody for Metered {
+    type Data = Bytes;
+    type Error = Status;
+
+    fn poll_frame(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> PolledFrame {
+        let this = &mut *self;
+        loop {
+            let Some(inflater) = &mut this.inflater else {
+                return this.poll_metered(context);
+            };
+            if let Some(message) = inflater.next().transpose() {
+                return Poll::Ready(Some(message.map(Frame::data)));
+            }
+            let frame = ready!(this.poll_metered(context));
+            let Some(inflater) = &mut this.inflater else {
+                return Poll::Ready(frame);
+            };
+            match data_of(&frame) {
+                Some(data) => inflater.feed(data),
+                None if frame.is_none() && !inflater.is_empty() => {
+                    this.inflater = None;
+                    let rule = "the request ends within its message";
+                    return Poll::Ready(Some(Err(Status::invalid_argument(rule))));
+                }
+                None => return Poll::Ready(frame),
+            }
+        }
+    }
 
     fn is_end_stream(&self) -> bool {
         let stream = self.meter.as_ref().and_then(|meter| meter.stream.as_ref());
         let waits = stream.is_some_and(|stream| stream.waiting.is_some());
-        !waits && self.body.is_end_stream()
+        let inflater = self.inflater.as_ref();
+        let inflates = inflater.is_some_and(|inflater| !inflater.is_empty());
+        !waits && !inflates && self.body.is_end_stream()
     }
 
     fn size_hint(&self) -> SizeHint {
-        self.body.size_hint()
+        match self.inflater {
+            Some(_) => SizeHint::default(),
+            None => self.body.size_hint(),
+        }
     }
 }
 

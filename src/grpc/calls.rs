@@ -13,8 +13,10 @@ use super::{
     Access, Dispatch, Incoming, Peer, RelayError,
     access::{Admission, Pass},
     body::{Answering, Meter, Metered},
-    deadline, protocol,
-    rpcs::Rpc,
+    deadline, foreign,
+    inflate::Encoding,
+    protocol,
+    rpcs::{OTHER, Rpc},
     spans,
     timer::CallTimer,
 };
@@ -105,11 +107,20 @@ impl Calls {
         if let Some(pass) = pass {
             request.extensions_mut().insert(pass);
         }
-        let request = request.map(|body| Metered::new(body, meter));
+        let encoding = Encoding::of(request.headers());
+        let unknown = (rpc.path == OTHER).then(|| request.uri().path().to_owned());
+        if encoding == Encoding::Gzip {
+            request.headers_mut().remove("grpc-encoding");
+        }
+        let limit = self.services.max_message();
+        let request = request.map(|body| match encoding {
+            Encoding::Gzip => Metered::inflated(body, meter, limit),
+            Encoding::Plain | Encoding::Other => Metered::new(body, meter),
+        });
         self.services.call(request).map(move |answered| {
             let answer = answered.unwrap_or_else(|never| match never {});
             self.note_foreign(rpc, caller.as_deref(), &answer);
-            Ok(answer)
+            Ok(foreign::explained(answer, unknown.as_deref()))
         })
     }
 

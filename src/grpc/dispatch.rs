@@ -28,6 +28,11 @@ impl Dispatch {
         }
     }
 
+    /// Bytes of a message, at the most.
+    pub(super) fn max_message(&self) -> usize {
+        self.max_message
+    }
+
     /// The answer of the service that a call is for. Services are cheap to clone.
     pub(super) fn call(&self, request: Request<Metered>) -> BoxFuture<Response<Body>, Infallible> {
         let Some(method) = relay_method(request.uri().path()) else {

@@ -68,6 +68,16 @@ pub enum RelayError {
     DeadlineExceeded,
     /// Health was asked for of a service that is not watched.
     UnknownService,
+    /// There is no such rpc; its path.
+    UnknownRpc(String),
+    /// A message is larger than may be.
+    MessageTooLarge(String),
+    /// The bytes are no message.
+    Malformed(String),
+    /// A message is compressed in a way that is not taken.
+    Compressed(String),
+    /// A message says that it is compressed, and the call does not say how.
+    CompressedFlag(String),
 }
 
 impl From<CaptureFault> for RelayError {
@@ -111,13 +121,17 @@ impl RelayError {
     #[must_use]
     pub fn code(&self) -> Code {
         match self {
-            Self::InvalidRequest(_) | Self::Capture(CaptureFault::Invalid(_)) => {
-                Code::InvalidArgument
-            }
+            Self::InvalidRequest(_)
+            | Self::Capture(CaptureFault::Invalid(_))
+            | Self::Malformed(_) => Code::InvalidArgument,
+            Self::UnknownRpc(_) | Self::Compressed(_) => Code::Unimplemented,
+            Self::CompressedFlag(_) => Code::Internal,
             Self::Capture(_) => Code::FailedPrecondition,
             Self::CaptureIdReused => Code::AlreadyExists,
             Self::CaptureNotFound(_) | Self::UnknownService => Code::NotFound,
-            Self::Full(_) | Self::Busy(_) | Self::Throttled(_) => Code::ResourceExhausted,
+            Self::Full(_) | Self::Busy(_) | Self::Throttled(_) | Self::MessageTooLarge(_) => {
+                Code::ResourceExhausted
+            }
             Self::Draining
             | Self::Outbox(_)
             | Self::PartlyDone { .. }
@@ -163,6 +177,10 @@ impl RelayError {
             Self::PermissionMissing(_) => "PERMISSION_MISSING",
             Self::OutOfScope => "INTEGRATION_OUT_OF_SCOPE",
             Self::UnknownService => "SERVICE_UNKNOWN",
+            Self::UnknownRpc(_) => "RPC_UNKNOWN",
+            Self::MessageTooLarge(_) => "MESSAGE_TOO_LARGE",
+            Self::Malformed(_) | Self::CompressedFlag(_) => "MALFORMED_MESSAGE",
+            Self::Compressed(_) => "COMPRESSION_UNSUPPORTED",
             Self::Throttled(throttle) => match throttle.subject {
                 "caller" => "CALLER_LIMIT",
                 "integration" => "INTEGRATION_LIMIT",
@@ -224,10 +242,11 @@ impl RelayError {
                     .to_owned()
             }
             Self::IntegrationChanging => {
-                "the integration is being changed; nothing was stored, try again".to_owned()
+                "the integration is being changed; nothing was changed by this call, try again"
+                    .to_owned()
             }
             Self::Outbox(_) => {
-                "the relay cannot store or read captures now; nothing was stored, try again later"
+                "the outbox cannot be read or written now; nothing was changed, try again later"
                     .to_owned()
             }
             Self::PartlyDone {
@@ -253,10 +272,21 @@ impl RelayError {
                     .to_owned()
             }
             Self::Throttled(throttle) => format!(
-                "too many {}; nothing was stored, try again after {:.1} s",
+                "too many {}; nothing was done, try again after {:.1} s",
                 throttle.what,
                 throttle.wait.as_secs_f64()
             ),
+            Self::UnknownRpc(path) => {
+                format!("there is no rpc {path}; reflection lists those that there are")
+            }
+            Self::MessageTooLarge(why) => {
+                format!("{why}; send smaller messages, or raise [server] max_message_bytes")
+            }
+            Self::Malformed(why) => {
+                format!("the request is no message of this rpc: {why}; use the schema in proto/")
+            }
+            Self::Compressed(why) => format!("{why}; gzip and identity are taken"),
+            Self::CompressedFlag(why) => why.clone(),
             Self::UnknownService => format!(
                 "health is known of \"\" and of \"{}\" alone",
                 super::RELAY_SERVICE

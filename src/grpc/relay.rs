@@ -190,6 +190,7 @@ impl SegmentRelay for Relay {
         request: Request<WatchDeliveriesRequest>,
     ) -> Result<Response<Self::WatchDeliveriesStream>, Status> {
         let caller = Arc::clone(&pass(&request)?.caller);
+        // What is wrong with the request is said before what there is too much of.
         let filter = watch::Filter::new(&self.0, &caller, request.get_ref()).await?;
         let own = self.0.usage.enter_watcher(&caller)?;
         let place = self.0.gate.enter_watcher()?;

@@ -118,7 +118,7 @@ const COSTLY: [&str; 3] = [
     ".PrivacyService",
 ];
 /// Stands for the paths of all other rpcs.
-const OTHER: &str = "_OTHER";
+pub(super) const OTHER: &str = "_OTHER";
 
 /// The rpc of a call.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -13,7 +13,9 @@ use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::sync::PollSemaphore;
 use tonic::{Status, Streaming};
 
-use super::{RelayError, Services, gate::Place, spans::StreamTrace, usage::units};
+use super::{
+    RelayError, Services, foreign::explained_status, gate::Place, spans::StreamTrace, usage::units,
+};
 use crate::{
     integration::Integration,
     permission::Caller,
@@ -163,7 +165,7 @@ impl Intake {
 
     /// Reads no more.
     fn end(&mut self, status: Status) {
-        (self.reading, self.end) = (false, Some(status));
+        (self.reading, self.end) = (false, Some(explained_status(status)));
     }
 }
 

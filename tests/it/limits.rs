@@ -297,7 +297,10 @@ async fn what_anybody_may_ask_is_small_and_rare() {
         service: "x".repeat(2_000),
     };
     let refused = health.check(long).await.expect_err("too long");
-    assert_eq!(refused.code(), Code::OutOfRange);
+    assert_eq!(
+        (refused.code(), reason(&refused).as_str()),
+        (Code::ResourceExhausted, "MESSAGE_TOO_LARGE")
+    );
     world.stop().await;
 }
 

@@ -205,7 +205,10 @@ async fn messages_beyond_the_bound_and_too_many_watchers_are_refused() {
         ..Default::default()
     };
     let refused = world.relay().capture(request).await.expect_err("refused");
-    assert_eq!(refused.code(), Code::OutOfRange);
+    assert_eq!(
+        (refused.code(), reason(&refused).as_str()),
+        (Code::ResourceExhausted, "MESSAGE_TOO_LARGE")
+    );
     let watch = || async {
         world
             .relay()
@@ -217,29 +220,14 @@ async fn messages_beyond_the_bound_and_too_many_watchers_are_refused() {
         watch().await.expect_err("refused").code(),
         Code::ResourceExhausted
     );
-    drop(first);
-    world.stop().await;
-}
-
-#[tokio::test]
-async fn a_compressed_capture_is_told_that_none_is_taken() {
-    let world = World::start().await;
-    world.create(acme()).await;
-    let capture = |encoding: &'static str| {
-        let mut request = tonic::Request::new(CaptureRequest {
-            integration_id: "acme".into(),
-            capture: Some(numbered(1)),
-            ..Default::default()
-        });
-        let encoding = encoding.parse().expect("a value");
-        request.metadata_mut().insert("grpc-encoding", encoding);
-        let mut relay = world.relay();
-        async move { relay.capture(request).await }
+    // A bad request is told what is wrong with it, and not to come back later.
+    let bad = WatchDeliveriesRequest {
+        states: vec![99],
+        ..WatchDeliveriesRequest::default()
     };
-    let refused = capture("gzip").await.expect_err("refused");
-    assert_eq!(refused.code(), Code::Unimplemented);
-    assert!(refused.message().contains("gzip"), "{}", refused.message());
-    capture("identity").await.expect("taken");
+    let refused = world.relay().watch_deliveries(bad).await;
+    assert_eq!(refused.expect_err("refused").code(), Code::InvalidArgument);
+    drop(first);
     world.stop().await;
 }
 

@@ -266,7 +266,8 @@ mod malformed {
             unary(&world, "Capture", capture).await,
             unary(&world, "CaptureBatch", batch).await,
         ] {
-            assert_eq!(refused.code(), Code::Internal, "{refused:?}");
+            assert_eq!(refused.code(), Code::InvalidArgument, "{refused:?}");
+            assert_eq!(reason(&refused), "MALFORMED_MESSAGE");
             assert!(refused.message().contains("Capture"), "{refused:?}");
         }
         assert!(
@@ -302,7 +303,8 @@ mod malformed {
             .into_inner();
         let (results, status) = collect(&mut answers).await;
         let status = status.expect("an error");
-        assert_eq!(status.code(), Code::Internal, "{status:?}");
+        assert_eq!(status.code(), Code::InvalidArgument, "{status:?}");
+        assert_eq!(reason(&status), "MALFORMED_MESSAGE");
         let answered: HashSet<_> = results
             .iter()
             .map(|answer| answer.correlation_id.as_str())

@@ -11,6 +11,7 @@ use h2::{
 use http::{HeaderMap, Request, StatusCode, request};
 use prost::Message;
 use tokio::{net::TcpStream, task::JoinHandle};
+use tonic::Status;
 
 use crate::harness::PATIENCE;
 
@@ -32,6 +33,13 @@ pub(crate) struct Answer {
 }
 
 impl Answer {
+    /// The status, wherever it stands.
+    pub(crate) fn grpc(&self) -> Status {
+        let found = Status::from_header_map(&self.trailers);
+        let found = found.or_else(|| Status::from_header_map(&self.headers));
+        found.expect("a status")
+    }
+
     /// The number in `grpc-status`, wherever it stands.
     pub(crate) fn code(&self) -> Option<i32> {
         let status = self.trailers.get("grpc-status");
@@ -85,7 +93,7 @@ impl Wire {
         sender.send_request(request.body(()).expect("a request"), ends)
     }
 
-    /// A call with one message, whole or in frames of `piece` bytes.
+    /// A call with a body of one frame.
     pub(crate) async fn unary(
         &self,
         request: request::Builder,

@@ -61,6 +61,36 @@ fn every_error_has_the_code_and_the_details_of_the_contract() {
         ),
         (RelayError::Draining, Code::Unavailable, "DRAINING"),
         (
+            RelayError::UnknownService,
+            Code::NotFound,
+            "SERVICE_UNKNOWN",
+        ),
+        (
+            RelayError::UnknownRpc("/a.B/C".into()),
+            Code::Unimplemented,
+            "RPC_UNKNOWN",
+        ),
+        (
+            RelayError::MessageTooLarge("5 bytes".into()),
+            Code::ResourceExhausted,
+            "MESSAGE_TOO_LARGE",
+        ),
+        (
+            RelayError::Malformed("no UTF-8".into()),
+            Code::InvalidArgument,
+            "MALFORMED_MESSAGE",
+        ),
+        (
+            RelayError::CompressedFlag("flag".into()),
+            Code::Internal,
+            "MALFORMED_MESSAGE",
+        ),
+        (
+            RelayError::Compressed("zstd".into()),
+            Code::Unimplemented,
+            "COMPRESSION_UNSUPPORTED",
+        ),
+        (
             OutboxError::Closed.into(),
             Code::Unavailable,
             "OUTBOX_UNAVAILABLE",
@@ -124,8 +154,8 @@ fn messages_say_what_was_done() {
     };
     for (error, text) in [
         (unknown().into(), "may have been applied"),
-        (RelayError::IntegrationChanging, "nothing was stored"),
-        (OutboxError::Closed.into(), "nothing was stored"),
+        (RelayError::IntegrationChanging, "nothing was changed"),
+        (OutboxError::Closed.into(), "nothing was changed"),
         (
             partly(OutboxError::Closed),
             "500 events were discarded, then",
@@ -163,4 +193,22 @@ fn many_violations_fit_into_a_header_and_the_rest_is_counted() {
             .len(),
         100
     );
+}
+
+/// Every rpc can fail with these, also those that store nothing.
+#[test]
+fn what_any_call_can_be_told_speaks_of_no_capture() {
+    for error in [
+        RelayError::Throttled(Throttle::OPEN_CALLS),
+        RelayError::Busy("watchers"),
+        RelayError::Draining,
+        RelayError::IntegrationChanging,
+        OutboxError::Closed.into(),
+        RelayError::MessageTooLarge("5 bytes".into()),
+        RelayError::Malformed("no UTF-8".into()),
+    ] {
+        let message = error.message();
+        assert!(!message.contains("stored"), "{message}");
+        assert!(!message.contains("store "), "{message}");
+    }
 }
