@@ -4,7 +4,7 @@
 use std::{io::Read, sync::Arc};
 
 use bytes::{Buf, BufMut, Bytes, BytesMut};
-use flate2::read::GzDecoder;
+use flate2::bufread::GzDecoder;
 use http::{HeaderMap, HeaderValue};
 use tonic::Status;
 
@@ -12,6 +12,8 @@ use super::{Usage, body::HeldBytes};
 
 /// What stands before a message: whether it is compressed, and its length.
 const HEAD_BYTES: usize = 5;
+/// The beginning of gzip (RFC 1952, "ID1", "ID2").
+const MAGIC: [u8; 2] = [0x1f, 0x8b];
 /// Bytes at the end of gzip with the length of what was compressed (RFC 1952, "ISIZE").
 const LENGTH_BYTES: usize = 4;
 /// Bytes of one message of a stream, once inflated. It counts in no budget until it is read,
@@ -88,6 +90,9 @@ impl Inflater {
     }
 
     fn inflated(&mut self, mut gzip: &[u8]) -> Result<Bytes, Status> {
+        if !gzip.starts_with(&MAGIC) {
+            return Err(malformed("it does not begin as one"));
+        }
         let claimed = gzip.last_chunk::<LENGTH_BYTES>().copied();
         let claimed = claimed.ok_or_else(|| malformed("it is too short"))?;
         let length = u32::from_le_bytes(claimed) as usize;
@@ -99,7 +104,7 @@ impl Inflater {
         frame.put_u8(0);
         frame.put_u32(u32::try_from(length).map_err(|_| malformed("it is too long"))?);
         // One byte more shows that the length is a lie.
-        let mut plain = GzDecoder::new(gzip.by_ref()).take(length as u64 + 1);
+        let mut plain = GzDecoder::new(&mut gzip).take(length as u64 + 1);
         let copied = std::io::copy(&mut plain, &mut (&mut frame).writer());
         let copied = copied.map_err(|error| malformed(&error.to_string()))?;
         if copied != length as u64 || gzip.has_remaining() {
@@ -199,11 +204,12 @@ mod tests {
         two.extend_from_slice(&whole);
         let mut damaged = whole.clone();
         damaged[12] ^= 1;
+        let cut = [&whole[..15], &9_u32.to_le_bytes()].concat();
         for bad in [
             &b"abc"[..],
             b"",
             b"no gzip at all",
-            &whole[..20],
+            &cut[..],
             &two,
             &damaged,
         ] {

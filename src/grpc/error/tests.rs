@@ -130,6 +130,14 @@ fn every_error_has_the_code_and_the_details_of_the_contract() {
         assert_eq!(status.code(), code, "{error:?}");
         let info = details.error_info().expect("an ErrorInfo");
         assert_eq!(info.reason, reason);
+        // No field is to blame, there is no resource, and another try is no help.
+        if let RelayError::Malformed(_)
+        | RelayError::MessageTooLarge(_)
+        | RelayError::UnknownService = error
+        {
+            assert!(details.retry_info().is_none() && details.bad_request().is_none());
+            continue;
+        }
         assert_eq!(
             details.bad_request().is_some(),
             code == Code::InvalidArgument
