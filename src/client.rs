@@ -11,6 +11,7 @@ mod input;
 pub mod json;
 mod pause;
 pub mod render;
+mod seen;
 mod timestamp;
 
 pub use args::ClientCommand;

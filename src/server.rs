@@ -9,6 +9,7 @@ mod backlog;
 mod connections;
 mod health;
 mod http2;
+mod listener;
 mod parts;
 mod removal;
 mod store;
@@ -43,6 +44,7 @@ use crate::{
 
 use connections::Connections;
 use health::HealthService;
+pub use listener::Listener;
 use store::Store;
 use tls::Tls;
 pub use tls::TlsError;
@@ -214,7 +216,7 @@ impl Relay {
     /// [`RunError`]: the server failed. What was acknowledged is on disk.
     pub async fn run(
         self,
-        listener: TcpListener,
+        listener: impl Into<Listener>,
         shutdown: CancellationToken,
     ) -> Result<(), RunError> {
         self.run_beside(listener, shutdown, async |_| {}).await
@@ -227,7 +229,7 @@ impl Relay {
     /// As with [`Self::run`].
     pub async fn run_beside(
         mut self,
-        listener: TcpListener,
+        listener: impl Into<Listener>,
         shutdown: CancellationToken,
         last: impl AsyncFnOnce(Instant),
     ) -> Result<(), RunError> {
@@ -260,7 +262,7 @@ impl Relay {
             access: Arc::clone(&self.access),
             services: self.services.dispatch(routes),
         };
-        let serve = connections.serve(listener, closing.clone());
+        let serve = connections.serve(listener.into(), closing.clone());
         let deadline = serve_until_drained(serve, drain, self.config.server.drain_timeout).await;
         background.close();
         maintenance.abort();

@@ -3,7 +3,7 @@
 use std::{io::Write, path::PathBuf};
 
 use clap::Args;
-use tokio::{net::TcpListener, time::Instant};
+use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 use super::{
@@ -12,9 +12,9 @@ use super::{
     spec_violations,
 };
 use crate::{
-    config::{Config, OutboxKind},
+    config::{Config, Listen, OutboxKind},
     panics,
-    server::Relay,
+    server::{Listener, Relay},
     telemetry::{self, FLUSH_TIMEOUT, Telemetry},
 };
 
@@ -38,12 +38,18 @@ pub(super) struct ServeArgs {
 /// Runs the relay until SIGTERM or SIGINT.
 pub(super) async fn run(args: &ServeArgs) -> Result<(), Failure> {
     let mut config = Config::read(args.config.as_deref(), &spec_violations)?;
-    let listen = config.server.listen;
+    let listen = config.server.listen.clone();
     let exposed = exposure(&config);
-    if let Some(exposed) = exposed.filter(|_| !listen.ip().is_loopback() && !args.insecure) {
+    if let Some(exposed) = exposed.filter(|_| !listen.is_local() && !args.insecure) {
         return Err(Failure::Usage(format!(
             "[server] listen = \"{listen}\" is not a loopback address, and {exposed}; or listen on \
              127.0.0.1 behind a proxy, or say --insecure"
+        )));
+    }
+    if matches!(listen, Listen::Unix(_)) && config.tls.is_some() {
+        return Err(Failure::Usage(format!(
+            "[server] listen = \"{listen}\" is a Unix socket, which has no TLS: leave [server.tls] \
+             out, or listen on an address"
         )));
     }
     let telemetry = telemetry::start(&config)?;
@@ -58,7 +64,7 @@ pub(super) async fn run(args: &ServeArgs) -> Result<(), Failure> {
     };
     let filter = config.log.filter.clone();
     let relay = Relay::open(config).await?;
-    let listener = TcpListener::bind(listen)
+    let listener = Listener::bind(&listen)
         .await
         .map_err(|error| Failure::Other(format!("[server] listen = \"{listen}\": {error}")))?;
     announce(&listener, &outbox)?;
@@ -119,8 +125,8 @@ fn exposure(config: &Config) -> Option<&'static str> {
 }
 
 /// One line on standard output, for people and for scripts that wait for it.
-fn announce(listener: &TcpListener, outbox: &str) -> Result<(), Failure> {
-    let address = listener.local_addr()?;
+fn announce(listener: &Listener, outbox: &str) -> Result<(), Failure> {
+    let address = listener.address()?;
     tracing::info!(%address, outbox, "serving");
     let mut out = std::io::stdout().lock();
     writeln!(out, "segment-relay serves gRPC on {address}")?;

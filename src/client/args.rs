@@ -1,11 +1,11 @@
 //! The arguments of the client commands.
 
-use std::path::PathBuf;
+use std::{path::PathBuf, time::Duration};
 
 use clap::{Args, Subcommand, ValueEnum};
 
 use super::{
-    connect::{Connection, Reach},
+    connect::{Connection, Reach, time},
     dead_letters::DeadLettersCommand,
 };
 use crate::proto::{DataRegion, DeliveryState, EventType, WaitFor};
@@ -133,14 +133,19 @@ pub enum ClientCommand {
         limit: u16,
     },
     /// Exit with 0 if the relay serves, else with 1: a probe for containers
-    #[command(after_help = "Example:\n  segment-relay health --address 127.0.0.1:50051")]
+    #[command(
+        after_help = "Examples:\n  segment-relay health --address 127.0.0.1:50051\n  \
+        segment-relay health --address unix:/run/segment-relay.sock\n\nWhere client \
+        certificates are required, a probe needs one too: --certificate-file and --key-file, or \
+        SEGMENT_RELAY_CERTIFICATE_FILE and SEGMENT_RELAY_KEY_FILE. docs/kubernetes.md has more."
+    )]
     Health {
         /// Where it is
         #[command(flatten)]
         reach: Reach,
-        /// Seconds to wait for an answer
-        #[arg(long, value_name = "SECONDS", default_value_t = 2, value_parser = clap::value_parser!(u64).range(1..=3600))]
-        timeout: u64,
+        /// Time to wait for an answer, such as 500ms or 2s (or 2)
+        #[arg(long, value_name = "TIME", default_value = "2s", value_parser = time)]
+        timeout: Duration,
         /// The service to ask for; all of the relay by default
         #[arg(long, value_name = "NAME", default_value = "")]
         service: String,

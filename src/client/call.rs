@@ -91,7 +91,7 @@ pub async fn run(command: ClientCommand, out: &mut impl Write) -> Result<u8, Cli
             reach,
             timeout,
             service,
-        } => health(&reach, Duration::from_secs(timeout), service, out).await,
+        } => health(&reach, timeout, service, out).await,
     }
 }
 

@@ -1,17 +1,30 @@
 //! How a command reaches the relay, and proves who it is.
 
-use std::{path::PathBuf, time::Duration};
-
-use clap::Args;
-use secrecy::{ExposeSecret, SecretString};
-use tonic::{
-    Request, Status,
-    metadata::{Ascii, MetadataValue},
-    service::{Interceptor, interceptor::InterceptedService},
-    transport::{Certificate, Channel, ClientTlsConfig, Endpoint, Identity},
+use std::{
+    io,
+    path::PathBuf,
+    sync::Arc,
+    task::{Context, Poll},
+    time::Duration,
 };
 
-use super::ClientError;
+use clap::Args;
+use http::{HeaderValue, Uri, header::AUTHORIZATION};
+use hyper_util::rt::TokioIo;
+use secrecy::{ExposeSecret, SecretString};
+use tokio::net::{TcpStream, UnixStream};
+use tonic::{
+    Request, Status,
+    body::Body,
+    codegen::BoxFuture,
+    transport::{Certificate, Channel, ClientTlsConfig, Endpoint, Identity},
+};
+use tower_service::Service;
+
+use super::{
+    ClientError,
+    seen::{Seen, Stream, Watched, causes},
+};
 
 const DEFAULT_ADDRESS: &str = "http://127.0.0.1:50051";
 /// Largest file of certificates, a key or a token, in bytes.
@@ -20,7 +33,7 @@ const MAX_FILE_BYTES: u64 = 1024 * 1024;
 /// How to reach the relay.
 #[derive(Args, Debug)]
 pub struct Reach {
-    /// Address of the relay; https:// for TLS
+    /// Address of the relay; https:// for TLS, unix: and a path for a socket
     #[arg(long, env = "SEGMENT_RELAY_ADDRESS", default_value = DEFAULT_ADDRESS)]
     pub address: String,
     /// CAs that sign the relay's certificate, PEM; this machine's by default
@@ -61,68 +74,167 @@ pub struct Connection {
     /// Where it is
     #[command(flatten)]
     pub reach: Reach,
-    /// Seconds until the call has to be answered
-    #[arg(long, value_name = "SECONDS", default_value_t = 10, value_parser = clap::value_parser!(u64).range(1..=3600))]
-    pub timeout: u64,
+    /// Time until the call has to be answered, such as 500ms, 10s (or 10), 2m
+    #[arg(long, value_name = "TIME", default_value = "10s", value_parser = time)]
+    pub timeout: Duration,
     /// Print canonical proto JSON
     #[arg(long)]
     pub json: bool,
 }
 
-/// A channel that proves who calls.
-pub(super) type Wire = InterceptedService<Channel, Bearer>;
-
-/// Adds the token to each call.
+/// A channel that proves who calls, and says why it does not reach the relay.
 #[derive(Clone)]
-pub(super) struct Bearer(Option<MetadataValue<Ascii>>);
+pub(super) struct Wire {
+    channel: Channel,
+    bearer: Option<HeaderValue>,
+    seen: Arc<Seen>,
+    reach: Arc<Place>,
+}
 
-impl Interceptor for Bearer {
-    fn call(&mut self, mut request: Request<()>) -> Result<Request<()>, Status> {
-        if let Some(value) = &self.0 {
-            request
-                .metadata_mut()
-                .insert("authorization", value.clone());
+/// Where a relay is.
+#[derive(Debug)]
+struct Place {
+    /// As the user has it.
+    address: String,
+    kind: Kind,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+enum Kind {
+    Plain(String),
+    Tls(String),
+    Unix(PathBuf),
+}
+
+impl Place {
+    fn new(address: &str) -> Result<Self, ClientError> {
+        let refused = |rule: &str| ClientError::Input(format!("--address {address}: {rule}"));
+        let kind = if let Some(path) = address.strip_prefix("unix:") {
+            let path = path.strip_prefix("//").unwrap_or(path);
+            if path.is_empty() {
+                return Err(refused(
+                    "name the socket's file, as in unix:/run/relay.sock",
+                ));
+            }
+            Kind::Unix(path.into())
+        } else {
+            match address.split_once("://") {
+                None => Kind::Plain(format!("http://{address}")),
+                Some(("http", _)) => Kind::Plain(address.to_owned()),
+                Some(("https", _)) => Kind::Tls(address.to_owned()),
+                Some((scheme, rest)) => {
+                    return Err(refused(&format!(
+                        "`{scheme}` is not known: use https://{rest} with TLS, http://{rest} \
+                         without, or unix: and a path"
+                    )));
+                }
+            }
+        };
+        let address = address.to_owned();
+        Ok(Self { address, kind })
+    }
+
+    fn is_tls(&self) -> bool {
+        matches!(self.kind, Kind::Tls(_))
+    }
+
+    /// What failed, with what that says of the place.
+    fn unreachable(&self, seen: &Seen, error: &(dyn std::error::Error + 'static)) -> ClientError {
+        let causes = causes(error);
+        let cause = match seen.diagnosis(self.is_tls(), &causes) {
+            Some(known) => known.to_owned(),
+            None => {
+                causes.rsplit(": ").next().unwrap_or(&causes).to_owned()
+                    + "; is `segment-relay serve` running there?"
+            }
+        };
+        ClientError::Connect {
+            address: self.address.clone(),
+            cause,
         }
-        Ok(request)
+    }
+}
+
+impl Service<http::Request<Body>> for Wire {
+    type Response = http::Response<Body>;
+    type Error = Status;
+    type Future = BoxFuture<Self::Response, Status>;
+
+    fn poll_ready(&mut self, context: &mut Context<'_>) -> Poll<Result<(), Status>> {
+        // What fails here fails in the call as well.
+        Service::<http::Request<Body>>::poll_ready(&mut self.channel, context)
+            .map_err(|error| self.failed(&error))
+    }
+
+    fn call(&mut self, mut request: http::Request<Body>) -> Self::Future {
+        if let Some(bearer) = &self.bearer {
+            request.headers_mut().insert(AUTHORIZATION, bearer.clone());
+        }
+        let answer = self.channel.call(request);
+        let wire = self.clone();
+        Box::pin(async move { answer.await.map_err(|error| wire.failed(&error)) })
+    }
+}
+
+impl Wire {
+    /// The status of a call that got no answer.
+    fn failed(&self, error: &tonic::transport::Error) -> Status {
+        let text = causes(error);
+        match self.seen.diagnosis(self.reach.is_tls(), &text) {
+            Some(known) => Status::unavailable(format!("{}: {known}", self.reach.address)),
+            None if text.contains("Timeout expired") => Status::deadline_exceeded(format!(
+                "{} did not answer in time (--timeout)",
+                self.reach.address
+            )),
+            None => Status::unavailable(format!("{}: {text}", self.reach.address)),
+        }
     }
 }
 
 impl Reach {
     /// Connects within a time.
     pub(super) async fn connect(&self, timeout: Duration) -> Result<Wire, ClientError> {
-        let address = &self.address;
-        let url = if address.contains("://") {
-            address.clone()
-        } else {
-            format!("http://{address}")
-        };
-        let bearer = self.bearer(url.starts_with("https://"))?;
-        let mut endpoint = Endpoint::from_shared(url.clone())
-            .map_err(|error| ClientError::Input(format!("--address {address}: {error}")))?;
-        if url.starts_with("https://") {
-            endpoint = endpoint
-                .tls_config(self.tls()?)
-                .map_err(|error| self.refused(&error))?;
-        } else if self.ca_file.is_some() || self.certificate_file.is_some() {
+        let place = Place::new(&self.address)?;
+        let bearer = self.bearer(&place)?;
+        if !place.is_tls() && (self.ca_file.is_some() || self.certificate_file.is_some()) {
             let rule = "--ca-file and --certificate-file need an https:// address";
             return Err(ClientError::Input(rule.to_owned()));
         }
-        let channel = endpoint
-            .connect_timeout(timeout)
-            .connect()
-            .await
-            .map_err(|error| self.refused(&error))?;
-        Ok(InterceptedService::new(channel, bearer))
-    }
-
-    fn refused(&self, error: &tonic::transport::Error) -> ClientError {
-        let mut cause: &dyn std::error::Error = error;
-        while let Some(inner) = cause.source() {
-            cause = inner;
+        let invalid = |error: tonic::transport::Error| {
+            let address = &self.address;
+            ClientError::Input(format!("--address {address}: {}", causes(&error)))
+        };
+        let url = match &place.kind {
+            Kind::Plain(url) | Kind::Tls(url) => url.clone(),
+            // Names nothing: the connector has the path.
+            Kind::Unix(_) => "http://localhost".to_owned(),
+        };
+        let mut endpoint = Endpoint::from_shared(url).map_err(invalid)?;
+        if place.is_tls() {
+            endpoint = endpoint.tls_config(self.tls()?).map_err(invalid)?;
         }
-        ClientError::Connect {
-            address: self.address.clone(),
-            cause: cause.to_string(),
+        let seen = Arc::new(Seen::default());
+        let connector = Connector {
+            socket: match &place.kind {
+                Kind::Unix(path) => Some(path.clone()),
+                Kind::Plain(_) | Kind::Tls(_) => None,
+            },
+            seen: Arc::clone(&seen),
+        };
+        let connected = endpoint.connect_with_connector(connector);
+        let connected = tokio::time::timeout(timeout, connected).await;
+        match connected {
+            Ok(Ok(channel)) => Ok(Wire {
+                channel,
+                bearer,
+                seen,
+                reach: Arc::new(place),
+            }),
+            Ok(Err(error)) => Err(place.unreachable(&seen, &error)),
+            Err(_) => {
+                let silent = io::Error::new(io::ErrorKind::TimedOut, "no answer in time");
+                Err(place.unreachable(&seen, &silent))
+            }
         }
     }
 
@@ -139,28 +251,28 @@ impl Reach {
         Ok(tls)
     }
 
-    fn bearer(&self, is_tls: bool) -> Result<Bearer, ClientError> {
-        let token = match (&self.token_file, &self.token) {
-            (Some(path), _) => Some(read("--token-file", path)?.trim().to_owned().into()),
-            (None, token) => token.clone(),
+    fn bearer(&self, place: &Place) -> Result<Option<HeaderValue>, ClientError> {
+        let token: SecretString = match (&self.token_file, &self.token) {
+            (Some(path), _) => read("--token-file", path)?.trim().to_owned().into(),
+            (None, Some(token)) => token.clone(),
+            (None, None) => return Ok(None),
         };
-        let Some(token) = token else {
-            return Ok(Bearer(None));
+        let is_safe = match &place.kind {
+            Kind::Tls(_) | Kind::Unix(_) => true,
+            Kind::Plain(_) => self.is_loopback(),
         };
-        if !is_tls && !self.is_loopback() {
+        if !is_safe {
             let rule = "a token is sent over https:// alone, or to this machine";
             return Err(ClientError::Input(format!(
                 "--address {}: {rule}",
                 self.address
             )));
         }
-        let mut value: MetadataValue<Ascii> = format!("Bearer {}", token.expose_secret())
-            .parse()
-            .map_err(|_| {
-            ClientError::Input("the token has to be printable ASCII".to_owned())
-        })?;
+        let text = format!("Bearer {}", token.expose_secret());
+        let mut value = HeaderValue::from_str(&text)
+            .map_err(|_| ClientError::Input("the token has to be printable ASCII".to_owned()))?;
         value.set_sensitive(true);
-        Ok(Bearer(Some(value)))
+        Ok(Some(value))
     }
 
     fn is_loopback(&self) -> bool {
@@ -175,14 +287,75 @@ impl Reach {
 impl Connection {
     /// Connects within the time for the call.
     pub(super) async fn connect(&self) -> Result<Wire, ClientError> {
-        self.reach.connect(Duration::from_secs(self.timeout)).await
+        self.reach.connect(self.timeout).await
     }
 }
 
 pub(super) fn request<T>(connection: &Connection, message: T) -> Request<T> {
     let mut request = Request::new(message);
-    request.set_timeout(Duration::from_secs(connection.timeout));
+    request.set_timeout(connection.timeout);
     request
+}
+
+/// Connects, and notes what comes back first.
+#[derive(Clone)]
+struct Connector {
+    /// Its file, where the relay is reached by a Unix socket.
+    socket: Option<PathBuf>,
+    seen: Arc<Seen>,
+}
+
+impl Service<Uri> for Connector {
+    type Response = TokioIo<Watched>;
+    type Error = io::Error;
+    type Future = BoxFuture<Self::Response, io::Error>;
+
+    fn poll_ready(&mut self, _: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Poll::Ready(Ok(()))
+    }
+
+    fn call(&mut self, url: Uri) -> Self::Future {
+        let Self { socket, seen } = self.clone();
+        Box::pin(async move {
+            let stream: Box<dyn Stream> = match socket {
+                Some(path) => Box::new(UnixStream::connect(path).await?),
+                None => Box::new(dial(&url).await?),
+            };
+            Ok(TokioIo::new(Watched::new(stream, seen)))
+        })
+    }
+}
+
+/// Connects to one of a host's addresses.
+async fn dial(url: &Uri) -> io::Result<TcpStream> {
+    let host = url.host().unwrap_or_default();
+    let host = host.trim_matches(['[', ']']);
+    let port = url.port_u16();
+    let port = port.unwrap_or(if url.scheme_str() == Some("https") {
+        443
+    } else {
+        80
+    });
+    let stream = TcpStream::connect((host, port)).await?;
+    stream.set_nodelay(true)?;
+    Ok(stream)
+}
+
+/// A time of 1 ms to 1 h: a number of seconds, or one with its unit.
+pub(super) fn time(text: &str) -> Result<Duration, String> {
+    let digits = text.len() - text.trim_start_matches(|c: char| c.is_ascii_digit()).len();
+    let (number, unit) = text.split_at(digits);
+    let factor = match unit {
+        "ms" => Some(1),
+        "" | "s" => Some(1_000),
+        "m" => Some(60_000),
+        _ => None,
+    };
+    let millis = factor.and_then(|factor| number.parse::<u64>().ok()?.checked_mul(factor));
+    match millis {
+        Some(millis @ 1..=3_600_000) => Ok(Duration::from_millis(millis)),
+        _ => Err("give 1ms to 60m, such as 500ms, 10s or 2m".to_owned()),
+    }
 }
 
 fn read(flag: &str, path: &std::path::Path) -> Result<String, ClientError> {
@@ -192,4 +365,66 @@ fn read(flag: &str, path: &std::path::Path) -> Result<String, ClientError> {
         .and_then(|file| file.take(MAX_FILE_BYTES).read_to_string(&mut text))
         .map_err(|error| ClientError::Input(format!("{flag} {}: {error}", path.display())))?;
     Ok(text)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn times_have_units() {
+        let ms = Duration::from_millis;
+        for (text, expected) in [
+            ("10", ms(10_000)),
+            ("10s", ms(10_000)),
+            ("500ms", ms(500)),
+            ("2m", ms(120_000)),
+            ("3600", ms(3_600_000)),
+        ] {
+            assert_eq!(time(text), Ok(expected), "{text}");
+        }
+        for bad in [
+            "",
+            "0",
+            "0ms",
+            "3601",
+            "61m",
+            "1.5s",
+            "-1",
+            "10 s",
+            "1h",
+            "ms",
+            "99999999999999999999",
+        ] {
+            assert!(time(bad).is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn addresses_are_of_known_kinds() {
+        let kind = |address: &str| Place::new(address).map(|place| place.kind).ok();
+        let plain = |url: &str| Some(Kind::Plain(url.to_owned()));
+        assert_eq!(kind("relay:1"), plain("http://relay:1"));
+        assert_eq!(kind("http://relay:1"), plain("http://relay:1"));
+        assert_eq!(
+            kind("https://relay"),
+            Some(Kind::Tls("https://relay".into()))
+        );
+        let socket = Some(Kind::Unix("/run/relay.sock".into()));
+        assert_eq!(kind("unix:/run/relay.sock"), socket);
+        assert_eq!(kind("unix:///run/relay.sock"), socket);
+        for other in [
+            "grpc://relay:1",
+            "grpcs://relay",
+            "tcp://relay:1",
+            "unix:",
+            "unix://",
+        ] {
+            assert_eq!(kind(other), None, "{other}");
+        }
+        let refused = Place::new("grpc://relay:1")
+            .expect_err("refused")
+            .to_string();
+        assert!(refused.contains("http://relay:1"), "{refused}");
+    }
 }

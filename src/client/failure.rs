@@ -14,7 +14,7 @@ pub enum ClientError {
     #[error("{0}")]
     Input(String),
     /// The relay could not be reached.
-    #[error("no connection to {address}: {cause}; is `segment-relay serve` running there?")]
+    #[error("no connection to {address}: {cause}")]
     Connect {
         /// The address that was tried.
         address: String,

@@ -1,15 +1,16 @@
 //! The sections of settings, each with its bounds. What a setting is for stands
 //! in `default.toml` at more length.
 
-use std::{net::SocketAddr, path::PathBuf, time::Duration};
+use std::{path::PathBuf, time::Duration};
 
 use super::{
     endpoint::Endpoint,
+    listen::{Listen, listen},
     reader::Reader,
     removed::DRAIN,
     value::{
-        Expected, Parsed, Raw, address, automatic, boolean, endpoint, hours, millis, number,
-        one_of, optional_path, path, text,
+        Expected, Parsed, Raw, automatic, boolean, endpoint, hours, millis, number, one_of,
+        optional_path, path, text,
     },
 };
 
@@ -24,7 +25,7 @@ const YEAR_HOURS: u64 = 8760;
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Server {
     /// Where it listens. Port 0 takes any free one.
-    pub listen: SocketAddr,
+    pub listen: Listen,
     /// Longest request message, in bytes, 64 KiB to 64 MiB.
     pub max_message_bytes: usize,
     /// Calls at once on one HTTP/2 connection, 1 to 1,000,000.
@@ -67,7 +68,7 @@ impl Server {
     pub(super) fn take(from: &mut Reader<'_>) -> Option<Self> {
         const STREAMS: u64 = 1_000_000;
         let server = Self {
-            listen: from.take("server.listen", address)?,
+            listen: from.take("server.listen", listen)?,
             max_message_bytes: from.take(
                 "server.max_message_bytes",
                 number("bytes", MIB / 16..=64 * MIB),

@@ -76,7 +76,7 @@ filter = \"a=b=c\"
     assert_eq!(
         load(file, &environment).expect_err("many").to_string(),
         r#"10 faults in the configuration:
-  f.toml:2:1: server.listen: must be an IP address with a port, such as 127.0.0.1:50051 or [::]:50051 (all interfaces), not "localhost:1"
+  f.toml:2:1: server.listen: must be an IP address with a port, such as 127.0.0.1:50051 or [::]:50051 (all interfaces), or the path of a Unix socket, such as unix:/run/segment-relay.sock, not "localhost:1"
   f.toml:3:3: server.max_watchers: must be a whole number of calls, 0 to 10000, not 10001
   f.toml:4:1: server.reflection: must be true or false, not "yes"
   f.toml:5:1: server.max_wait: unknown; did you mean max_wait_ms?

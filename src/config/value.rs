@@ -71,7 +71,7 @@ impl Expected {
 }
 
 impl<'a> Raw<'a> {
-    fn text(self) -> Option<&'a str> {
+    pub(super) fn text(self) -> Option<&'a str> {
         match self {
             Self::Variable(text) => Some(text),
             Self::Toml(DeValue::String(text)) => Some(text),

@@ -3,14 +3,12 @@
 
 use std::{sync::Arc, time::Duration};
 
-use tokio::{
-    net::{TcpListener, TcpStream},
-    sync::Semaphore,
-};
+use tokio::sync::Semaphore;
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 use super::{
     http2,
+    listener::{Accepted, Listener},
     tls::Tls,
     transport::{Connection, shown},
 };
@@ -33,7 +31,7 @@ pub(super) struct Connections {
 impl Connections {
     /// Serves until `closing`; then takes no more, and ends when the calls in hand
     /// have ended.
-    pub(super) async fn serve(self, listener: TcpListener, closing: CancellationToken) {
+    pub(super) async fn serve(self, listener: Listener, closing: CancellationToken) {
         let places = Arc::new(Semaphore::new(self.options.max_connections));
         let tasks = TaskTracker::new();
         let connections = Arc::new(self);
@@ -47,11 +45,11 @@ impl Connections {
                 } => accepted,
             };
             match accepted {
-                (Ok((tcp, _)), place) => {
+                (Ok(accepted), place) => {
                     let connections = Arc::clone(&connections);
                     let closing = closing.clone();
                     tasks.spawn(async move {
-                        connections.serve_one(tcp, closing).await;
+                        connections.serve_one(accepted, closing).await;
                         drop(place);
                     });
                 }
@@ -66,13 +64,13 @@ impl Connections {
         tasks.wait().await;
     }
 
-    async fn serve_one(&self, tcp: TcpStream, closing: CancellationToken) {
+    async fn serve_one(&self, accepted: Accepted, closing: CancellationToken) {
         let options = &self.options;
-        let shown = shown(tcp.peer_addr().ok());
+        let shown = shown(accepted.peer());
         let acceptor = self.tls.as_ref().map(|tls| tls.acceptor());
         let established = tokio::select! {
             () = closing.cancelled() => return,
-            established = Connection::establish(tcp, acceptor, options.handshake_timeout) => established,
+            established = Connection::establish(accepted, acceptor, options.handshake_timeout) => established,
         };
         match established {
             Ok((connection, peer)) => {

@@ -15,11 +15,12 @@ use std::{
 
 use tokio::{
     io::{AsyncRead, AsyncWrite, ReadBuf},
-    net::TcpStream,
+    net::{TcpStream, UnixStream},
     time::Sleep,
 };
 use tokio_rustls::{TlsAcceptor, rustls::pki_types::CertificateDer, server::TlsStream};
 
+use super::listener::Accepted;
 use crate::{
     grpc::{Activity, Peer},
     permission::CertificateName,
@@ -41,6 +42,7 @@ pub(super) struct Connection {
 
 enum Stream {
     Plain(TcpStream),
+    Unix(UnixStream),
     Tls(Box<TlsStream<TcpStream>>),
 }
 
@@ -51,16 +53,19 @@ impl Connection {
     /// # Errors
     /// The handshake failed or took too long.
     pub(super) async fn establish(
-        tcp: TcpStream,
+        accepted: Accepted,
         tls: Option<TlsAcceptor>,
         timeout: Duration,
     ) -> io::Result<(Self, Peer)> {
         let deadline = tokio::time::Instant::now() + timeout;
-        tcp.set_nodelay(true)?;
-        let address = tcp.peer_addr().ok();
-        let (stream, certificate_names) = match tls {
-            None => (Stream::Plain(tcp), Vec::new()),
-            Some(acceptor) => {
+        let address = accepted.peer();
+        if let Accepted::Tcp(tcp) = &accepted {
+            tcp.set_nodelay(true)?;
+        }
+        let (stream, certificate_names) = match (accepted, tls) {
+            (Accepted::Unix(unix), _) => (Stream::Unix(unix), Vec::new()),
+            (Accepted::Tcp(tcp), None) => (Stream::Plain(tcp), Vec::new()),
+            (Accepted::Tcp(tcp), Some(acceptor)) => {
                 let stream = tokio::time::timeout_at(deadline, acceptor.accept(tcp)).await??;
                 let names = certificate_names(&stream);
                 (Stream::Tls(Box::new(stream)), names)
@@ -118,6 +123,7 @@ impl Stream {
     ) -> Poll<io::Result<()>> {
         match self {
             Self::Plain(stream) => Pin::new(stream).poll_read(context, buffer),
+            Self::Unix(stream) => Pin::new(stream).poll_read(context, buffer),
             Self::Tls(stream) => Pin::new(stream).poll_read(context, buffer),
         }
     }
@@ -125,6 +131,7 @@ impl Stream {
     fn as_write(&mut self) -> Pin<&mut (dyn AsyncWrite + Unpin)> {
         match self {
             Self::Plain(stream) => Pin::new(stream),
+            Self::Unix(stream) => Pin::new(stream),
             Self::Tls(stream) => Pin::new(stream),
         }
     }
@@ -176,6 +183,7 @@ impl AsyncWrite for Connection {
     fn is_write_vectored(&self) -> bool {
         match &self.stream {
             Stream::Plain(stream) => stream.is_write_vectored(),
+            Stream::Unix(stream) => stream.is_write_vectored(),
             Stream::Tls(stream) => stream.is_write_vectored(),
         }
     }
@@ -213,7 +221,7 @@ mod tests {
         let (client, accepted) = tokio::join!(TcpStream::connect(address), listener.accept());
         let (mut client, (tcp, _)) = (client.expect("connected"), accepted.expect("accepted"));
         let timeout = Duration::from_secs(5);
-        let connection = Connection::establish(tcp, None, timeout);
+        let connection = Connection::establish(Accepted::Tcp(tcp), None, timeout);
         let (mut connection, _) = connection.await.expect("plain");
         for round in 0..2 {
             let mut nobody = Context::from_waker(Waker::noop());

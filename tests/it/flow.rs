@@ -64,7 +64,7 @@ impl Quiet {
     }
 
     async fn connect(&self) -> Wire {
-        Wire::connect(self.relay.address).await
+        Wire::connect(self.relay.address.parse().expect("an address")).await
     }
 }
 

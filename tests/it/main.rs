@@ -41,6 +41,7 @@ mod postgres_command;
 #[allow(dead_code, reason = "shared with the crate's own tests")]
 mod postgres_server;
 mod privacy;
+mod probes;
 mod process;
 mod protocol;
 mod receiver;

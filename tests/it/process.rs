@@ -11,7 +11,7 @@ use rustix::process::{Signal, WaitId, WaitIdOptions};
 use segment_relay::sandbox::{self, Sandbox, SandboxOptions};
 use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
-use tonic::transport::Channel;
+use tonic::transport::{Channel, Endpoint};
 
 use crate::{
     collector::Collector,
@@ -45,7 +45,7 @@ async fn listener() -> TcpListener {
 /// `segment-relay serve`, killed when it is dropped.
 pub(crate) struct Process {
     pub(crate) child: Child,
-    pub(crate) address: SocketAddr,
+    pub(crate) address: String,
     pub(crate) channel: Channel,
     pub(crate) log: Written,
 }
@@ -71,6 +71,14 @@ impl Process {
             .arg(env!("CARGO_BIN_EXE_segment-relay"))
             .env("SEGMENT_RELAY__LOG__FILTER", "trace");
         Self::run(command, outbox, urls, &[]).await
+    }
+
+    /// Starts it on a Unix socket.
+    pub(crate) async fn start_on(outbox: &Path, urls: &[String; 2], address: &str) -> Self {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_segment-relay"));
+        command.arg("serve");
+        let environment = [("SEGMENT_RELAY__SERVER__LISTEN", Path::new(address))];
+        Self::run(command, outbox, urls, &environment).await
     }
 
     /// The same with more variables in its environment.
@@ -153,10 +161,14 @@ impl Process {
             .next()
             .expect("an address")
             .to_owned();
-        let channel = Channel::from_shared(format!("http://{address}")).expect("a URL");
+        let url = match address.strip_prefix("unix:") {
+            Some(path) => format!("unix:{path}"),
+            None => format!("http://{address}"),
+        };
+        let channel = Endpoint::try_from(url).expect("a URL");
         Self {
             child,
-            address: address.parse().expect("an address"),
+            address,
             channel: channel.connect().await.expect("connects"),
             log,
         }

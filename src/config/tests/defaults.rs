@@ -40,7 +40,7 @@ fn the_default_file_names_every_setting_of_server_and_segment() {
     assert_eq!(
         config.server,
         Server {
-            listen: "127.0.0.1:50051".parse().expect("an address"),
+            listen: Listen::Tcp("127.0.0.1:50051".parse().expect("an address")),
             max_message_bytes: 4_194_304,
             max_concurrent_streams: 1024,
             max_calls_in_flight: 4096,
