@@ -173,6 +173,24 @@ mod tests {
     }
 
     #[test]
+    fn it_opens_at_the_tenth_failure_in_a_row_of_two_integrations_and_an_answer_begins_anew() {
+        let mut state = State::default();
+        let mut note = |name: &str, sign: Sign, count: usize| {
+            for _ in 0..count {
+                state.note(&id(name), sign);
+            }
+            state.is_open()
+        };
+        assert!(!note("other", Sign::Down, 1));
+        assert!(!note("acme", Sign::Down, 8));
+        assert!(!note("acme", Sign::Alive, 1));
+        // Those before the answer are forgotten, and whose they were.
+        assert!(!note("acme", Sign::Down, 9));
+        assert!(!note("acme", Sign::Down, 9));
+        assert!(note("other", Sign::Down, 1));
+    }
+
+    #[test]
     fn while_it_is_open_one_request_at_a_time_goes_out() {
         let breaker = Breaker::default();
         fail(&breaker, &["acme", "other"]);

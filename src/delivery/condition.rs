@@ -120,7 +120,7 @@ impl SourceTrack {
             | Finding::Alone {
                 is_passed: true, ..
             } => return,
-            Finding::Taken | Finding::GivenUp => {
+            Finding::Taken | Finding::TakenAfterAll(_) | Finding::GivenUp => {
                 self.keys_in_row = 0;
                 *lane = Some(Track::default());
                 return;
@@ -168,6 +168,7 @@ impl SourceTrack {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::status::{Attempt, EventStatus, State};
 
     const AFTER: Duration = Duration::from_secs(10);
 
@@ -220,10 +221,11 @@ mod tests {
                 (0, refused, false, 1),
                 (1, refused, false, 2),
                 (0, Finding::Together(FaultKind::Key), false, 3),
+                (1, Finding::Together(FaultKind::Key), false, 3),
                 (2, Finding::Taken, false, 4),
                 (1, Finding::Taken, false, 5),
             ]),
-            [Healthy, Parked, Parked, Parked, Healthy]
+            [Healthy, Parked, Parked, Parked, Parked, Healthy]
         );
         let mut beside = Vec::new();
         for turn in 0..20 {
@@ -253,5 +255,65 @@ mod tests {
         track.note(3, refused, true, UnixMillis(0), AFTER);
         track.emptied(3);
         assert_eq!(track.condition(), Healthy);
+    }
+
+    /// The condition of a lane by the attempts of an event: reasons at seconds since it was
+    /// queued.
+    fn recalled(attempts: &[(DeliveryReason, i64)]) -> Condition {
+        let state = State::Queued;
+        let attempt = |(reason, seconds): &(DeliveryReason, i64)| Attempt {
+            identify: true,
+            track: false,
+            time: UnixMillis(1_000_000 + seconds * 1_000),
+            http_status: 0,
+            latency: Duration::ZERO,
+            reason: *reason,
+            error: String::new(),
+        };
+        let record = CaptureRecord {
+            integration_id: crate::integration::IntegrationId::new("acme").expect("valid"),
+            capture_id: "1".to_owned(),
+            region: crate::region::Region::Eu,
+            mapping_version: 1,
+            accept_time: UnixMillis(0),
+            queue_time: UnixMillis(1_000_000),
+            identify: EventStatus::new(state),
+            track: EventStatus::new(state),
+            attempts: attempts.iter().map(attempt).collect(),
+            trace: None,
+        };
+        let mut track = SourceTrack::default();
+        track.recall(2, [&record].into_iter(), AFTER);
+        track.condition()
+    }
+
+    #[test]
+    fn what_an_event_went_through_since_it_was_queued_is_recalled_after_a_restart() {
+        use Condition::{Broken, Healthy, Parked};
+        use DeliveryReason::{ServerError, Unauthorized, Unspecified};
+        for (attempts, expected) in [
+            (&[][..], Healthy),
+            (&[(ServerError, 0), (ServerError, 9)], Healthy),
+            (&[(ServerError, 0), (ServerError, 10)], Broken),
+            (&[(ServerError, 0), (Unspecified, 10)], Healthy),
+            (&[(Unauthorized, 1)], Healthy),
+            (&[(Unauthorized, 1), (Unauthorized, 2)], Parked),
+            (&[(ServerError, 1), (Unauthorized, 2)], Healthy),
+            (
+                &[(Unauthorized, 1), (Unauthorized, 2), (ServerError, 3)],
+                Healthy,
+            ),
+            // Before it was replayed.
+            (&[(ServerError, -99), (ServerError, 1)], Healthy),
+            (&[(Unauthorized, -99), (Unauthorized, 1)], Healthy),
+        ] {
+            assert_eq!(recalled(attempts), expected, "{attempts:?}");
+        }
+        // What has happened since the start counts more.
+        let mut track = SourceTrack::default();
+        track.note(2, alone(FaultKind::Key), false, UnixMillis(1), AFTER);
+        track.note(2, alone(FaultKind::Key), false, UnixMillis(2), AFTER);
+        track.recall(2, std::iter::empty(), AFTER);
+        assert_eq!(track.condition(), Parked);
     }
 }

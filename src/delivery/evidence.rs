@@ -21,6 +21,9 @@ use crate::{
 /// Suspects in a row, with nothing taken in between, after which it is the source that is sick.
 const SUSPECTS_IN_ROW: u32 = 4;
 
+/// How long a source's refusals are no proof after one of them was shown to be wrong.
+const DOUBT: Duration = Duration::from_secs(600);
+
 /// What a lane found out with a request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Finding {
@@ -28,6 +31,9 @@ pub enum Finding {
     Nothing,
     /// Events were taken.
     Taken,
+    /// All events were taken by now of a request that had been refused for good, with this
+    /// number: the source's refusals prove nothing.
+    TakenAfterAll(u64),
     /// A suspect was given up for its own fault.
     GivenUp,
     /// It failed, and no event is to blame.
@@ -59,6 +65,8 @@ pub struct Evidence {
     pub set_aside: usize,
     /// Since when nothing is taken, for no event's fault.
     pub sick_since: Option<UnixMillis>,
+    /// When everything was taken last of a request that had been refused for good.
+    pub disproved: Option<UnixMillis>,
     /// Counts up when a source that was sick takes something.
     pub recoveries: u64,
 }
@@ -68,6 +76,13 @@ impl Evidence {
     #[must_use]
     pub fn is_sick(&self) -> bool {
         self.suspects_in_row >= SUSPECTS_IN_ROW
+    }
+
+    /// Whether what is refused for good may be given up for it. While a share of an endpoint's
+    /// servers refuses everything, it may not.
+    #[must_use]
+    pub fn is_believed(&self, now: UnixMillis) -> bool {
+        self.disproved.is_none_or(|at| now.since(at) >= DOUBT)
     }
 
     /// The same with one more suspect.
@@ -102,6 +117,8 @@ struct Source {
     requests: u64,
     /// The integration's etag at the last one.
     etag: String,
+    /// Number of the last request before that etag.
+    changed: u64,
     evidence: Evidence,
     set_aside: [usize; SHARDS as usize],
     /// Number of each lane's last request with several events that was refused for good.
@@ -115,6 +132,7 @@ impl Source {
         if self.etag != etag {
             // What was taken with another key says nothing of this one, nor does what failed.
             etag.clone_into(&mut self.etag);
+            self.changed = self.requests;
             self.evidence = Evidence {
                 recoveries: self.evidence.recoveries,
                 ..Evidence::default()
@@ -131,7 +149,12 @@ impl Source {
         let evidence = &mut self.evidence;
         match finding {
             Finding::Nothing | Finding::GivenUp => {}
-            Finding::Taken => {
+            Finding::Taken | Finding::TakenAfterAll(_) => {
+                if let Finding::TakenAfterAll(refused) = finding
+                    && refused > self.changed
+                {
+                    evidence.disproved = Some(now);
+                }
                 let recovered = evidence.is_sick();
                 evidence.taken = evidence.taken.max(Some(request));
                 evidence.suspects_in_row = 0;

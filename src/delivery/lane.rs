@@ -97,6 +97,8 @@ struct RefusedBatch {
     started: UnixMillis,
     /// Its events that have not been taken since.
     left: u32,
+    /// It was refused for its size (413): that its events are taken in smaller ones is no wonder.
+    is_too_large: bool,
 }
 
 /// The state of one lane. It holds no events: those are leased for each request.
@@ -151,7 +153,7 @@ impl Lane {
     /// What to do at `now`.
     #[must_use]
     pub fn plan(&mut self, now: UnixMillis, evidence: &Evidence) -> Plan {
-        if self.recoveries != evidence.recoveries {
+        if self.has_recovered(evidence) {
             self.recoveries = evidence.recoveries;
             self.not_before = None;
             self.suspects.forget_waits();
@@ -190,6 +192,12 @@ impl Lane {
             max_bytes,
         };
         Plan::Send(budget, self.suspects.others())
+    }
+
+    /// Whether the source has recovered since the last plan.
+    #[must_use]
+    pub fn has_recovered(&self, evidence: &Evidence) -> bool {
+        self.recoveries != evidence.recoveries
     }
 
     /// Nothing waits of what the plan would take. Returns whether nothing waits at all.
@@ -275,7 +283,7 @@ impl Lane {
         self.others_went = self.trying.is_none();
         let disposition = classify(ended.answer);
         let (outcome, finding) = match disposition {
-            Disposition::Delivered => (self.taken(&sent), Finding::Taken),
+            Disposition::Delivered => self.taken(&sent),
             Disposition::Pause(wait) => {
                 let outcome = self.wait(DeliveryReason::RateLimited, now, wait);
                 (outcome, Finding::Nothing)
@@ -298,17 +306,19 @@ impl Lane {
         (settlement, finding)
     }
 
-    fn taken(&mut self, sent: &[LeasedCapture]) -> Outcome {
-        self.clear_of_refusals(sent);
+    fn taken(&mut self, sent: &[LeasedCapture]) -> (Outcome, Finding) {
+        let mut refused = self.clear_of_refusals(sent);
         self.failures = 0;
         self.failed_together = false;
         self.not_before = None;
         self.size.grow();
         if let Some(user) = self.trying.clone() {
-            self.release(&user);
+            refused = refused.max(self.suspects.take(user).first_refused);
+            self.others_wait = true;
         }
         self.suspects.pass();
-        Outcome::Delivered
+        let finding = refused.map_or(Finding::Taken, Finding::TakenAfterAll);
+        (Outcome::Delivered, finding)
     }
 
     /// A user's events go with the others again.

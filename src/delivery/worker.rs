@@ -364,17 +364,22 @@ impl Worker {
     /// Waits, but goes on at once when the integration has been changed, when the source
     /// works again, or, `for_captures`, when new captures come.
     async fn wait(&mut self, wait: Duration, for_captures: bool) {
-        let recoveries = self.parts.sources.evidence(&self.key).recoveries;
         let until = tokio::time::sleep(wait);
         tokio::pin!(until);
         loop {
+            // Also one since the wait was planned.
+            if self
+                .lane
+                .has_recovered(&self.parts.sources.evidence(&self.key))
+            {
+                return;
+            }
             tokio::select! {
                 () = self.stop.cancelled() => return,
                 () = &mut until => return,
                 () = self.bell.heard() => {
                     self.lane.hear_of_captures();
-                    let recovered = self.parts.sources.evidence(&self.key).recoveries;
-                    if for_captures || recovered != recoveries {
+                    if for_captures {
                         return;
                     }
                     let current = self.parts.registry.get(&self.key.integration_id);

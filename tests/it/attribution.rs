@@ -1,7 +1,10 @@
 //! The right one is blamed: what fails in a request, a source or an endpoint
 //! costs no other user's events.
 
-use std::{collections::BTreeSet, time::Duration};
+use std::{
+    collections::{BTreeSet, HashMap},
+    time::Duration,
+};
 
 use segment_relay::{
     proto::{
@@ -147,6 +150,43 @@ async fn segment_is_told_how_often_the_events_were_tried() {
     assert!(start.elapsed() >= Duration::from_secs(1), "rounded up");
     let entries = world.sandbox.entries();
     assert_eq!(entries.last().expect("an entry").request.retry_count, 1);
+    world.stop().await;
+}
+
+/// The `messageId`s of a request.
+fn message_ids(body: &[u8]) -> Vec<String> {
+    let body: Value = serde_json::from_slice(body).expect("JSON");
+    let events = body["batch"].as_array().expect("events");
+    let ids = events.iter().map(|event| event["messageId"].as_str());
+    ids.map(|id| id.expect("an id").to_owned()).collect()
+}
+
+#[tokio::test]
+async fn every_request_tells_how_often_its_events_were_tried_also_after_a_split() {
+    let endpoint = Receiver::start().await;
+    // Halved, tried alone, set aside, passed and joined by others again.
+    endpoint.fail_with(&[500, 500, 503, 500, 200, 500, 500, 400, 200, 429, 500, 408]);
+    let url = format!("http://{}/v1/batch", endpoint.address);
+    let world = World::with_front("", async |_| url).await;
+    world.create(acme()).await;
+    let captures = of_one_lane(3, 9);
+    accept(&world, &captures).await;
+    for capture in captures {
+        let result = world.settled(capture).await;
+        assert_eq!(states(&result.events), [DeliveryState::Delivered; 2]);
+    }
+    let mut tried: HashMap<String, u32> = HashMap::new();
+    for request in endpoint.received() {
+        let ids = message_ids(&request.body);
+        let before = ids.iter().map(|id| tried.get(id).copied().unwrap_or(0));
+        let told = request.headers.get("x-retry-count");
+        let told = told.map(|told| told.to_str().expect("ASCII").parse().expect("a number"));
+        assert_eq!(told, before.max().filter(|count| *count > 0), "{tried:?}");
+        for id in ids {
+            *tried.entry(id).or_default() += 1;
+        }
+    }
+    assert!(tried.values().any(|count| *count > 4), "{tried:?}");
     world.stop().await;
 }
 

@@ -163,3 +163,20 @@ fn a_source_is_sick_from_its_first_failure_that_is_no_events_fault() {
     assert_eq!(note(suspect(FaultKind::Transient), 8), Some(later(8)));
     assert_eq!(note(suspect(FaultKind::Transient), 9), Some(later(8)));
 }
+
+#[test]
+fn a_wrong_refusal_is_remembered_until_the_integration_changes() {
+    let sources = Sources::new(Duration::from_secs(300));
+    let disproved = || sources.evidence(&lane(3)).disproved;
+    found(&sources, 0, Finding::Taken, 0);
+    assert_eq!(disproved(), None);
+    found(&sources, 0, Finding::TakenAfterAll(1), 0);
+    assert_eq!(disproved(), Some(NOW));
+    let request = sources.begin(&lane(0), "two").request;
+    assert_eq!(disproved(), None);
+    // It was refused with another key.
+    sources.note(&lane(0), request, Finding::TakenAfterAll(2), 0, NOW);
+    assert_eq!(disproved(), None);
+    sources.note(&lane(0), request, Finding::TakenAfterAll(request), 0, NOW);
+    assert_eq!(disproved(), Some(NOW));
+}

@@ -45,6 +45,7 @@ impl Lane {
                 request: ended.begun.request,
                 started: ended.answer.started,
                 left: events,
+                is_too_large: ended.answer.http_status() == 413,
             });
         }
         let slow = kind == FaultKind::TimedOut;
@@ -158,13 +159,18 @@ impl Lane {
         first.map_or(request, |batch| batch.request)
     }
 
-    /// Notes that events were taken: they were not to blame for what was refused.
-    pub(super) fn clear_of_refusals(&mut self, taken: &[LeasedCapture]) {
+    /// Notes that events were taken: they were not to blame for what was refused. Returns the
+    /// last request that was refused and of which all has been taken now.
+    pub(super) fn clear_of_refusals(&mut self, taken: &[LeasedCapture]) -> Option<u64> {
         for batch in &mut self.refused {
             let events: u32 = taken.iter().map(|capture| carried(capture, batch)).sum();
             batch.left = batch.left.saturating_sub(events);
         }
+        let whole = |batch: &&RefusedBatch| batch.left == 0 && !batch.is_too_large;
+        let whole = self.refused.iter().filter(whole);
+        let last = whole.map(|batch| batch.request).max();
         self.refused.retain(|batch| batch.left > 0);
+        last
     }
 
     /// Why a suspect is given up, if it is.
@@ -184,7 +190,8 @@ impl Lane {
             FaultKind::Final => (FINAL_REFUSALS, failure.reason),
             _ => (KEY_REFUSALS, DeliveryReason::RequestRejected),
         };
-        if kind.is_refusal() && has_control && suspect.failures >= needed {
+        let is_proof = has_control && evidence.is_believed(ended.now);
+        if kind.is_refusal() && is_proof && suspect.failures >= needed {
             return Some(reason);
         }
         let record = Arc::make_mut(&mut capture.record);

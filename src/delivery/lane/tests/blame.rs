@@ -20,6 +20,15 @@ fn begun(request: u64, taken: u64) -> Begun {
     }
 }
 
+fn ended(request: u64, answer: &Answer) -> Ended<'_> {
+    Ended {
+        begun: begun(request, 0),
+        answer,
+        now: NOW,
+        jitter: 1.0,
+    }
+}
+
 /// What comes of an event that fails alone: its state and what is learned.
 fn fails(
     lane: &mut Lane,
@@ -210,12 +219,6 @@ fn the_wait_that_an_answer_asks_for_is_kept_for_the_event_and_for_all_of_a_sick_
 #[test]
 fn a_replayed_event_needs_a_new_control() {
     let mut lane = lane();
-    let ended = |request, answer| Ended {
-        begun: begun(request, 0),
-        answer,
-        now: NOW,
-        jitter: 1.0,
-    };
     let refusal = answer(400, None);
     let evidence = Evidence::default();
     // Refused with another event, which is taken by itself: that is the control.
@@ -271,4 +274,111 @@ fn an_event_that_expires_with_its_source_says_that_the_source_is_still_sick() {
     let answer = answer(500, None);
     let (state, _) = fails(&mut lane(), single(1), &answer, begun(1, 0), evidence);
     assert!(!is_dead(state));
+}
+
+#[test]
+fn a_suspect_that_is_given_up_leaves_no_wait_and_no_user_behind() {
+    let mut lane = lane();
+    let evidence = Evidence::default();
+    let fail = |lane: &mut Lane, status, request, taken| {
+        let answer = answer(status, None);
+        fails(lane, single(1), &answer, begun(request, taken), evidence).0
+    };
+    for request in 1..4 {
+        fail(&mut lane, 429, request, 0);
+    }
+    assert!(!is_dead(fail(&mut lane, 400, 4, 0)));
+    // Nothing else waits; later something of another lane is taken.
+    assert!(!lane.found_nothing());
+    assert!(matches!(lane.plan(NOW, &evidence), Plan::RestUntil(_)));
+    let plan = lane.plan(NOW.plus(WAIT), &evidence);
+    assert!(matches!(plan, Plan::Send(_, LeaseScope::Only(_))));
+    assert!(is_dead(fail(&mut lane, 400, 9, 8)));
+    // Its user may have more.
+    let plan = lane.plan(NOW, &evidence);
+    assert!(matches!(plan, Plan::Send(_, LeaseScope::All)), "{plan:?}");
+    fail(&mut lane, 429, 10, 8);
+    assert_eq!(waits(&mut lane, NOW), WAIT);
+}
+
+#[test]
+fn where_a_refusal_was_shown_to_be_wrong_none_is_proof_for_ten_minutes() {
+    for (seconds, is_given_up) in [(0, false), (599, false), (600, true)] {
+        let mut lane = lane();
+        let answer = answer(400, None);
+        let evidence = Evidence {
+            disproved: Some(UnixMillis(NOW.0 - seconds * 1_000)),
+            ..Evidence::default()
+        };
+        fails(&mut lane, single(1), &answer, begun(1, 0), evidence);
+        let (state, _) = fails(&mut lane, single(1), &answer, begun(3, 2), evidence);
+        assert_eq!(is_dead(state), is_given_up, "{seconds} s");
+    }
+}
+
+#[test]
+fn a_refusal_is_wrong_where_all_of_its_events_are_taken_later() {
+    let evidence = Evidence::default();
+    let taken = Answer {
+        started: NOW.plus(WAIT),
+        ..answer(200, None)
+    };
+    for (status, wrong) in [(400, Some(1)), (402, Some(1)), (413, None), (500, None)] {
+        let mut lane = lane();
+        let refusal = answer(status, None);
+        let sent = vec![single(1), single(2)];
+        let (settled, _) = lane.settle(sent, ended(1, &refusal), &evidence);
+        let again = |place: usize| LeasedCapture {
+            record: Arc::clone(&settled.captures[place].record),
+            ..single(if place == 0 { 1 } else { 2 })
+        };
+        let (_, first) = lane.settle(vec![again(0)], ended(2, &taken), &evidence);
+        assert_eq!(first, Finding::Taken);
+        let (_, second) = lane.settle(vec![again(1)], ended(3, &taken), &evidence);
+        let expected = wrong.map_or(Finding::Taken, Finding::TakenAfterAll);
+        assert_eq!(second, expected, "{status}");
+    }
+    // The same of one that was refused alone.
+    let mut lane = lane();
+    fails(
+        &mut lane,
+        single(1),
+        &answer(400, None),
+        begun(7, 0),
+        evidence,
+    );
+    let plan = lane.plan(NOW.plus(WAIT), &evidence);
+    assert!(matches!(plan, Plan::Send(_, LeaseScope::Only(_))));
+    let (_, finding) = lane.settle(vec![single(1)], ended(8, &taken), &evidence);
+    assert_eq!(finding, Finding::TakenAfterAll(7));
+}
+
+#[test]
+fn a_suspect_waits_longer_each_time_and_its_lane_does_not() {
+    let mut lane = lane();
+    let evidence = Evidence::default();
+    for request in 1..4 {
+        fails(
+            &mut lane,
+            single(9),
+            &answer(429, None),
+            begun(request, 0),
+            evidence,
+        );
+    }
+    for seconds in [0.5, 1.0, 2.0, 4.0] {
+        let answer = answer(500, None);
+        let (state, _) = fails(&mut lane, single(1), &answer, begun(9, 0), evidence);
+        let own = Duration::from_secs_f64(seconds);
+        assert_eq!(waits_of(&mut lane, state), (WAIT, own));
+    }
+    // What failed before the suspect did is forgotten.
+    fails(
+        &mut lane,
+        single(9),
+        &answer(429, None),
+        begun(10, 0),
+        evidence,
+    );
+    assert_eq!(waits(&mut lane, NOW), WAIT);
 }

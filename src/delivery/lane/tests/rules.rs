@@ -91,6 +91,39 @@ fn where_time_outs_made_batches_smaller_the_next_one_does_so_at_once() {
 }
 
 #[test]
+fn a_single_event_that_times_out_says_nothing_of_the_size() {
+    let mut lane = lane();
+    for _ in 0..2 {
+        let _ = settle_at(&mut lane, several(), Reply::TimedOut, NOW);
+    }
+    let _ = settle_at(&mut lane, single(1), Reply::TimedOut, NOW);
+    let _ = settle_at(&mut lane, several(), status(200), NOW);
+    assert_eq!(planned(&mut lane, NOW).0.max_events, 16);
+}
+
+#[test]
+fn a_search_waits_more_and_more_only_where_the_source_is_sick() {
+    for (suspects_in_row, expected) in [(0, [500, 500, 500]), (4, [500, 1_000, 2_000])] {
+        let mut lane = lane();
+        let evidence = Evidence {
+            suspects_in_row,
+            ..Evidence::default()
+        };
+        let waits = [(); 3].map(|()| {
+            let ended = Ended {
+                begun: Begun::default(),
+                answer: &answer(500, None),
+                now: NOW,
+                jitter: 1.0,
+            };
+            let _ = lane.settle(several(), ended, &evidence);
+            waits(&mut lane, NOW).as_millis()
+        });
+        assert_eq!(waits, expected);
+    }
+}
+
+#[test]
 fn what_can_not_be_sent_at_all_halves_nothing() {
     let mut lane = lane();
     for reply in [broken(false), broken(false), status(429), status(429)] {
