@@ -185,6 +185,9 @@ mod tests {
         assert!(!note("acme", Sign::Down, 8));
         assert!(!note("acme", Sign::Alive, 1));
         // Those before the answer are forgotten, and whose they were.
+        assert!(!note("acme", Sign::Down, 1));
+        assert!(!note("other", Sign::Down, 1));
+        assert!(!note("acme", Sign::Alive, 1));
         assert!(!note("acme", Sign::Down, 9));
         assert!(!note("acme", Sign::Down, 9));
         assert!(note("other", Sign::Down, 1));

@@ -102,12 +102,13 @@ impl SourceTrack {
         lanes.map(|lane| lane.condition).max().unwrap_or_default()
     }
 
-    /// Notes what came of a request of a lane. `sick`: several suspects in a row.
+    /// Notes what came of a request of a lane, of which so many suspects are set aside now.
+    /// `sick`: several suspects in a row.
     pub(super) fn note(
         &mut self,
         shard: u16,
         finding: Finding,
-        sick: bool,
+        (set_aside, sick): (usize, bool),
         now: UnixMillis,
         after: Duration,
     ) {
@@ -122,7 +123,11 @@ impl SourceTrack {
             } => return,
             Finding::Taken | Finding::TakenAfterAll(_) | Finding::GivenUp => {
                 self.keys_in_row = 0;
-                *lane = Some(Track::default());
+                // What people were told of is over when what failed has been settled.
+                let is_told = lane.is_some_and(|lane| lane.condition > Condition::Healthy);
+                if set_aside == 0 || !is_told {
+                    *lane = Some(Track::default());
+                }
                 return;
             }
             Finding::Alone {
@@ -184,7 +189,8 @@ mod tests {
     fn conditions(findings: &[(u16, Finding, bool, i64)]) -> Vec<Condition> {
         let mut track = SourceTrack::default();
         let note = |(shard, finding, sick, seconds): &(u16, Finding, bool, i64)| {
-            track.note(*shard, *finding, *sick, UnixMillis(seconds * 1_000), AFTER);
+            let now = UnixMillis(seconds * 1_000);
+            track.note(*shard, *finding, (0, *sick), now, AFTER);
             track.condition()
         };
         findings.iter().map(note).collect()
@@ -252,9 +258,31 @@ mod tests {
             [Healthy, Suspended, Suspended, Healthy]
         );
         let mut track = SourceTrack::default();
-        track.note(3, refused, true, UnixMillis(0), AFTER);
+        track.note(3, refused, (1, true), UnixMillis(0), AFTER);
         track.emptied(3);
         assert_eq!(track.condition(), Healthy);
+    }
+
+    #[test]
+    fn a_lane_that_people_were_told_of_recovers_with_the_last_event_that_is_set_aside() {
+        use Condition::{Broken, Healthy};
+        let failed = alone(FaultKind::Transient);
+        for settled in [Finding::Taken, Finding::TakenAfterAll(1), Finding::GivenUp] {
+            let mut track = SourceTrack::default();
+            let mut note = |finding, set_aside, seconds: i64| {
+                let now = UnixMillis(seconds * 1_000);
+                track.note(1, finding, (set_aside, false), now, AFTER);
+                track.condition()
+            };
+            // Others pass before people are told.
+            assert_eq!(note(failed, 1, 1), Healthy);
+            assert_eq!(note(Finding::Taken, 1, 10), Healthy);
+            assert_eq!(note(failed, 1, 11), Healthy);
+            assert_eq!(note(failed, 1, 21), Broken);
+            assert_eq!(note(settled, 2, 22), Broken);
+            assert_eq!(note(settled, 0, 23), Healthy, "{settled:?}");
+            assert_eq!(note(failed, 1, 30), Healthy);
+        }
     }
 
     /// The condition of a lane by the attempts of an event: reasons at seconds since it was
@@ -311,8 +339,8 @@ mod tests {
         }
         // What has happened since the start counts more.
         let mut track = SourceTrack::default();
-        track.note(2, alone(FaultKind::Key), false, UnixMillis(1), AFTER);
-        track.note(2, alone(FaultKind::Key), false, UnixMillis(2), AFTER);
+        track.note(2, alone(FaultKind::Key), (1, false), UnixMillis(1), AFTER);
+        track.note(2, alone(FaultKind::Key), (1, false), UnixMillis(2), AFTER);
         track.recall(2, std::iter::empty(), AFTER);
         assert_eq!(track.condition(), Parked);
     }

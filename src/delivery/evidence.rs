@@ -251,7 +251,8 @@ impl Sources {
                 *count = set_aside;
             }
             let (sick, after) = (source.evidence.is_sick(), self.broken_after);
-            source.track.note(lane.shard, finding, sick, now, after);
+            let standing = (set_aside, sick);
+            source.track.note(lane.shard, finding, standing, now, after);
             Change {
                 condition: source.change(),
                 recovered,

@@ -280,24 +280,27 @@ fn an_event_that_expires_with_its_source_says_that_the_source_is_still_sick() {
 fn a_suspect_that_is_given_up_leaves_no_wait_and_no_user_behind() {
     let mut lane = lane();
     let evidence = Evidence::default();
-    let fail = |lane: &mut Lane, status, request, taken| {
+    let fail = |lane: &mut Lane, sequence, status, request, taken| {
         let answer = answer(status, None);
-        fails(lane, single(1), &answer, begun(request, taken), evidence).0
+        let begun = begun(request, taken);
+        fails(lane, single(sequence), &answer, begun, evidence).0
     };
-    for request in 1..4 {
-        fail(&mut lane, 429, request, 0);
-    }
-    assert!(!is_dead(fail(&mut lane, 400, 4, 0)));
-    // Nothing else waits; later something of another lane is taken.
+    fail(&mut lane, 2, 500, 1, 0);
+    assert!(!is_dead(fail(&mut lane, 1, 400, 2, 0)));
     assert!(!lane.found_nothing());
     assert!(matches!(lane.plan(NOW, &evidence), Plan::RestUntil(_)));
-    let plan = lane.plan(NOW.plus(WAIT), &evidence);
-    assert!(matches!(plan, Plan::Send(_, LeaseScope::Only(_))));
-    assert!(is_dead(fail(&mut lane, 400, 9, 8)));
+    // The other suspect is tried, and Segment asks for fewer requests.
+    for request in 3..6 {
+        fail(&mut lane, 2, 429, request, 0);
+    }
+    assert!(is_dead(fail(&mut lane, 1, 400, 9, 8)));
     // Its user may have more.
     let plan = lane.plan(NOW, &evidence);
-    assert!(matches!(plan, Plan::Send(_, LeaseScope::All)), "{plan:?}");
-    fail(&mut lane, 429, 10, 8);
+    assert!(
+        matches!(plan, Plan::Send(_, LeaseScope::Except(_))),
+        "{plan:?}"
+    );
+    fail(&mut lane, 3, 429, 10, 8);
     assert_eq!(waits(&mut lane, NOW), WAIT);
 }
 

@@ -123,6 +123,7 @@ fn one_success_of_a_sick_source_ends_the_waits_of_all_its_lanes_and_suspects() {
         || status(402),
         || status(401),
         || status(404),
+        || answer(503, Some(120)).reply,
     ] {
         for users in [2, 30] {
             let took = after_recovery(reply, users);
@@ -250,15 +251,12 @@ fn what_was_refused_beside_a_bad_event_is_not_given_up_at_its_first_refusal_alon
 
 #[test]
 fn a_bad_event_in_little_traffic_is_told_of_once() {
-    for (reply, expected) in [
-        (status(500), Condition::Broken),
-        (Reply::TimedOut, Condition::Broken),
-        (status(404), Condition::Broken),
-    ] {
-        let segment = |events: Events<'_>, _: UnixMillis| match has_bad(events) {
-            true => reply.clone(),
-            false => status(200),
-        };
+    for reply in [status(500), Reply::TimedOut, status(404)] {
+        let segment =
+            |events: Events<'_>, _: UnixMillis| match events.contains(&(20, EventType::Track)) {
+                true => reply.clone(),
+                false => status(200),
+            };
         let mut driven = Driven::new(vec![vec![leased(20)], Vec::new()], roomy(), segment);
         // People are told after five minutes; others come every 20 minutes, in both lanes.
         for turn in 0..30 {
@@ -267,6 +265,32 @@ fn a_bad_event_in_little_traffic_is_told_of_once() {
             driven.lanes[lane].2.push(leased(100 + turn));
             driven.lanes[lane].0.hear_of_captures();
         }
-        assert_eq!(driven.told, [expected, Condition::Healthy], "{reply:?}");
+        assert_eq!(driven.told, [Condition::Broken], "{reply:?}");
+        // It is given up for its age in the end.
+        driven.run(60 * 24 * MINUTE, |_| false);
+        let told = [Condition::Broken, Condition::Healthy];
+        assert_eq!(driven.told, told, "{reply:?}");
+    }
+}
+
+#[test]
+fn a_lane_that_takes_a_part_of_its_events_is_told_of_once() {
+    // Of each user the first event is taken and the second is not.
+    for reply in [status(500), Reply::TimedOut, status(404)] {
+        let segment = |events: Events<'_>, _: UnixMillis| {
+            let is_bad = |(_, event): &(i64, EventType)| *event == EventType::Track;
+            match events.iter().any(is_bad) {
+                true => reply.clone(),
+                false => status(200),
+            }
+        };
+        let mut driven = Driven::new(vec![vec![leased(0)]], roomy(), segment);
+        for turn in 1..60 {
+            driven.run(7 * MINUTE, |_| false);
+            driven.lanes[0].2.push(leased(turn));
+            driven.lanes[0].0.hear_of_captures();
+        }
+        assert_eq!(driven.told, [Condition::Broken], "{reply:?}");
+        assert_eq!(driven.delivered(), 59);
     }
 }

@@ -163,3 +163,28 @@ fn suspects_and_others_take_turns_by_what_was_sent_and_not_by_what_was_planned()
         let _ = settle_at(&mut lane, several(), status(200), later(minutes + 5));
     }
 }
+
+#[test]
+fn a_recovery_of_the_source_and_a_change_end_the_waits_of_lane_and_suspects() {
+    let slow_down = || answer(503, Some(120)).reply;
+    let suspects = |lane: &mut Lane, evidence: &Evidence| {
+        matches!(lane.plan(NOW, evidence), Plan::Send(_, LeaseScope::Only(_)))
+    };
+    let mut lane = lane();
+    let _ = settle_at(&mut lane, single(1), slow_down(), NOW);
+    let _ = settle_at(&mut lane, several(), slow_down(), NOW);
+    assert!(!suspects(&mut lane, &Evidence::default()));
+    let recovered = Evidence {
+        recoveries: 1,
+        ..Evidence::default()
+    };
+    assert!(lane.has_recovered(&recovered));
+    assert!(suspects(&mut lane, &recovered));
+    assert!(!lane.has_recovered(&recovered));
+    let _ = settle_at(&mut lane, single(1), slow_down(), NOW);
+    assert!(matches!(lane.plan(later(1), &recovered), Plan::Send(..)));
+    let _ = settle_at(&mut lane, several(), slow_down(), NOW);
+    assert!(!suspects(&mut lane, &recovered));
+    lane.resume();
+    assert!(suspects(&mut lane, &recovered));
+}
