@@ -35,6 +35,7 @@ mod tests;
 
 use std::sync::Arc;
 
+use prost::Message;
 use tonic::service::Routes;
 
 use crate::{
@@ -71,6 +72,24 @@ pub const RELAY_SERVICE: &str = "jebbit.segmentrelay.v1.SegmentRelay";
 
 /// Entries of one page: when not asked for, and at the most.
 const PAGE_SIZE: (usize, usize) = (100, 1_000);
+
+/// A page ends at about this size, in bytes.
+const PAGE_BYTES: usize = 1024 * 1024;
+
+/// The entries of a page: as many as asked for, within its size, and at least one. Says whether
+/// some are left for the next one.
+fn page_of<T: Message>(entries: impl IntoIterator<Item = T>, size: usize) -> (Vec<T>, usize, bool) {
+    let (mut page, mut bytes) = (Vec::new(), 0);
+    for entry in entries {
+        let more = entry.encoded_len();
+        if page.len() == size || (!page.is_empty() && bytes + more > PAGE_BYTES) {
+            return (page, bytes, true);
+        }
+        bytes += more;
+        page.push(entry);
+    }
+    (page, bytes, false)
+}
 
 /// How many entries a page has.
 fn page_size(asked: i32) -> Result<usize, RelayError> {

@@ -63,6 +63,12 @@ pub enum RegistryError {
     /// It comes from the configuration file.
     #[error("the integration {0} comes from the configuration file; change it there")]
     ReadOnly(IntegrationId),
+    /// There are as many as there may be.
+    #[error(
+        "there are {0} integrations, as many as there may be ([limits] max_integrations); delete \
+         one that is not used"
+    )]
+    TooMany(usize),
     /// Events of an integration of this name wait.
     #[error("{events} events of the integration {id} wait")]
     EventsWaiting {
@@ -85,6 +91,24 @@ impl From<OutboxError> for RegistryError {
     }
 }
 
+/// What callers may create.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Bounds {
+    /// Integrations, those of the file included.
+    pub integrations: usize,
+    /// Bytes of one of them.
+    pub size: usize,
+}
+
+impl Default for Bounds {
+    fn default() -> Self {
+        Self {
+            integrations: usize::MAX,
+            size: usize::MAX,
+        }
+    }
+}
+
 /// By their names, as first incarnations.
 type Known = BTreeMap<IntegrationId, Arc<Integration>>;
 
@@ -93,6 +117,7 @@ pub struct Registry {
     outbox: Arc<dyn Outbox>,
     /// Whether other relays may change them.
     shared: bool,
+    bounds: Bounds,
     known: RwLock<Known>,
     /// One change or read of the outbox at a time.
     changing: Mutex<Reads>,
@@ -109,10 +134,17 @@ impl Registry {
         Self {
             shared: outbox.integration_changes().is_some(),
             outbox,
+            bounds: Bounds::default(),
             known: RwLock::new(known),
             changing: Mutex::default(),
             reads_begun: AtomicU64::new(0),
         }
+    }
+
+    /// The same with bounds on what callers create and change.
+    #[must_use]
+    pub fn bounded(self, bounds: Bounds) -> Self {
+        Self { bounds, ..self }
     }
 
     /// Whether other relays may change integrations.

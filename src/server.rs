@@ -35,7 +35,7 @@ use crate::{
     metrics::{self, BacklogBoard, MetricsError},
     notify::{self, Notices, SenderOptions},
     outbox::{OpenError, OutboxError, PostgresError},
-    registry::{Configured, LoadError, Registry, Told},
+    registry::{Bounds, Configured, LoadError, Registry, Told},
     segment::SetupError,
     telemetry::{FLUSH_TIMEOUT, OtlpError, until},
     time::UnixMillis,
@@ -172,7 +172,11 @@ impl Relay {
         };
         let now = UnixMillis::now();
         let registry = Registry::load(Arc::clone(&outbox), configured, &told, now);
-        let registry = Arc::new(registry.await?);
+        let bounds = Bounds {
+            integrations: config.limits.max_integrations,
+            size: config.limits.max_integration_size,
+        };
+        let registry = Arc::new(registry.await?.bounded(bounds));
         let draining = CancellationToken::new();
         let services = parts::services(
             &config, outbox, registry, notices, audit, metrics, &draining,

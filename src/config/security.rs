@@ -89,7 +89,11 @@ pub struct Limits {
     pub integration_captures_per_second: u32,
     /// Captures for one integration at once, 1,000 to 10,000,000.
     pub integration_burst_captures: u32,
-    /// Bytes of requests that are being handled, 1 MiB to 64 GiB.
+    /// Integrations that can be created, with those of the file, 1 to 1,000,000.
+    pub max_integrations: usize,
+    /// Bytes of one integration that is created or updated, 4 KiB to 4 MiB.
+    pub max_integration_size: usize,
+    /// Bytes of requests and answers that are being handled, 1 MiB to 64 GiB.
     pub request_bytes_in_flight: u64,
 }
 
@@ -112,6 +116,14 @@ impl Limits {
             integration_captures_per_second: from
                 .take("limits.integration_captures_per_second", captures())?,
             integration_burst_captures: from.take("limits.integration_burst_captures", burst())?,
+            max_integrations: from.take(
+                "limits.max_integrations",
+                number("integrations", 1..=1_000_000),
+            )?,
+            max_integration_size: from.take(
+                "limits.max_integration_size",
+                number("bytes", MIB / 256..=4 * MIB),
+            )?,
             request_bytes_in_flight: from.take(
                 "limits.request_bytes_in_flight",
                 number("bytes", MIB..=64 * 1024 * MIB),

@@ -8,7 +8,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::{
     Gate, Peer, RelayError, Throttle, Usage,
-    body::{CallGuards, Meter},
+    body::{CallGuards, HeldBytes, Meter},
     gate::Place,
     rpcs::{Need, Rpc},
     usage::CallerPermit,
@@ -45,6 +45,8 @@ pub(super) struct Pass {
     /// Its turn among those of its caller, where few may be at work at once. A change that is
     /// carried to its end keeps it, also when the caller has gone.
     pub(super) turn: Option<Arc<CallerPermit>>,
+    /// What it holds until its answer has left.
+    pub(super) bytes: Arc<HeldBytes>,
     /// Until when it has to be answered.
     pub(super) deadline: Instant,
 }
@@ -115,6 +117,7 @@ impl Access {
             pass: Some(Pass {
                 caller,
                 place,
+                bytes: Arc::clone(&bytes),
                 turn,
                 deadline,
             }),

@@ -1,10 +1,10 @@
 //! DeadLetterService: what was refused for good or given up.
 
-use std::time::Duration;
+use std::{sync::Arc, time::Duration};
 
 use tonic::{Request, Response, Status};
 
-use super::{RelayError, Services, convert};
+use super::{RelayError, Services, accept::pass, convert};
 use crate::{
     audit::Entry,
     integration::IntegrationId,
@@ -36,6 +36,7 @@ impl DeadLetterService for DeadLetters {
         request: Request<ListDeadLettersRequest>,
     ) -> Result<Response<ListDeadLettersResponse>, Status> {
         let (caller, _permit) = self.0.enter(&request)?;
+        let held = Arc::clone(&pass(&request)?.bytes);
         let request = request.into_inner();
         let size = super::page_size(request.page_size)?;
         let after = match request.page_token.as_str() {
@@ -56,15 +57,14 @@ impl DeadLetterService for DeadLetters {
             },
         )?;
         let listed = self.0.outbox.dead_letters(filter, after, size + 1).await;
-        let mut listed = listed.map_err(RelayError::from)?;
-        let more = listed.len() > size;
-        listed.truncate(size);
-        let last = listed
-            .last()
-            .filter(|_| more)
-            .map(|last| last.id.to_string());
+        let listed = listed.map_err(RelayError::from)?;
+        let letters = listed.iter().map(|letter| self.to_proto(letter));
+        let (dead_letters, bytes, more) = super::page_of(letters, size);
+        self.0.usage.hold_answer(&held, bytes)?;
+        let last = dead_letters.last().filter(|_| more);
+        let last = last.map(|last| last.dead_letter_id.clone());
         Ok(Response::new(ListDeadLettersResponse {
-            dead_letters: listed.iter().map(|letter| self.to_proto(letter)).collect(),
+            dead_letters,
             next_page_token: last.unwrap_or_default(),
         }))
     }

@@ -143,6 +143,7 @@ impl RelayError {
             Self::Registry(error) => match error {
                 RegistryError::NotFound(_) | RegistryError::Removed(_) => Code::NotFound,
                 RegistryError::Exists(_) => Code::AlreadyExists,
+                RegistryError::TooMany(_) => Code::ResourceExhausted,
                 RegistryError::StaleEtag(_) => Code::Aborted,
                 RegistryError::ReadOnly(_) | RegistryError::EventsWaiting { .. } => {
                     Code::FailedPrecondition
@@ -190,6 +191,7 @@ impl RelayError {
             Self::Registry(error) => match error {
                 RegistryError::NotFound(_) | RegistryError::Removed(_) => "INTEGRATION_NOT_FOUND",
                 RegistryError::Exists(_) => "INTEGRATION_EXISTS",
+                RegistryError::TooMany(_) => "TOO_MANY_INTEGRATIONS",
                 RegistryError::StaleEtag(_) => "STALE_ETAG",
                 RegistryError::ReadOnly(_) => "INTEGRATION_READ_ONLY",
                 RegistryError::EventsWaiting { .. } => "EVENTS_WAITING",
@@ -325,6 +327,10 @@ impl RelayError {
                     Quota::IntegrationEvents | Quota::IntegrationBytes => "integration",
                 };
                 details.add_quota_failure_violation(subject, quota_text(*quota));
+            }
+            Self::Registry(RegistryError::TooMany(_)) => {
+                let what = "integrations ([limits] max_integrations)";
+                details.add_quota_failure_violation("relay", what);
             }
             Self::Busy(what) => {
                 details.set_retry_info(Some(RETRY_DELAY));

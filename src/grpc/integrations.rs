@@ -2,10 +2,14 @@
 
 use std::sync::Arc;
 
+use prost::Message;
 use serde_json::Value;
 use tonic::{Request, Response, Status};
 
-use super::{RelayError, Services, accept::check_access};
+use super::{
+    RelayError, Services,
+    accept::{check_access, pass},
+};
 use crate::{
     audit::Entry,
     event::{self, EventType, message_id},
@@ -59,12 +63,14 @@ impl IntegrationService for Integrations {
         request: Request<GetIntegrationRequest>,
     ) -> Result<Response<GetIntegrationResponse>, Status> {
         let (caller, _permit) = self.0.enter(&request)?;
+        let held = Arc::clone(&pass(&request)?.bytes);
         let id = request.into_inner().integration_id;
         check_access(&caller, &id)?;
         let registry = &self.0.registry;
         let found = registry.find_stored(&id).await.map_err(RelayError::from)?;
         let mut public = found.to_public();
         public.health = Some(self.health(&found).await.map_err(RelayError::from)?);
+        self.0.usage.hold_answer(&held, public.encoded_len())?;
         Ok(Response::new(GetIntegrationResponse {
             integration: Some(public),
         }))
@@ -75,6 +81,7 @@ impl IntegrationService for Integrations {
         request: Request<ListIntegrationsRequest>,
     ) -> Result<Response<ListIntegrationsResponse>, Status> {
         let (caller, _permit) = self.0.enter(&request)?;
+        let held = Arc::clone(&pass(&request)?.bytes);
         let request = request.into_inner();
         let size = super::page_size(request.page_size)?;
         let after = match request.page_token.as_str() {
@@ -86,15 +93,16 @@ impl IntegrationService for Integrations {
         };
         self.0.registry.refresh().await.map_err(RelayError::from)?;
         let scope = &caller.scope;
-        let mut page = self.0.registry.list(after.as_ref(), scope, size + 1);
-        let more = page.len() > size;
-        page.truncate(size);
-        let last = page
+        let listed = self.0.registry.list(after.as_ref(), scope, size + 1);
+        let public = listed.iter().map(|one| one.to_public());
+        let (integrations, bytes, more) = super::page_of(public, size);
+        self.0.usage.hold_answer(&held, bytes)?;
+        let last = integrations
             .last()
             .filter(|_| more)
-            .map(|last| last.id().name().to_owned());
+            .map(|last| last.integration_id.clone());
         Ok(Response::new(ListIntegrationsResponse {
-            integrations: page.iter().map(|one| one.to_public()).collect(),
+            integrations,
             next_page_token: last.unwrap_or_default(),
         }))
     }

@@ -1,11 +1,12 @@
 //! PrivacyService: a person's data goes, and a receipt stays.
 
-use std::time::Duration;
+use std::{sync::Arc, time::Duration};
 
+use prost::Message;
 use tokio::sync::OwnedMutexGuard;
 use tonic::{Request, Response, Status};
 
-use super::{RelayError, Services};
+use super::{RelayError, Services, accept::pass};
 use crate::{
     audit::Entry,
     integration::IntegrationId,
@@ -66,6 +67,7 @@ impl PrivacyService for Privacy {
         request: Request<ListErasureReceiptsRequest>,
     ) -> Result<Response<ListErasureReceiptsResponse>, Status> {
         let (caller, _permit) = self.0.enter(&request)?;
+        let held = Arc::clone(&pass(&request)?.bytes);
         let request = request.into_inner();
         let size = super::page_size(request.page_size)?;
         if !request.email_sha256.is_empty() {
@@ -101,6 +103,8 @@ impl PrivacyService for Privacy {
                 }
             }
         }
+        let bytes = receipts.iter().map(ErasureReceipt::encoded_len).sum();
+        self.0.usage.hold_answer(&held, bytes)?;
         let token = before.filter(|_| !last).map(|id: i64| id.to_string());
         Ok(Response::new(ListErasureReceiptsResponse {
             receipts,

@@ -2,6 +2,7 @@
 
 use std::{sync::Arc, time::Duration};
 
+use prost::Message;
 use tokio::time::Instant;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status, Streaming};
@@ -136,6 +137,7 @@ impl SegmentRelay for Relay {
         request: Request<PreviewCaptureRequest>,
     ) -> Result<Response<PreviewCaptureResponse>, Status> {
         let (caller, _permit) = self.0.enter(&request)?;
+        let held = Arc::clone(&pass(&request)?.bytes);
         let request = request.into_inner();
         let id = &request.integration_id;
         check_access(&caller, id)?;
@@ -144,17 +146,19 @@ impl SegmentRelay for Relay {
         let capture = required(request.capture)?;
         // It costs what a capture costs, but for the disk.
         self.0.usage.capture(&caller, integration.id(), 1)?;
-        match preview(&integration, &capture) {
-            Ok(events) => Ok(Response::new(PreviewCaptureResponse {
+        let answer = match preview(&integration, &capture) {
+            Ok(events) => PreviewCaptureResponse {
                 events,
                 violations: Vec::new(),
-            })),
-            Err(CaptureFault::Invalid(found)) => Ok(Response::new(PreviewCaptureResponse {
+            },
+            Err(CaptureFault::Invalid(found)) => PreviewCaptureResponse {
                 events: Vec::new(),
                 violations: found.into_iter().map(Into::into).collect(),
-            })),
-            Err(other) => Err(RelayError::from(other).into()),
-        }
+            },
+            Err(other) => return Err(RelayError::from(other).into()),
+        };
+        self.0.usage.hold_answer(&held, answer.encoded_len())?;
+        Ok(Response::new(answer))
     }
 
     async fn get_capture(

@@ -76,6 +76,7 @@ fn request<T>(message: T) -> Request<T> {
         caller: Arc::new(Caller::anonymous()),
         place: None,
         turn: None,
+        bytes: Arc::default(),
         deadline: Instant::now() + Duration::from_secs(30),
     });
     request

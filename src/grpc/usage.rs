@@ -14,7 +14,7 @@ use governor::{
 };
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, TryAcquireError};
 
-use super::{RelayError, rpcs::Cost};
+use super::{RelayError, body::HeldBytes, rpcs::Cost};
 use crate::{
     config::{self, Config, Limits},
     integration::IntegrationId,
@@ -205,6 +205,18 @@ impl Usage {
             })
     }
 
+    /// Takes room for an answer until it has left, with what the call holds.
+    pub(super) fn hold_answer(&self, held: &HeldBytes, bytes: usize) -> Result<(), RelayError> {
+        let permit = self.hold(bytes);
+        let permit = permit.map_err(|_| Throttle {
+            subject: "relay",
+            what: "bytes of requests and answers at once ([limits] request_bytes_in_flight)",
+            wait: SHORT_WAIT,
+        })?;
+        held.add(permit);
+        Ok(())
+    }
+
     /// The room that requests take, in units of 1,024 bytes.
     pub(super) fn memory(&self) -> Arc<Semaphore> {
         Arc::clone(&self.memory)
@@ -285,4 +297,58 @@ where
     let made = Arc::new(make());
     map.insert(key.to_owned(), Arc::clone(&made));
     made
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::Outside;
+
+    fn usage(settings: &str) -> Usage {
+        let outside = Outside {
+            validate: &|_| Vec::new(),
+            read_key_file: &|_| Err(std::io::ErrorKind::NotFound.into()),
+        };
+        let none = Vec::<(String, String)>::new();
+        let config = Config::load(Some(("test.toml", settings)), none, &outside);
+        Usage::new(&config.expect("fine"))
+    }
+
+    #[test]
+    fn an_answer_has_room_among_requests_until_it_has_left() {
+        let small =
+            "[server]\nmax_message_bytes = 65536\n[limits]\nrequest_bytes_in_flight = 1048576\n";
+        let usage = usage(small);
+        let (one, other) = (HeldBytes::default(), HeldBytes::default());
+        usage.hold_answer(&one, 700_000).expect("room");
+        let refused = usage.hold_answer(&other, 700_000).expect_err("none");
+        assert_eq!(refused.reason(), "RELAY_LIMIT");
+        assert_eq!(refused.code(), tonic::Code::ResourceExhausted);
+        drop(one);
+        usage.hold_answer(&other, 700_000).expect("free again");
+    }
+
+    #[tokio::test]
+    async fn a_callers_costly_calls_wait_for_each_other_and_for_no_other_caller() {
+        use futures_util::FutureExt;
+        let usage = usage("[limits]\ncaller_costly_calls = 1\n");
+        let caller = |name: &str| Caller {
+            name: name.to_owned(),
+            ..Caller::anonymous()
+        };
+        let (one, other) = (caller("one"), caller("other"));
+        let first = usage.turn(&one, Cost::Costly).await;
+        assert!(usage.turn(&one, Cost::Costly).now_or_never().is_none());
+        let beside = usage.turn(&other, Cost::Costly).now_or_never();
+        assert!(beside.flatten().is_some());
+        assert!(usage.turn(&one, Cost::LookUp).await.is_some());
+        drop(first);
+        assert!(
+            usage
+                .turn(&one, Cost::Costly)
+                .now_or_never()
+                .flatten()
+                .is_some()
+        );
+    }
 }

@@ -3,11 +3,14 @@
 
 use std::sync::Arc;
 
+use prost::Message;
+
 use super::{Reads, Registry, RegistryError, etag, first_revision, make, next_revision, not_found};
 use crate::{
     integration::{Integration, IntegrationId, apply_update},
     proto,
     time::UnixMillis,
+    violation::Violation,
 };
 
 /// Times that a change is applied to an integration that other relays keep changing.
@@ -37,12 +40,33 @@ impl Registry {
         if self.stored(id, &mut reads).await?.is_some() {
             return Err(RegistryError::Exists(id.clone()));
         }
+        self.check_size(&checked)?;
+        let known = self.change(|known| known.len());
+        if known >= self.bounds.integrations {
+            return Err(RegistryError::TooMany(known));
+        }
         let incarnation = self.next_incarnation(id).await?;
         let integration = make(spec, first_revision(now, false, incarnation))?;
         match self.store(integration, None).await {
             Err(RegistryError::StaleEtag(id)) => Err(RegistryError::Exists(id)),
             stored => stored,
         }
+    }
+
+    fn check_size(&self, integration: &Integration) -> Result<(), RegistryError> {
+        let size = integration.to_spec_with_secrets().encoded_len();
+        if size <= self.bounds.size {
+            return Ok(());
+        }
+        Err(RegistryError::Invalid(vec![Violation {
+            field: "integration".to_owned(),
+            reason: "TOO_LARGE",
+            description: format!(
+                "{size} bytes, at most {} are taken ([limits] max_integration_size): use fewer \
+                 mappings, or shorter ids and keys",
+                self.bounds.size
+            ),
+        }]))
     }
 
     /// The incarnation of a new integration: nothing of a former one of its name is its own.
@@ -88,6 +112,7 @@ impl Registry {
             .map_err(RegistryError::Invalid)?;
         let mut next = make(&spec, before.revision.clone())?;
         next.revision = next_revision(&before, &next, now);
+        self.check_size(&next)?;
         let next = self.store(next, Some(&before)).await?;
         self.wake_lanes_of(next.id());
         Ok(Updated { before, now: next })

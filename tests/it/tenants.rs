@@ -1,10 +1,12 @@
 //! Callers and integrations beside each other: what one uses leaves room for the others.
 
+use prost::Message;
 use segment_relay::{
     proto::{
         CaptureRequest, CreateIntegrationRequest, DeadLetterFilter, DeliveryReason,
-        DiscardDeadLettersRequest, Integration, ListDeadLettersRequest, ReplayDeadLettersRequest,
-        TestIntegrationRequest, WaitFor, WatchDeliveriesRequest,
+        DiscardDeadLettersRequest, FieldMapping, Integration, ListDeadLettersRequest,
+        ListIntegrationsRequest, ReplayDeadLettersRequest, TestIntegrationRequest,
+        UpdateIntegrationRequest, WaitFor, WatchDeliveriesRequest,
         dead_letter_service_client::DeadLetterServiceClient,
     },
     sandbox::Rule,
@@ -12,7 +14,7 @@ use segment_relay::{
 
 use crate::{
     auth::{by, callers},
-    harness::{PATIENCE, World, acme, numbered, reason},
+    harness::{PATIENCE, World, acme, numbered, reason, violations},
 };
 
 async fn create(world: &World, id: &str) {
@@ -204,4 +206,95 @@ async fn the_audit_names_whose_dead_letters_were_replayed_and_discarded() {
         reason DELIVERY_REASON_REQUEST_REJECTED, from any to ";
     assert!(detail.starts_with(begin), "{detail}");
     assert!(noted.next().is_none());
+}
+
+/// An integration of about `bytes` bytes.
+fn large(id: &str, bytes: usize) -> Integration {
+    let mapping = |number| FieldMapping {
+        attribute_id: format!("attribute-{number:0>90}"),
+        segment_key: format!("key-{number:0>90}"),
+        ..FieldMapping::default()
+    };
+    Integration {
+        integration_id: id.into(),
+        mappings: (0..bytes / 210).map(mapping).collect(),
+        ..acme()
+    }
+}
+
+#[tokio::test]
+async fn stored_integrations_and_the_pages_that_list_them_are_bounded() {
+    let limits = "[limits]\nmax_integrations = 12\nmax_integration_size = 190000\nrequest_bytes_in_flight = 4194304\n";
+    let world = World::with(limits).await;
+    let mut integrations = world.integrations();
+    let create = |integration| CreateIntegrationRequest {
+        integration: Some(integration),
+    };
+    let refused = integrations
+        .create_integration(create(large("huge", 207_000)))
+        .await;
+    let refused = refused.expect_err("too large");
+    assert_eq!(
+        violations(&refused),
+        [("integration".into(), "TOO_LARGE".into())]
+    );
+    for number in 0..12 {
+        world
+            .create(large(&format!("large-{number:02}"), 180_000))
+            .await;
+    }
+    let refused = integrations.create_integration(create(acme())).await;
+    let refused = refused.expect_err("one more");
+    assert_eq!(refused.code(), tonic::Code::ResourceExhausted);
+    assert_eq!(reason(&refused), "TOO_MANY_INTEGRATIONS");
+    // Also one that grows by an update.
+    let update = UpdateIntegrationRequest {
+        integration: Some(large("large-00", 207_000)),
+        update_mask: None,
+    };
+    let refused = integrations
+        .update_integration(update)
+        .await
+        .expect_err("too large");
+    assert_eq!(
+        violations(&refused),
+        [("integration".into(), "TOO_LARGE".into())]
+    );
+
+    let (mut listed, mut pages, mut token) = (Vec::new(), 0, String::new());
+    loop {
+        let request = ListIntegrationsRequest {
+            page_size: 1_000,
+            page_token: token,
+        };
+        let page = integrations
+            .list_integrations(request)
+            .await
+            .expect("listed")
+            .into_inner();
+        assert!(page.encoded_len() < 1_200_000, "{}", page.encoded_len());
+        listed.extend(page.integrations.into_iter().map(|one| one.integration_id));
+        (pages, token) = (pages + 1, page.next_page_token);
+        if token.is_empty() {
+            break;
+        }
+    }
+    let expected: Vec<_> = (0..12).map(|number| format!("large-{number:02}")).collect();
+    assert_eq!(listed, expected);
+    assert!(pages > 1, "{pages}");
+
+    // Answers count in the room of all requests.
+    let lists = (0..40).map(|_| {
+        let mut integrations = world.integrations();
+        async move {
+            let request = ListIntegrationsRequest::default();
+            integrations.list_integrations(request).await
+        }
+    });
+    for answer in futures_util::future::join_all(lists).await {
+        if let Err(refused) = answer {
+            assert_eq!(reason(&refused), "RELAY_LIMIT", "{refused:?}");
+        }
+    }
+    world.stop().await;
 }
