@@ -10,7 +10,7 @@ use super::{
     committer::{Command, Incoming},
     entry::key_of,
     join,
-    reader::ReadCommand,
+    read_command::ReadCommand,
     selection::Want,
     writer::{CHUNK, WriteCommand},
 };

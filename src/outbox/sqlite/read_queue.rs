@@ -5,7 +5,7 @@ use std::task::{Context, Poll};
 
 use tokio::sync::mpsc;
 
-use super::{READ_QUEUE, committer::parked::Parked, reader::ReadCommand};
+use super::{READ_QUEUE, committer::parked::Parked, read_command::ReadCommand};
 use crate::outbox::OutboxError;
 
 /// Ranks, the first one first.

@@ -4,17 +4,16 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 use rusqlite::{Connection, OptionalExtension, Row, params};
-use tokio::sync::oneshot;
 
 use super::{
     committer::parked::Parked,
     entry::{Origin, key_of, stored_key},
     lookup,
     overlay::{Filler, Shared, earlier},
-    read_queue::{Rank, ReadReceiver},
+    read_command::ReadCommand,
+    read_queue::ReadReceiver,
     row::{crc32, record_of, region_number, unavailable},
-    selection::{Piece, Walk, Want},
-    subjects::{self, Scanned, SubjectScan},
+    subjects,
 };
 
 use crate::{
@@ -27,91 +26,10 @@ use crate::{
     vault::unsealed_len,
 };
 
-type Reply<T> = oneshot::Sender<Result<T, OutboxError>>;
-
-/// What the reader is asked.
-#[derive(Debug)]
-pub(super) enum ReadCommand {
-    Lease {
-        lane: LaneKey,
-        budget: LeaseBudget,
-        scope: LeaseScope<i64>,
-        reply: Reply<Vec<LeasedCapture>>,
-    },
-    Find {
-        integration_id: IntegrationId,
-        capture_id: String,
-        reply: Reply<Option<CaptureRecord>>,
-    },
-    Backlog {
-        integration_id: IntegrationId,
-        reply: Reply<Backlog>,
-    },
-    /// A piece of a walk through dead letters.
-    DeadLetters {
-        walk: Walk,
-        want: Want,
-        reply: Reply<Piece>,
-    },
-    LastIncarnation {
-        name: IntegrationId,
-        reply: Reply<u32>,
-    },
-    Integrations {
-        reply: Reply<Vec<(String, Vec<u8>)>>,
-    },
-    ScanSubjects {
-        scan: SubjectScan,
-        reply: Reply<Scanned>,
-    },
-    Receipts {
-        before: Option<i64>,
-        limit: usize,
-        reply: Reply<Vec<(String, Vec<u8>)>>,
-    },
-    Notices {
-        limit: usize,
-        reply: Reply<Vec<Notice>>,
-    },
-    Close,
-}
-
 /// Memory for pages, in KiB: each lane reads its own backlog in order.
 pub(super) const CACHE_KIB: i64 = 4 * 1024;
 
 impl ReadCommand {
-    /// Who is to be answered first.
-    pub(super) fn rank(&self) -> Rank {
-        match self {
-            Self::Lease { .. } => Rank::Lease,
-            Self::Find { .. }
-            | Self::Backlog { .. }
-            | Self::LastIncarnation { .. }
-            | Self::Integrations { .. }
-            | Self::Notices { .. } => Rank::LookUp,
-            Self::DeadLetters { .. }
-            | Self::ScanSubjects { .. }
-            | Self::Receipts { .. }
-            | Self::Close => Rank::Scan,
-        }
-    }
-
-    /// Whether the caller has gone: nobody needs the answer.
-    fn is_abandoned(&self) -> bool {
-        match self {
-            Self::Lease { reply, .. } => reply.is_closed(),
-            Self::Find { reply, .. } => reply.is_closed(),
-            Self::Backlog { reply, .. } => reply.is_closed(),
-            Self::DeadLetters { reply, .. } => reply.is_closed(),
-            Self::LastIncarnation { reply, .. } => reply.is_closed(),
-            Self::Integrations { reply } => reply.is_closed(),
-            Self::ScanSubjects { reply, .. } => reply.is_closed(),
-            Self::Receipts { reply, .. } => reply.is_closed(),
-            Self::Notices { reply, .. } => reply.is_closed(),
-            Self::Close => false,
-        }
-    }
-
     /// Answers it. The caller may go meanwhile.
     fn answer(self, connection: &Connection, shared: &Shared) {
         match self {
