@@ -5,6 +5,7 @@ pub mod args;
 mod call;
 mod connect;
 mod dead_letters;
+mod dial;
 mod erase;
 mod failure;
 mod input;

@@ -9,10 +9,8 @@ use std::{
 };
 
 use clap::Args;
-use http::{HeaderValue, Uri, header::AUTHORIZATION};
-use hyper_util::rt::TokioIo;
+use http::{HeaderValue, header::AUTHORIZATION};
 use secrecy::{ExposeSecret, SecretString};
-use tokio::net::{TcpStream, UnixStream};
 use tonic::{
     Request, Status,
     body::Body,
@@ -23,7 +21,8 @@ use tower_service::Service;
 
 use super::{
     ClientError,
-    seen::{Seen, Stream, Watched, causes},
+    dial::Connector,
+    seen::{Seen, causes},
 };
 
 const DEFAULT_ADDRESS: &str = "http://127.0.0.1:50051";
@@ -295,50 +294,6 @@ pub(super) fn request<T>(connection: &Connection, message: T) -> Request<T> {
     let mut request = Request::new(message);
     request.set_timeout(connection.timeout);
     request
-}
-
-/// Connects, and notes what comes back first.
-#[derive(Clone)]
-struct Connector {
-    /// Its file, where the relay is reached by a Unix socket.
-    socket: Option<PathBuf>,
-    seen: Arc<Seen>,
-}
-
-impl Service<Uri> for Connector {
-    type Response = TokioIo<Watched>;
-    type Error = io::Error;
-    type Future = BoxFuture<Self::Response, io::Error>;
-
-    fn poll_ready(&mut self, _: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Poll::Ready(Ok(()))
-    }
-
-    fn call(&mut self, url: Uri) -> Self::Future {
-        let Self { socket, seen } = self.clone();
-        Box::pin(async move {
-            let stream: Box<dyn Stream> = match socket {
-                Some(path) => Box::new(UnixStream::connect(path).await?),
-                None => Box::new(dial(&url).await?),
-            };
-            Ok(TokioIo::new(Watched::new(stream, seen)))
-        })
-    }
-}
-
-/// Connects to one of a host's addresses.
-async fn dial(url: &Uri) -> io::Result<TcpStream> {
-    let host = url.host().unwrap_or_default();
-    let host = host.trim_matches(['[', ']']);
-    let port = url.port_u16();
-    let port = port.unwrap_or(if url.scheme_str() == Some("https") {
-        443
-    } else {
-        80
-    });
-    let stream = TcpStream::connect((host, port)).await?;
-    stream.set_nodelay(true)?;
-    Ok(stream)
 }
 
 /// A time of 1 ms to 1 h: a number of seconds, or one with its unit.

@@ -21,7 +21,7 @@ use super::{
     usage::{CallerPermit, units},
 };
 
-/// Bytes of a compressed request that anybody may send.
+/// Bytes of a compressed request of a call without a caller, once inflated.
 const MAX_OPEN_BYTES: usize = 4_096;
 
 /// Bytes of a request that are held.

@@ -100,7 +100,7 @@ async fn a_request_in_flight_is_settled_before_the_relay_ends() {
 /// Far below what the time-outs of a handshake, of keepalive and of the drain would take.
 const SHORT: Duration = Duration::from_secs(8);
 
-/// Streams that nobody ends, and peers that say nothing, hold no drain.
+/// Streams without an end and silent peers hold no drain.
 #[tokio::test]
 async fn open_streams_and_silent_peers_do_not_hold_a_drain() {
     use tonic_reflection::pb::v1::server_reflection_client::ServerReflectionClient;
