@@ -11,6 +11,7 @@ mod failure;
 mod input;
 pub mod json;
 mod pause;
+mod place;
 pub mod render;
 mod seen;
 mod timestamp;

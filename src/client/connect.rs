@@ -1,6 +1,7 @@
 //! How a command reaches the relay, and proves who it is.
 
 use std::{
+    future::poll_fn,
     io,
     path::PathBuf,
     sync::Arc,
@@ -22,6 +23,7 @@ use tower_service::Service;
 use super::{
     ClientError,
     dial::Connector,
+    place::{Kind, Place},
     seen::{Seen, causes},
 };
 
@@ -87,71 +89,7 @@ pub(super) struct Wire {
     channel: Channel,
     bearer: Option<HeaderValue>,
     seen: Arc<Seen>,
-    reach: Arc<Place>,
-}
-
-/// Where a relay is.
-#[derive(Debug)]
-struct Place {
-    /// As the user has it.
-    address: String,
-    kind: Kind,
-}
-
-#[derive(Clone, Debug, PartialEq, Eq)]
-enum Kind {
-    Plain(String),
-    Tls(String),
-    Unix(PathBuf),
-}
-
-impl Place {
-    fn new(address: &str) -> Result<Self, ClientError> {
-        let refused = |rule: &str| ClientError::Input(format!("--address {address}: {rule}"));
-        let kind = if let Some(path) = address.strip_prefix("unix:") {
-            let path = path.strip_prefix("//").unwrap_or(path);
-            if path.is_empty() {
-                return Err(refused(
-                    "name the socket's file, as in unix:/run/relay.sock",
-                ));
-            }
-            Kind::Unix(path.into())
-        } else {
-            match address.split_once("://") {
-                None => Kind::Plain(format!("http://{address}")),
-                Some(("http", _)) => Kind::Plain(address.to_owned()),
-                Some(("https", _)) => Kind::Tls(address.to_owned()),
-                Some((scheme, rest)) => {
-                    return Err(refused(&format!(
-                        "`{scheme}` is not known: use https://{rest} with TLS, http://{rest} \
-                         without, or unix: and a path"
-                    )));
-                }
-            }
-        };
-        let address = address.to_owned();
-        Ok(Self { address, kind })
-    }
-
-    fn is_tls(&self) -> bool {
-        matches!(self.kind, Kind::Tls(_))
-    }
-
-    /// What failed, with what that says of the place.
-    fn unreachable(&self, seen: &Seen, error: &(dyn std::error::Error + 'static)) -> ClientError {
-        let causes = causes(error);
-        let cause = match seen.diagnosis(self.is_tls(), &causes) {
-            Some(known) => known.to_owned(),
-            None => {
-                causes.rsplit(": ").next().unwrap_or(&causes).to_owned()
-                    + "; is `segment-relay serve` running there?"
-            }
-        };
-        ClientError::Connect {
-            address: self.address.clone(),
-            cause,
-        }
-    }
+    place: Arc<Place>,
 }
 
 impl Service<http::Request<Body>> for Wire {
@@ -159,33 +97,42 @@ impl Service<http::Request<Body>> for Wire {
     type Error = Status;
     type Future = BoxFuture<Self::Response, Status>;
 
-    fn poll_ready(&mut self, context: &mut Context<'_>) -> Poll<Result<(), Status>> {
-        // What fails here fails in the call as well.
-        Service::<http::Request<Body>>::poll_ready(&mut self.channel, context)
-            .map_err(|error| self.failed(&error))
+    fn poll_ready(&mut self, _: &mut Context<'_>) -> Poll<Result<(), Status>> {
+        // The call waits for the channel: an error is explained there.
+        Poll::Ready(Ok(()))
     }
 
     fn call(&mut self, mut request: http::Request<Body>) -> Self::Future {
         if let Some(bearer) = &self.bearer {
             request.headers_mut().insert(AUTHORIZATION, bearer.clone());
         }
-        let answer = self.channel.call(request);
-        let wire = self.clone();
-        Box::pin(async move { answer.await.map_err(|error| wire.failed(&error)) })
+        let mut wire = self.clone();
+        Box::pin(async move {
+            let channel = &mut wire.channel;
+            let ready =
+                poll_fn(|context| Service::<http::Request<Body>>::poll_ready(channel, context));
+            let answered = match ready.await {
+                Ok(()) => channel.call(request).await,
+                Err(error) => Err(error),
+            };
+            match answered {
+                Ok(answer) => Ok(answer),
+                Err(error) => Err(wire.failed(&error).await),
+            }
+        })
     }
 }
 
 impl Wire {
     /// The status of a call that got no answer.
-    fn failed(&self, error: &tonic::transport::Error) -> Status {
-        let text = causes(error);
-        match self.seen.diagnosis(self.reach.is_tls(), &text) {
-            Some(known) => Status::unavailable(format!("{}: {known}", self.reach.address)),
-            None if text.contains("Timeout expired") => Status::deadline_exceeded(format!(
-                "{} did not answer in time (--timeout)",
-                self.reach.address
-            )),
-            None => Status::unavailable(format!("{}: {text}", self.reach.address)),
+    async fn failed(&self, error: &tonic::transport::Error) -> Status {
+        let (text, address) = (causes(error), &self.place.address);
+        match self.place.diagnosis(&self.seen, &text).await {
+            Some(known) => Status::unavailable(format!("{address}: {known}")),
+            None if text.contains("Timeout expired") => {
+                Status::deadline_exceeded(format!("{address} did not answer in time (--timeout)"))
+            }
+            None => Status::unavailable(format!("{address}: {text}")),
         }
     }
 }
@@ -193,7 +140,7 @@ impl Wire {
 impl Reach {
     /// Connects within a time.
     pub(super) async fn connect(&self, timeout: Duration) -> Result<Wire, ClientError> {
-        let place = Place::new(&self.address)?;
+        let mut place = Place::new(&self.address)?;
         let bearer = self.bearer(&place)?;
         if !place.is_tls() && (self.ca_file.is_some() || self.certificate_file.is_some()) {
             let rule = "--ca-file and --certificate-file need an https:// address";
@@ -210,7 +157,10 @@ impl Reach {
         };
         let mut endpoint = Endpoint::from_shared(url).map_err(invalid)?;
         if place.is_tls() {
-            endpoint = endpoint.tls_config(self.tls()?).map_err(invalid)?;
+            place.ca = self.ca()?;
+            place.has_certificate = self.certificate_file.is_some();
+            let tls = self.tls(place.ca.as_deref())?;
+            endpoint = endpoint.tls_config(tls).map_err(invalid)?;
         }
         let seen = Arc::new(Seen::default());
         let connector = Connector {
@@ -227,20 +177,25 @@ impl Reach {
                 channel,
                 bearer,
                 seen,
-                reach: Arc::new(place),
+                place: Arc::new(place),
             }),
-            Ok(Err(error)) => Err(place.unreachable(&seen, &error)),
+            Ok(Err(error)) => Err(place.unreachable(&seen, &error).await),
             Err(_) => {
                 let silent = io::Error::new(io::ErrorKind::TimedOut, "no answer in time");
-                Err(place.unreachable(&seen, &silent))
+                Err(place.unreachable(&seen, &silent).await)
             }
         }
     }
 
-    fn tls(&self) -> Result<ClientTlsConfig, ClientError> {
+    fn ca(&self) -> Result<Option<String>, ClientError> {
+        let file = self.ca_file.as_ref();
+        file.map(|path| read("--ca-file", path)).transpose()
+    }
+
+    fn tls(&self, ca: Option<&str>) -> Result<ClientTlsConfig, ClientError> {
         let mut tls = ClientTlsConfig::new();
-        tls = match &self.ca_file {
-            Some(path) => tls.ca_certificate(Certificate::from_pem(read("--ca-file", path)?)),
+        tls = match ca {
+            Some(pem) => tls.ca_certificate(Certificate::from_pem(pem)),
             None => tls.with_native_roots(),
         };
         if let (Some(certificate), Some(key)) = (&self.certificate_file, &self.key_file) {
@@ -353,33 +308,5 @@ mod tests {
         ] {
             assert!(time(bad).is_err(), "{bad}");
         }
-    }
-
-    #[test]
-    fn addresses_are_of_known_kinds() {
-        let kind = |address: &str| Place::new(address).map(|place| place.kind).ok();
-        let plain = |url: &str| Some(Kind::Plain(url.to_owned()));
-        assert_eq!(kind("relay:1"), plain("http://relay:1"));
-        assert_eq!(kind("http://relay:1"), plain("http://relay:1"));
-        assert_eq!(
-            kind("https://relay"),
-            Some(Kind::Tls("https://relay".into()))
-        );
-        let socket = Some(Kind::Unix("/run/relay.sock".into()));
-        assert_eq!(kind("unix:/run/relay.sock"), socket);
-        assert_eq!(kind("unix:///run/relay.sock"), socket);
-        for other in [
-            "grpc://relay:1",
-            "grpcs://relay",
-            "tcp://relay:1",
-            "unix:",
-            "unix://",
-        ] {
-            assert_eq!(kind(other), None, "{other}");
-        }
-        let refused = Place::new("grpc://relay:1")
-            .expect_err("refused")
-            .to_string();
-        assert!(refused.contains("http://relay:1"), "{refused}");
     }
 }

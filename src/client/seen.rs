@@ -13,6 +13,12 @@ use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 /// Bytes of an answer that show what answers.
 const KEPT: usize = 8;
 
+pub(super) const SPEAKS_TLS: &str = "the port speaks TLS: use https://";
+pub(super) const ASKS_FOR_CERTIFICATE: &str =
+    "the relay asks for a client certificate: give --certificate-file and --key-file";
+pub(super) const SILENT: &str =
+    "the connection was taken and nothing was said: is it the port of a relay?";
+
 /// The first bytes that came over a connection.
 #[derive(Debug, Default)]
 pub(super) struct Seen {
@@ -43,11 +49,8 @@ impl Seen {
         }
         if !is_tls {
             return match first {
-                _ if speaks_tls => Some("the port speaks TLS: use https://"),
-                [] if state.is_connected => Some(
-                    "the connection was taken and nothing was said: is it the port of a relay, \
-                     and without TLS?",
-                ),
+                _ if speaks_tls => Some(SPEAKS_TLS),
+                [] if state.is_connected => Some(SILENT),
                 _ => None,
             };
         }
@@ -55,9 +58,7 @@ impl Seen {
             return Some("the port does not speak TLS: use http://");
         }
         if any(&["CertificateRequired"]) {
-            return Some(
-                "the relay asks for a client certificate: give --certificate-file and --key-file",
-            );
+            return Some(ASKS_FOR_CERTIFICATE);
         }
         if any(&["UnknownIssuer", "BadSignature"]) {
             return Some(
@@ -68,9 +69,7 @@ impl Seen {
             return Some("an HTTP/1 server answers there, and no gRPC server");
         }
         if state.is_connected && first.is_empty() {
-            return Some(
-                "the connection was taken and nothing was said: is it the port of a relay?",
-            );
+            return Some(SILENT);
         }
         None
     }
@@ -89,12 +88,8 @@ pub(super) struct Watched {
 
 impl Watched {
     pub(super) fn new(io: Box<dyn Stream>, seen: Arc<Seen>) -> Self {
-        seen.with(|state| {
-            *state = State {
-                is_connected: true,
-                ..State::default()
-            };
-        });
+        // What a former one has shown stays: a channel tries again by itself.
+        seen.with(|state| state.is_connected = true);
         Self { io, seen }
     }
 }
@@ -139,7 +134,7 @@ impl AsyncWrite for Watched {
 }
 
 /// An error with all that it comes from.
-pub(super) fn causes(error: &(dyn std::error::Error + 'static)) -> String {
+pub(super) fn causes(error: &(dyn std::error::Error + Send + Sync + 'static)) -> String {
     let mut text = error.to_string();
     let mut next = error.source();
     while let Some(cause) = next {
