@@ -148,7 +148,7 @@ impl Relay {
                 if !address.ip().is_loopback() {
                     tracing::warn!(
                         %address,
-                        "[metrics] listen is not a loopback address: whoever reaches it reads the \
+                        "[metrics] listen is not a loopback address: all that reach it read the \
                          names of integrations and what they send, without TLS or a token"
                     );
                 }

@@ -150,7 +150,7 @@ async fn the_audit_names_whose_dead_letters_were_replayed_and_discarded() {
         .map(|one| one.dead_letter_id.clone())
         .collect();
     assert_eq!(listed.len(), 4);
-    // One of one integration, and ids that are nobody's.
+    // One of one integration, and ids of no dead letter.
     let unknown = (0..150).map(|number| (1_000_000 + number).to_string());
     let discard = DiscardDeadLettersRequest {
         dead_letter_ids: ids.iter().take(1).cloned().chain(unknown).collect(),

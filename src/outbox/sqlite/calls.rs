@@ -155,7 +155,7 @@ impl Outbox for SqliteOutbox {
             replay: true,
         };
         loop {
-            // Without any, nobody is held up.
+            // Without any, no capture is held up.
             let ids = self.walk(&selection, 0, want).await?.ids;
             if ids.is_empty() {
                 return Ok(Ok(Taken::default()));

@@ -4,16 +4,12 @@ use std::{
     collections::BTreeMap,
     path::{Path, PathBuf},
     sync::Arc,
-    time::Duration,
 };
 
 use rusqlite::{Connection, Row};
 
-use super::{
-    OpenError, SqliteOptions, export::UNBOUNDED, journal, journal::OnDamage, open, row::crc32,
-    schema,
-};
-use crate::{integration::IntegrationId, metrics::Metrics, outbox::record, vault::Vault};
+use super::{OpenError, export::offline, journal, journal::OnDamage, open, row::crc32, schema};
+use crate::{integration::IntegrationId, outbox::record, vault::Vault};
 
 /// Findings of SQLite itself at the most.
 const MAX_FINDINGS: usize = 100;
@@ -98,15 +94,7 @@ pub fn check(directory: &Path, mut shown: impl FnMut(u64, u64)) -> Result<CheckR
 /// # Errors
 /// [`OpenError`]: the database itself can't be opened.
 pub fn accept_damage(directory: &Path, vault: &Arc<Vault>) -> Result<(), OpenError> {
-    let options = SqliteOptions {
-        directory: directory.to_owned(),
-        limits: UNBOUNDED,
-        group_commit_max: 1,
-        remember: Duration::MAX,
-        encrypt_payloads: false,
-        metrics: Metrics::off(),
-    };
-    let recovered = open::recovered(&options, vault, OnDamage::Accept)?;
+    let recovered = open::recovered(&offline(directory), vault, OnDamage::Accept)?;
     let (connection, _) = recovered.writer.into_parts();
     let repaired = connection.execute_batch(&format!("REINDEX; {}", schema::RECOUNT));
     repaired.map_err(|source| OpenError::Database {

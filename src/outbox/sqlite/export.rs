@@ -25,14 +25,26 @@ use crate::{
 };
 
 /// Nothing is accepted, so nothing is bounded.
-pub(super) const UNBOUNDED: Limits = Limits {
+const UNBOUNDED: Limits = Limits {
     max_events: u64::MAX,
     max_bytes: u64::MAX,
     max_integration_events: u64::MAX,
     max_integration_bytes: u64::MAX,
 };
 
-/// An embedded outbox that nobody else has open.
+/// Options of a command that works on a stopped store.
+pub(super) fn offline(directory: &Path) -> SqliteOptions {
+    SqliteOptions {
+        directory: directory.to_owned(),
+        limits: UNBOUNDED,
+        group_commit_max: 1,
+        remember: Duration::MAX,
+        encrypt_payloads: false,
+        metrics: Metrics::off(),
+    }
+}
+
+/// An embedded outbox that no relay has open.
 pub(in crate::outbox) struct Export {
     connection: Connection,
     ids: Ids,
@@ -100,16 +112,8 @@ impl Export {
         if !database.exists() {
             return Err(ExportError::Missing(directory.to_owned()));
         }
-        let options = SqliteOptions {
-            directory: directory.to_owned(),
-            limits: UNBOUNDED,
-            group_commit_max: 1,
-            remember: Duration::MAX,
-            encrypt_payloads: false,
-            metrics: Metrics::off(),
-        };
         // What stands in the journal alone is put into the database.
-        let recovered = open::recovered(&options, vault, OnDamage::Refuse)?;
+        let recovered = open::recovered(&offline(directory), vault, OnDamage::Refuse)?;
         let (connection, ids) = recovered.writer.into_parts();
         let index_key = keys::index_key(&connection, vault).map_err(|source| OpenError::Keys {
             path: directory.to_owned(),

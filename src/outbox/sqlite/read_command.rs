@@ -80,7 +80,7 @@ impl ReadCommand {
         }
     }
 
-    /// Whether the caller has gone: nobody needs the answer.
+    /// Whether the caller has gone: its answer is not needed.
     pub(super) fn is_abandoned(&self) -> bool {
         match self {
             Self::Lease { reply, .. } => reply.is_closed(),

@@ -54,7 +54,7 @@ impl ReadSender {
 }
 
 impl ReadReceiver {
-    /// Waits for the next command; `None` where nobody can send one any more.
+    /// Waits for the next command; `None` where all senders are gone.
     pub(super) fn next(&mut self, parked: &Parked) -> Option<ReadCommand> {
         parked.wait(|context| self.poll_next(context))
     }

@@ -59,7 +59,7 @@ impl Parked {
         }
     }
 
-    /// The next command; `None` where nobody can send one any more.
+    /// The next command; `None` where all senders are gone.
     ///
     /// # Errors
     /// [`Elapsed`] after `wait`; without one it takes as long as it takes.
