@@ -48,6 +48,7 @@ fn no_character_stands_for_another_person_unseen() {
         "\u{3164}\u{ffa0}\u{115f}\u{1160}", // Hangul fillers
         "\u{ad}\u{34f}\u{61c}\u{180e}\u{200b}\u{200c}\u{200d}\u{200e}\u{202e}",
         "\u{2060}\u{2064}\u{2065}\u{feff}\u{fe0f}\u{fff0}\u{e0001}\u{e0041}\u{e0100}\u{1d173}",
+        "\u{17b4}\u{17b5}\u{180b}\u{180c}\u{180d}\u{180f}\u{fe00}\u{e0061}\u{e007f}\u{e01ef}",
         "\u{a0}\u{1680}\u{2003}\u{202f}\u{3000}\u{2028}\u{2029}\u{2800}\u{fff9}\u{85}",
         "\u{ff41}\u{ff21}\u{ff11}\u{ff20}\u{ff0e}\u{ff71}\u{ffe9}", // full and half width
         "\u{1f600}\u{2044}\u{b7}\u{ffff}\u{378}\u{e000}\u{f0000}",  // no word characters
